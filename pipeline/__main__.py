@@ -1,0 +1,6 @@
+"""Run the `medseg` command: `python -m pipeline`."""
+
+from pipeline.cli import main
+
+if __name__ == "__main__":
+    main()

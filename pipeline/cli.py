@@ -1,0 +1,288 @@
+"""The `medseg` command: one function a command, logging, and the only place that catches PipelineError.
+
+Commands import their stage when called, so that help and a wrong YAML answer at once. Exit codes: 0 done; 1 some cases of a batch failed,
+the rest is done; 2 nothing could be done, or errors were found.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.errors import PipelineError
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+
+app = typer.Typer(
+    name="medseg",
+    help="3D medical image segmentation on CT and MRI: manifest, preprocess, train, evaluate, segment.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The experiment's YAML.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one value of the YAML; repeatable."),
+]
+Workspace = Annotated[
+    Path | None,
+    typer.Option("--workspace", help="Folder of stores, runs and mlflow.db. Default: the configuration's, ./work."),
+]
+Jobs = Annotated[
+    int | None, typer.Option("--jobs", min=1, help="Processes; default: as many as cores and memory admit.")
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+
+
+@app.callback()
+def _setup(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Warnings and errors only.")] = False,
+) -> None:
+    """Set the log up."""
+    level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("pipeline").setLevel(level)
+
+
+@app.command()
+def manifest(
+    source: Annotated[Path, typer.Argument(help="Folder of the data set, or a CSV with a line per case.")],
+    out: Annotated[Path, typer.Option("--out", help="The manifest to write, data_manifests/NAME.json.")],
+    layout: Annotated[
+        str | None, typer.Option("--format", help="decathlon, folder or csv; default: recognised.")
+    ] = None,
+    folds: Annotated[int, typer.Option("--folds", min=2)] = 5,
+    test_fraction: Annotated[
+        float, typer.Option("--test-fraction", min=0.0, max=0.9, help="Share of the patients held out.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the split.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace a manifest that is there.")] = False,
+) -> None:
+    """Find the cases of a data set, split them by patient, and write the manifest."""
+    from pipeline.stages import manifest as stage
+
+    stage.run(source, out, layout=layout, folds=folds, test_fraction=test_fraction, seed=seed, force=force)
+
+
+@app.command()
+def check(
+    manifest: Annotated[Path, typer.Argument(metavar="MANIFEST", help="The data set's manifest.")],
+    root: Annotated[
+        Path | None, typer.Option("--root", help="Folder of the images, in place of the manifest's.")
+    ] = None,
+    workspace: Annotated[Path, typer.Option("--workspace", help="What is learned is kept here.")] = Path("work"),
+    jobs: Jobs = None,
+    pictures: Annotated[
+        Path | None, typer.Option("--pictures", help="Write an overlay of image and label per case here.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Read each case once and report every problem of every case together."""
+    from pipeline.stages import check as stage
+
+    report = stage.run(manifest, root=root, workspace=workspace, jobs=jobs, pictures=pictures)
+    typer.echo(json.dumps(report.as_json(), indent=2) if as_json else report.as_text())
+    if report.errors:
+        raise typer.Exit(2)
+
+
+@app.command()
+def preprocess(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    workspace: Workspace = None,
+    jobs: Jobs = None,
+    replan: Annotated[
+        bool, typer.Option("--replan", help="Plan anew, even where the plan was edited by hand.")
+    ] = False,
+) -> None:
+    """Measure the development cases, plan, and fill the store; fresh cases are skipped."""
+    loaded = _load(config, overrides, workspace)
+    from pipeline.stages import preprocess as stage
+
+    stage.run(loaded, jobs=jobs, replan=replan)
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    fold: Annotated[
+        str, typer.Option("--fold", metavar="K|all", help="Fold to hold out, or all, one after another.")
+    ] = "0",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    device: Device = "auto",
+    overrides: Overrides = None,
+    workspace: Workspace = None,
+) -> None:
+    """Train on all folds but one and validate on that one."""
+    loaded = _load(config, overrides, workspace)
+    from pipeline.stages import train as stage
+
+    stage.run(loaded, fold=fold, resume=resume, device=device)
+
+
+@app.command()
+def evaluate(
+    target: Annotated[
+        str, typer.Argument(metavar="MODEL|CONFIG", help="A model (folder, runs:/ID, models:/NAME@ALIAS) or a YAML.")
+    ],
+    cases: Annotated[
+        str, typer.Option("--cases", metavar="fold|test|all", help="Which cases of the manifest.")
+    ] = "fold",
+    manifest: Annotated[
+        Path | None, typer.Option("--manifest", help="Other cases: a manifest of the same labels.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the results; default: in the run's folder.")
+    ] = None,
+    device: Device = "auto",
+    overrides: Overrides = None,
+    workspace: Workspace = None,
+) -> None:
+    """Segment labelled cases and score them on their native grids."""
+    from pipeline.stages import evaluate as stage
+
+    loaded = _load(Path(target), overrides, workspace) if target.endswith((".yaml", ".yml")) else None
+    report = stage.run(loaded or target, cases=cases, manifest=manifest, out=out, device=device, workspace=workspace)
+    typer.echo(report.as_text())
+    if report.failures:
+        raise typer.Exit(1)
+
+
+@app.command()
+def segment(
+    inputs: Annotated[
+        list[Path], typer.Argument(metavar="INPUT...", help="Volumes, folders of volumes, or a manifest.")
+    ],
+    model: Annotated[str, typer.Option("--model", help="A folder, runs:/ID or models:/NAME@ALIAS.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the label maps and the report.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Segment also what is done and unchanged.")] = False,
+    device: Device = "auto",
+    workspace: Annotated[Path, typer.Option("--workspace", help="Where runs:/ and models:/ are looked up.")] = Path(
+        "work"
+    ),
+) -> None:
+    """Segment new volumes: one label map each, in its input's own geometry."""
+    from pipeline.stages import segment as stage
+
+    report = stage.run(model, inputs, out, overwrite=overwrite, device=device, workspace=workspace)
+    typer.echo(report.as_text())
+    if report.failures:
+        raise typer.Exit(1)
+
+
+@app.command()
+def run(
+    config: ConfigPath,
+    fold: Annotated[str, typer.Option("--fold", metavar="K|all")] = "0",
+    device: Device = "auto",
+    overrides: Overrides = None,
+    workspace: Workspace = None,
+    jobs: Jobs = None,
+) -> None:
+    """Run every stage that is stale, in order: check, preprocess, train, evaluate."""
+    loaded = _load(config, overrides, workspace)
+    from pipeline.stages import run as stage
+
+    stage.run(loaded, fold=fold, device=device, jobs=jobs)
+
+
+@app.command()
+def ui(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="The experiment's YAML; without one, ./work.")
+    ] = None,
+    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 5000,
+    overrides: Overrides = None,
+    workspace: Workspace = None,
+) -> None:
+    """Open the MLflow UI on 127.0.0.1."""
+    loaded = _load(config, overrides, workspace) if config else None
+    from pipeline.stages import ui as stage
+
+    stage.run(loaded, workspace=workspace, port=port)
+
+
+@app.command()
+def sync(
+    workspace: Annotated[Path, typer.Option("--workspace", help="Its runs are looked at.")] = Path("work"),
+) -> None:
+    """Send to MLflow what could not be sent while it was out of reach."""
+    from pipeline.stages import sync as stage
+
+    if not stage.run(workspace):
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    workspace: Annotated[Path, typer.Option("--workspace", help="Everything lands here.")] = Path("work/demo"),
+) -> None:
+    """Go the whole way on phantoms that medseg generates: manifest to label maps of new volumes, in minutes."""
+    from pipeline.stages import demo as stage
+
+    stage.run(workspace)
+
+
+@app.command("new-config")
+def new_config(
+    manifest: Annotated[Path, typer.Argument(metavar="MANIFEST", help="The manifest of your data.")],
+    out: Annotated[Path, typer.Option("--out", help="The YAML to write, configs/NAME.yaml.")],
+) -> None:
+    """Write a commented YAML to start from for one's own data."""
+    from pipeline.stages import new_config as stage
+
+    stage.run(manifest, out)
+
+
+@app.command()
+def schema(
+    out: Annotated[Path | None, typer.Option("--out", help="File to write; default: standard output.")] = None,
+) -> None:
+    """Write the JSON Schema of the YAML, for editors."""
+    from pipeline.stages import schema as stage
+
+    text = stage.run(out)
+    if out is None:
+        typer.echo(text)
+
+
+@app.command()
+def clean(
+    workspace: Annotated[Path, typer.Option("--workspace", help="Its stores and runs are looked at.")] = Path("work"),
+    yes: Annotated[bool, typer.Option("--yes", help="Do it; without it, only say what would go.")] = False,
+) -> None:
+    """Remove stale store entries, unfinished writes and old checkpoints; says what before it does it."""
+    from pipeline.stages import clean as stage
+
+    stage.run(workspace, confirmed=yes)
+
+
+def _load(path: Path, overrides: list[str] | None, workspace: Path | None) -> Config:
+    """Read a configuration with its command-line overrides."""
+    from pipeline.config_loading import load_config
+
+    config = load_config(path, overrides or [])
+    return config if workspace is None else config.changed(workspace=workspace)
+
+
+def main() -> None:
+    """Run the command line; a PipelineError becomes its message and exit code 2."""
+    try:
+        app()
+    except PipelineError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

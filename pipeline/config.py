@@ -1,0 +1,230 @@
+"""The configuration: one YAML per experiment as frozen, documented sections.
+
+The docstring below each field is what the JSON Schema shows in an editor. How a file is read, extended and overridden, and how errors name
+their line, is `config_loading.py`'s part. Stages hand sections or plain values on; no module below `stages/` sees a `Config`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+
+from pipeline.records import Record
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Range = tuple[float, float]
+Triple = tuple[Positive, Positive, Positive]
+Size = tuple[Count, Count, Count]
+Auto = Literal["auto"]
+
+
+class Section(Record):
+    """A part of the configuration."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class DataSection(Section):
+    """Which cases."""
+
+    manifest: Path
+    """The data set's manifest, relative to this YAML."""
+    root: Path | None = None
+    """Folder of the images, where it is not the manifest's own `root`; relative to this YAML."""
+
+
+class PreprocessingSection(Section):
+    """What planning decides, unless it is said here."""
+
+    orientation: str = "RAS"
+    """Axis code of the plan's grid: R or L, A or P, S or I, each once."""
+    spacing_mm: Auto | Triple = "auto"
+    """Voxel size of the plan's grid in mm; auto: the median, and a fine percentile along a thick axis."""
+    patch_size: Auto | Size = "auto"
+    """Voxels of a training patch and of an inference window."""
+    batch_size: Auto | Count = "auto"
+    """Patches a step."""
+    normalisation: dict[str, Literal["ct", "zscore", "zscore_nonzero", "none"]] = {}
+    """Per channel; what is not named is decided by the channel's modality."""
+    crop: Literal["none", "nonzero"] = "nonzero"
+    """nonzero: cut away the frame in which every channel is zero."""
+
+
+class NetworkSection(Section):
+    """Which network; `options` are the keyword arguments of its builder."""
+
+    name: str = "unet"
+    """A name of the NETWORKS table."""
+    options: dict[str, Any] = {}
+    """Options of that network; unknown ones are refused with the nearest right name."""
+
+
+class BudgetSection(Section):
+    """How long to train: exactly one of the three. The learning-rate schedule ends with it."""
+
+    steps: Count | None = None
+    """Optimiser steps."""
+    epochs: Count | None = None
+    """Epochs of `steps_per_epoch` steps."""
+    minutes: Positive | None = None
+    """Wall time, start-up and validation included; a probe at the start turns it into steps."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> BudgetSection:
+        if sum(value is not None for value in (self.steps, self.epochs, self.minutes)) != 1:
+            raise ValueError("give exactly one of steps, epochs, minutes")
+        return self
+
+
+class AugmentationSection(Section):
+    """Random changes of a training patch: each with its probability and range. One draw serves image and label."""
+
+    enabled: bool = True
+    """False: patches as they are."""
+    flip_axes: tuple[Literal["x", "y", "z"], ...] = ()
+    """Axes of the plan's grid flipped with probability 0.5; the left-right one swaps the manifest's `label_pairs`."""
+    affine_probability: Probability = 0.5
+    """Rotation, scaling and shift together."""
+    rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 15.0
+    """Largest rotation about each axis."""
+    scale: Range = (0.85, 1.18)
+    """Range of the size of things, drawn log-uniformly; above 1 enlarges them."""
+    scale_anisotropy: Annotated[float, Field(ge=0, lt=1)] = 0.08
+    """Largest relative deviation of one axis' scale from the common one."""
+    shift_voxels: NonNegative = 2.0
+    """Largest shift along each axis."""
+    elastic_probability: Probability = 0.2
+    """A smooth random displacement."""
+    elastic_voxels: NonNegative = 2.0
+    """Standard deviation of the displacement at the control points."""
+    elastic_spacing_voxels: Positive = 12.0
+    """Distance of the control points."""
+    noise_probability: Probability = 0.15
+    """Gaussian noise."""
+    noise_std: Range = (0.0, 0.15)
+    """Its standard deviation, in units of the normalised image."""
+    blur_probability: Probability = 0.1
+    """Gaussian blur."""
+    blur_sigma_voxels: Range = (0.5, 1.0)
+    """Its standard deviation."""
+    brightness_probability: Probability = 0.15
+    """Intensities times a factor."""
+    brightness: Range = (0.75, 1.25)
+    """Range of the factor."""
+    contrast_probability: Probability = 0.15
+    """Stretching about the patch's mean, clipped to its own range."""
+    contrast: Range = (0.75, 1.25)
+    """Range of the factor."""
+    gamma_probability: Probability = 0.3
+    """Power of the intensities rescaled to 0..1, mean and standard deviation kept."""
+    gamma: Range = (0.7, 1.5)
+    """Range of the exponent."""
+    low_resolution_probability: Probability = 0.1
+    """Down- and upsampling, as of a coarser scan."""
+    low_resolution: Range = (0.5, 1.0)
+    """Range of the factor."""
+
+
+class TrainingSection(Section):
+    """How the network learns."""
+
+    budget: BudgetSection = BudgetSection(epochs=100)
+    """How long."""
+    steps_per_epoch: Count = 100
+    """Steps between two lines of the log, and the unit of validation and checkpoints."""
+    batch_size: Count | None = None
+    """Patches a step; none: the plan's."""
+    foreground_fraction: Probability = 0.34
+    """Share of the patches centred on a foreground voxel of a class drawn evenly."""
+    loss: str = "dice_ce"
+    """A name of the LOSSES table."""
+    loss_options: dict[str, Any] = {}
+    """Options of that loss."""
+    deep_supervision: bool = False
+    """Add the loss at the coarser decoder levels, weights halved a level, normalised to one."""
+    optimiser: Literal["adamw", "sgd"] = "adamw"
+    """adamw, or sgd with Nesterov momentum 0.99."""
+    learning_rate: Positive = 3e-3
+    """Largest learning rate."""
+    weight_decay: NonNegative = 1e-2
+    """Decoupled for adamw."""
+    schedule: Literal["cosine", "poly", "constant"] = "cosine"
+    """Course of the learning rate to the end of the budget."""
+    warmup_fraction: Probability = 0.05
+    """Share of the budget in which the learning rate rises from 0."""
+    gradient_clip: Positive | None = 12.0
+    """Largest norm of the gradient; none: no clipping."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Validate and keep a running mean of the weights with this decay; none: the weights as they are."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 where the hardware has it, fp16 with a scaler on older GPUs, else fp32."""
+    validation_every_epochs: Count = 10
+    """Full-volume validation every so many epochs, and at the end."""
+    early_stop_validations: Count | None = None
+    """Stop after so many validations without a better one; none: train to the end of the budget."""
+    checkpoint_minutes: Positive = 5.0
+    """Write a checkpoint at least this often, besides the one at each epoch's end."""
+    augmentation: AugmentationSection = AugmentationSection()
+    """Random changes of the patches."""
+
+
+class InferenceSection(Section):
+    """How a whole volume is predicted; belongs to the model, for it changes the result."""
+
+    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Share of a window that it has in common with the next."""
+    blending: Literal["gaussian", "constant"] = "gaussian"
+    """Weight of a window's voxels in the sum."""
+    flip_axes: tuple[Literal["x", "y", "z"], ...] = ()
+    """Average over all combinations of flips of these axes (test-time augmentation)."""
+    largest_component: tuple[str, ...] = ()
+    """Labels of which only the largest connected component is kept."""
+    smallest_volume_ml: dict[str, Positive] = {}
+    """Per label: components below this volume become background."""
+
+
+class EvaluationSection(Section):
+    """What is measured of predictions."""
+
+    surface_tolerance_mm: Positive = 1.0
+    """Tolerance of the normalised surface Dice."""
+    bootstrap_samples: Count = 2000
+    """Resamples of the cases for the 95 % intervals."""
+    picture_cases: Count = 3
+    """Overlay pictures of so many worst, median and best cases each."""
+
+
+class TrackingSection(Section):
+    """Where runs are tracked."""
+
+    uri: str | None = None
+    """MLflow tracking server or database; none: MLFLOW_TRACKING_URI, else mlflow.db in the workspace."""
+    experiment: str | None = None
+    """MLflow experiment; none: the manifest's name."""
+    register_as: str | None = None
+    """Register the best model under this name."""
+    alias: str | None = None
+    """Alias given to the registered version, as in models:/NAME@ALIAS."""
+
+
+class Config(Section):
+    """One experiment, from data to tracking."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Name of the experiment: of its run folder, and of its runs in MLflow."""
+    workspace: Path = Path("work")
+    """Folder of stores, runs and mlflow.db, relative to the current folder."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of every random draw."""
+    data: DataSection
+    preprocessing: PreprocessingSection = PreprocessingSection()
+    network: NetworkSection = NetworkSection()
+    training: TrainingSection = TrainingSection()
+    inference: InferenceSection = InferenceSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    tracking: TrackingSection = TrackingSection()

@@ -1,0 +1,1 @@
+"""Cases, volumes and their files: what the rest of the pipeline is fed with."""

@@ -1,0 +1,205 @@
+"""The dataset manifest: which files are a case, whose they are, and on which side of a split they stand.
+
+A manifest is JSON, written once by `medseg manifest`, committed by the user, and the only way in to a data set. Its paths are relative to its
+`root`, and the root is relative to the manifest's own folder; a path that leaves the root is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from pipeline.errors import ManifestError
+from pipeline.records import Record, digest_of, write_text
+
+FORMAT_VERSION = 1
+
+Modality = Literal["CT", "MR", "PET", "US", "other"]
+
+
+class ImageFile(Record):
+    """One channel's file.
+
+    Attributes:
+        path: relative to the manifest's root, with forward slashes.
+        index: position on the fourth axis of a 4-D file; None for a 3-D file.
+        sha256: digest of the file's bytes; None where it is not recorded.
+    """
+
+    path: str
+    index: Annotated[int, Field(ge=0)] | None = None
+    sha256: str | None = None
+
+    @field_validator("path")
+    @classmethod
+    def _stays_inside(cls, path: str) -> str:
+        pure = PurePosixPath(path)
+        if pure.is_absolute() or ".." in pure.parts or "\\" in path or not pure.parts:
+            raise ValueError(f"must be relative to the manifest's root and may not leave it, got {path!r}")
+        return path
+
+
+class Case(Record):
+    """One patient's one examination: its channels, its label, its side of the split.
+
+    Attributes:
+        id: unique in the manifest; names its files in store and reports.
+        patient: cases of one patient never stand on both sides of a split.
+        images: channel name -> file; a channel that the case lacks is left out.
+        label: the label drawn by people; None for an unlabelled case.
+        fold: the fold in which the case is validated; None for a held-out test case.
+    """
+
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    patient: str
+    images: dict[str, ImageFile]
+    label: ImageFile | None = None
+    fold: Annotated[int, Field(ge=0)] | None = None
+
+
+class Manifest(Record):
+    """A data set.
+
+    Attributes:
+        format_version: of the manifest's own format.
+        name: of the data set; names its store and its experiment.
+        description, licence, source: where the data come from and what may be done with them.
+        root: folder of the images; absolute in memory, relative to the manifest's folder in the file.
+        channels: channel name -> modality, in the order in which the network sees them.
+        labels: label name -> value in the files, any integers; the first is the background. The position is the class index.
+        label_pairs: names of labels that swap when left and right are flipped.
+        cases: in the order of their ids.
+    """
+
+    format_version: int = FORMAT_VERSION
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    description: str = ""
+    licence: str = ""
+    source: str = ""
+    root: Path
+    channels: dict[str, Modality]
+    labels: dict[str, int]
+    label_pairs: tuple[tuple[str, str], ...] = ()
+    cases: tuple[Case, ...]
+
+    @model_validator(mode="after")
+    def _holds_together(self) -> Manifest:
+        problems = list(self._problems())
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _problems(self) -> list[str]:
+        """Return what contradicts itself in the manifest, without reading any image."""
+        problems = []
+        if not self.channels:
+            problems.append("channels: at least one is needed")
+        if len(self.labels) < 2:
+            problems.append("labels: the background and at least one structure are needed")
+        if len(set(self.labels.values())) != len(self.labels):
+            problems.append(f"labels: two names share a value: {self.labels}")
+        problems += [
+            f"label_pairs: {name!r} is not a label; labels are {', '.join(self.labels)}"
+            for pair in self.label_pairs
+            for name in pair
+            if name not in self.labels
+        ]
+        seen: set[str] = set()
+        for case in self.cases:
+            if case.id in seen:
+                problems.append(f"case {case.id!r}: the id occurs twice")
+            seen.add(case.id)
+            if not case.images:
+                problems.append(f"case {case.id!r}: no image")
+            problems += [
+                f"case {case.id!r}: channel {channel!r} is not declared; channels are {', '.join(self.channels)}"
+                for channel in case.images
+                if channel not in self.channels
+            ]
+        return problems
+
+    @property
+    def folds(self) -> tuple[int, ...]:
+        """The fold numbers that occur, ascending."""
+        return tuple(sorted({case.fold for case in self.cases if case.fold is not None}))
+
+    @property
+    def development_cases(self) -> tuple[Case, ...]:
+        """The cases with a fold: all that training and planning may look at."""
+        return tuple(case for case in self.cases if case.fold is not None)
+
+    @property
+    def test_cases(self) -> tuple[Case, ...]:
+        """The held-out cases."""
+        return tuple(case for case in self.cases if case.fold is None)
+
+    def training_cases(self, fold: int) -> tuple[Case, ...]:
+        """Return the labelled cases that `fold` trains on."""
+        return tuple(case for case in self.development_cases if case.fold != fold and case.label)
+
+    def validation_cases(self, fold: int) -> tuple[Case, ...]:
+        """Return the labelled cases that `fold` is validated on."""
+        return tuple(case for case in self.development_cases if case.fold == fold and case.label)
+
+    def path_of(self, file: ImageFile) -> Path:
+        """Return a file's absolute path.
+
+        Raises:
+            ManifestError: a symbolic link leads out of the root.
+        """
+        path = self.root / file.path
+        # Links are followed only to be judged: what is opened is the path as the manifest gives it.
+        if not path.resolve().is_relative_to(self.root.resolve()):
+            raise ManifestError(
+                f"{file.path}: leads out of the manifest's root, {self.root}; move the file below the root"
+            )
+        return path
+
+    def digest(self) -> str:
+        """Return a SHA-256 digest that does not depend on where the data lie."""
+        return digest_of(self.model_dump(mode="json", exclude={"root"}))
+
+
+def load_manifest(path: Path, root: Path | None = None) -> Manifest:
+    """Read a manifest.
+
+    Args:
+        path: the JSON file.
+        root: folder of the images, in place of the manifest's own.
+
+    Raises:
+        ManifestError: the file is missing, is not JSON, is of another format version, or does not hold together; names every problem.
+    """
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read ({error.strerror}); write one with `medseg manifest`") from error
+    except ValueError as error:
+        raise ManifestError(f"{path}: is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ManifestError(f"{path}: a manifest is a JSON object, got {type(content).__name__}")
+    version = content.get("format_version")
+    if version != FORMAT_VERSION:
+        newer = isinstance(version, int) and version > FORMAT_VERSION
+        todo = "update medseg" if newer else "write it anew with `medseg manifest SOURCE --out NAME.json`"
+        raise ManifestError(f"{path}: format version {version}, this medseg reads {FORMAT_VERSION}; {todo}")
+    try:
+        manifest = Manifest.model_validate(content)
+    except ValidationError as error:
+        lines = [f"{path}: {'.'.join(map(str, e['loc'])) or 'manifest'}: {e['msg']}" for e in error.errors()]
+        raise ManifestError("\n".join(lines)) from None
+    return manifest.changed(root=(root or path.parent / manifest.root).resolve())
+
+
+def save_manifest(manifest: Manifest, path: Path) -> None:
+    """Write a manifest: stable order, a line a field, the root relative to the file's folder."""
+    content = manifest.model_dump(mode="json", exclude_none=True)
+    content["root"] = Path(os.path.relpath(manifest.root, path.parent.resolve())).as_posix()
+    # An explicit null says "held out"; leaving it out would say it only to those who know.
+    for case, written in zip(manifest.cases, content["cases"], strict=True):
+        written["fold"] = case.fold
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

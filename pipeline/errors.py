@@ -1,0 +1,33 @@
+"""The errors a user can mend: one tree under PipelineError.
+
+A message says what, where, got, expected and what to do. `cli.py` prints it without a traceback and exits with 2; any
+other exception is a bug and keeps its traceback.
+"""
+
+
+class PipelineError(Exception):
+    """Something a user can mend: in a file, a configuration, or the way a command was called."""
+
+
+class ConfigError(PipelineError):
+    """A configuration cannot be used; the message holds every error found, one a line."""
+
+
+class ManifestError(PipelineError):
+    """A manifest, or the folder it is made from, cannot be used."""
+
+
+class VolumeError(PipelineError):
+    """A volume's file cannot be read, or what it holds cannot be used."""
+
+
+class GeometryError(VolumeError):
+    """A volume's place in space makes no sense, or two volumes that must share a grid do not."""
+
+
+class StoreError(PipelineError):
+    """A preprocessed case is missing, stale or damaged."""
+
+
+class ModelError(PipelineError):
+    """A model, run or checkpoint is missing, incomplete or of a kind that this version cannot read."""

@@ -1,0 +1,1 @@
+"""From native volumes to the training grid: examination, planning, preprocessing."""

@@ -1,0 +1,1 @@
+"""One module per command: `run(...)` composes the floors below; only stages know run folders."""

@@ -1,0 +1,54 @@
+"""Workspace: the one folder in which medseg keeps what it makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config import Config
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The layout of the workspace folder, `./work` by default.
+
+    checks/                 what one read of each case taught
+    stores/NAME-DIGEST/     plan.yaml, fingerprint.json and cases/, shared by all configurations of one data set and preprocessing
+    runs/NAME/fold_K/       config, plan, events, checkpoint, models/best, models/last, evaluation
+    mlflow.db, mlartifacts/ MLflow's database and artifacts, unless a tracking server is named
+    fetched/                models fetched from MLflow
+    """
+
+    root: Path
+
+    @property
+    def checks(self) -> Path:
+        """Folder of case examinations."""
+        return self.root / "checks"
+
+    @property
+    def stores(self) -> Path:
+        """Folder of all stores."""
+        return self.root / "stores"
+
+    @property
+    def runs(self) -> Path:
+        """Folder of all runs."""
+        return self.root / "runs"
+
+    @property
+    def fetched(self) -> Path:
+        """Folder of models fetched from MLflow."""
+        return self.root / "fetched"
+
+    def store(self, config: Config, manifest_name: str) -> Path:
+        """Return the store of a data set under a configuration's preprocessing."""
+        return self.stores / f"{manifest_name}-{config.preprocessing.digest()[:8]}"
+
+    def experiment(self, name: str) -> Path:
+        """Return the folder of an experiment: one run folder a fold."""
+        return self.runs / name
+
+    def run(self, name: str, fold: int) -> Path:
+        """Return the run folder of one fold."""
+        return self.experiment(name) / f"fold_{fold}"
