@@ -1,0 +1,38 @@
+"""NETWORKS: every network by its name in the YAML. A new one is a file in this folder and a line in the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pipeline import options as _options
+from pipeline.networks.contract import Network, NetworkTask
+from pipeline.networks.monai_networks import dynunet, segresnet
+from pipeline.networks.unet import unet
+
+__all__ = ["NETWORKS", "Network", "NetworkTask", "build_network", "check_options"]
+
+NETWORKS: dict[str, Callable[..., Network]] = {
+    "unet": unet,
+    "dynunet": dynunet,
+    "segresnet": segresnet,
+}
+
+
+def build_network(name: str, options: Mapping[str, Any], task: NetworkTask) -> Network:
+    """Build a network of the table with random weights.
+
+    Args:
+        name: its name in NETWORKS.
+        options: the builder's keyword arguments; what is left out has its default.
+        task: channels, classes, patch and spacing.
+
+    Raises:
+        ValueError: the name or an option is wrong, or the network does not fit the task.
+    """
+    return NETWORKS[name](task, **_options.validated_options(NETWORKS, name, options))
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return every problem of a network's name and options as (key, message), before anything is built."""
+    return _options.check_options(NETWORKS, name, options)

@@ -1,0 +1,54 @@
+"""The contract between a network and all that trains, tiles and saves it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+Size = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class NetworkTask:
+    """What a network is built for.
+
+    Attributes:
+        in_channels: channels of the image.
+        num_classes: channels of the logits, background included.
+        patch_size: voxels of a training patch, for networks that fit their depth to it.
+        spacing_mm: voxel size of the plan's grid, for networks that pool less along a thick axis.
+    """
+
+    in_channels: int
+    num_classes: int
+    patch_size: Size
+    spacing_mm: tuple[float, float, float]
+
+
+class Network(nn.Module):
+    """A network as the pipeline knows it: (N, C, *input) -> logits (N, K, *output), the same in train() and eval().
+
+    Attributes:
+        margin: voxels lost on each side of each axis; 0 for padded convolutions.
+        stride: per axis, the least common multiple of pooling and subsampling factors.
+    """
+
+    margin: Size = (0, 0, 0)
+    stride: Size = (1, 1, 1)
+
+    def input_size(self, output: Size) -> Size:
+        """Return the smallest legal input that yields at least `output` voxels.
+
+        Here: the output and both margins, rounded up to a multiple of the stride.
+        """
+        x, y, z = (-(-(n + 2 * m) // s) * s for n, m, s in zip(output, self.margin, self.stride, strict=True))
+        return x, y, z
+
+    def deep_supervision(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Return the logits, then those of coarser decoder levels, finest first; a network without them returns its logits alone.
+
+        Args:
+            image: (N, C, *input).
+        """
+        return (self(image),)
