@@ -1,0 +1,267 @@
+"""Phantoms: small synthetic patients, for `medseg demo` and the tests.
+
+A patient is a body with a bright midline and a pair of bright structures, one on each side. All are of one intensity,
+so that a network has to learn where a structure lies, not merely how bright it is. Anatomy is a function of
+millimetres: any grid can be scanned, and two channels on different grids show the same patient. A scan adds what makes
+real volumes hard: an oblique, anisotropic grid in any of the 48 axis orders, left-handed ones included, a bias field,
+noise, and MR intensities without a unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+
+from pipeline.data.volume import Volume, write_image, write_label
+from pipeline.geometry import FloatArray, Geometry
+from pipeline.records import write_json, write_text
+
+LABELS = {"background": 0, "left": 1, "right": 2}
+LABEL_PAIRS = (("left", "right"),)
+
+Modality = Literal["MR", "CT"]
+Layout = Literal["decathlon", "folder", "csv"]
+
+# Channel names in the network's order, and each channel's modality.
+CHANNELS: dict[Modality, tuple[str, str]] = {"MR": ("T1", "T2"), "CT": ("CT", "PET")}
+MODALITIES = {"T1": "MR", "T2": "MR", "CT": "CT", "PET": "PET"}
+
+# Intensity of air, tissue and bright structures in each channel; CT in HU, the others in units of a scan's own scale.
+_INTENSITIES = {"T1": (0.0, 0.5, 0.9), "T2": (0.0, 0.8, 0.35), "CT": (-1000.0, 20.0, 180.0), "PET": (0.0, 1.0, 3.0)}
+_BODY_RADII_MM = np.array([27.0, 33.0, 29.0])
+_FIELD_OF_VIEW_MM = np.array([64.0, 76.0, 62.0])
+
+Shape = Callable[[FloatArray], NDArray[np.bool_]]
+
+
+@dataclass(frozen=True)
+class Phantom:
+    """One examination.
+
+    Attributes:
+        images: channel name -> (1, X, Y, Z) float32; the second on its own, coarser grid unless asked otherwise.
+        label: (X, Y, Z) uint8 with the values of LABELS, on the first channel's grid.
+    """
+
+    images: dict[str, Volume]
+    label: Volume
+
+
+@dataclass(frozen=True)
+class _Anatomy:
+    """A patient: which points, in mm from the body's centre, belong to what, and a smooth texture of the tissue."""
+
+    body: Shape
+    midline: Shape
+    left: Shape
+    right: Shape
+    waves: FloatArray  # (n, 4): frequency in radians per mm along x, y, z, and phase
+
+
+def make_phantom(
+    seed: int,
+    *,
+    geometry: Geometry | None = None,
+    modality: Modality = "MR",
+    channels: int = 1,
+    shared_grid: bool = False,
+    empty: bool = False,
+    visit: int = 0,
+) -> Phantom:
+    """Make one examination of one synthetic patient; equal arguments give equal voxels.
+
+    Args:
+        seed: of the patient.
+        geometry: grid of the first channel and the label; None draws one of about 40x48x32 voxels.
+        modality: MR without a unit, each scan at its own scale, or CT in HU.
+        channels: 1 or 2.
+        shared_grid: put the second channel on the first one's grid, not on a coarser one of its own.
+        empty: leave the paired structures out; the label is all background.
+        visit: another number scans the same patient again, on another grid with other noise.
+    """
+    anatomy = _draw_anatomy(np.random.default_rng([seed, 0]))
+    rng = np.random.default_rng([seed, 1, visit])
+    grid = geometry or draw_geometry(rng)
+    centre = grid.to_mm((np.array(grid.shape) - 1) / 2)
+    images = {}
+    for number, channel in enumerate(CHANNELS[modality][:channels]):
+        own = grid if number == 0 or shared_grid else grid.respaced(tuple(1.6 * s for s in grid.spacing_mm))  # type: ignore[arg-type]
+        images[channel] = _scan(anatomy, own, centre, channel, empty, rng)
+    points = _points_mm(grid) - centre
+    label = np.zeros(grid.shape, np.uint8)
+    if not empty:
+        label[anatomy.left(points)] = LABELS["left"]
+        label[anatomy.right(points)] = LABELS["right"]
+    return Phantom(images, Volume(label, grid))
+
+
+def draw_geometry(rng: Generator) -> Geometry:
+    """Draw a grid around a patient: oblique by up to 15 degrees, anisotropic, in one of the 48 axis orders."""
+    spacing = np.array([*rng.uniform(1.4, 1.7, 2), rng.uniform(1.8, 2.1)])
+    shape = np.round(_FIELD_OF_VIEW_MM / spacing).astype(int)
+    order = list(rng.permutation(3))
+    signs = rng.choice([-1.0, 1.0], 3)
+    axes = _rotation(rng.normal(size=3), np.radians(rng.uniform(0, 15))) * spacing * signs
+    affine = np.eye(4)
+    affine[:3, :3] = axes[:, order]
+    extent = affine[:3, :3] @ (shape[order] - 1)
+    affine[:3, 3] = rng.uniform(-60, 60, 3) - extent / 2
+    return Geometry(tuple(shape[order]), affine)
+
+
+def write_phantom_dataset(
+    folder: Path,
+    *,
+    cases: int = 8,
+    seed: int = 0,
+    channels: int = 1,
+    layout: Layout = "decathlon",
+    modality: Modality = "MR",
+) -> Path:
+    """Write a labelled data set of phantoms in a layout that `medseg manifest` reads.
+
+    From four cases on, the first two are two visits of one patient, and the last one's label is empty.
+
+    Args:
+        folder: made where it is missing.
+        cases: number of examinations.
+        seed: of the first patient.
+        channels: 1 or 2; the Decathlon's layout keeps both in one 4-D file, so there they share a grid.
+        layout: of the files.
+        modality: of all cases.
+
+    Returns:
+        What `medseg manifest` is to be given: the folder, or the CSV in it.
+    """
+    write = {"decathlon": _write_decathlon, "folder": _write_folder, "csv": _write_csv}[layout]
+    phantoms = {}
+    for number in range(cases):
+        second_visit = cases >= 4 and number == 1
+        phantoms[f"phantom_{number:03d}"] = make_phantom(
+            seed * 1000 + number - second_visit,
+            visit=int(second_visit),
+            modality=modality,
+            channels=channels,
+            shared_grid=layout == "decathlon",
+            empty=cases >= 4 and number == cases - 1,
+        )
+    return write(folder, phantoms)
+
+
+def _write_decathlon(folder: Path, phantoms: dict[str, Phantom]) -> Path:
+    """Write `dataset.json`, `imagesTr` and `labelsTr`; several channels become the fourth axis of one file."""
+    names = list(next(iter(phantoms.values())).images)
+    for case, phantom in phantoms.items():
+        stacked = np.concatenate([image.array for image in phantom.images.values()])
+        write_image(folder / "imagesTr" / f"{case}.nii.gz", Volume(stacked, phantom.label.geometry))
+        write_label(folder / "labelsTr" / f"{case}.nii.gz", phantom.label)
+    content: dict[str, Any] = {
+        "name": "Phantom",
+        "description": "Synthetic patients with a pair of structures",
+        "licence": "CC0",
+        "tensorImageSize": "3D" if len(names) == 1 else "4D",
+        "modality": {str(index): name for index, name in enumerate(names)},
+        "labels": {str(value): name for name, value in LABELS.items()},
+        "numTraining": len(phantoms),
+        "numTest": 0,
+        "training": [{"image": f"./imagesTr/{case}.nii.gz", "label": f"./labelsTr/{case}.nii.gz"} for case in phantoms],
+        "test": [],
+    }
+    write_json(folder / "dataset.json", content)
+    return folder
+
+
+def _write_folder(folder: Path, phantoms: dict[str, Phantom]) -> Path:
+    """Write one folder per case: a file per channel, and the label."""
+    for case, phantom in phantoms.items():
+        for channel, image in phantom.images.items():
+            write_image(folder / case / f"{channel}.nii.gz", image)
+        write_label(folder / case / "label.nii.gz", phantom.label)
+    return folder
+
+
+def _write_csv(folder: Path, phantoms: dict[str, Phantom]) -> Path:
+    """Write the folders and a CSV with a line per case, its patient named."""
+    _write_folder(folder, phantoms)
+    names = list(next(iter(phantoms.values())).images)
+    lines = [["case", "patient", *names, "label"]]
+    for number, case in enumerate(phantoms):
+        patient = f"patient_{0 if number == 1 and len(phantoms) >= 4 else number:03d}"
+        lines.append([case, patient, *(f"{case}/{name}.nii.gz" for name in names), f"{case}/label.nii.gz"])
+    write_text(folder / "cases.csv", "".join(",".join(line) + "\n" for line in lines))
+    return folder / "cases.csv"
+
+
+def _draw_anatomy(rng: Generator) -> _Anatomy:
+    """Draw a patient of its own size, the structures apart from the midline and inside the body."""
+    size = rng.uniform(0.92, 1.08)
+    lift, depth = rng.uniform(-4, 4, 2)
+
+    def structure(side: int) -> Shape:
+        centre = size * np.array([side * rng.uniform(12, 14), depth + rng.uniform(-1, 1), lift + rng.uniform(-1, 1)])
+        return _blob(centre, size * np.array([6.5, 10.0, 8.5]) * rng.uniform(0.9, 1.1, 3), rng)
+
+    return _Anatomy(
+        body=_blob(np.zeros(3), size * _BODY_RADII_MM, rng, roughness=0.03),
+        midline=_blob(size * np.array([0.0, -17.0, 0.0]), size * np.array([4.5, 4.5, 22.0]), rng),
+        left=structure(-1),
+        right=structure(1),
+        waves=np.column_stack([rng.normal(0, 0.25, (4, 3)), rng.uniform(0, 2 * np.pi, 4)]),
+    )
+
+
+def _blob(centre: FloatArray, radii: FloatArray, rng: Generator, roughness: float = 0.08) -> Shape:
+    """Return the test for an ellipsoid, its radius changed a little by direction, in mm."""
+    waves = np.column_stack([rng.normal(0, 2.0, (3, 3)), rng.uniform(0, 2 * np.pi, 3)])
+
+    def contains(points: FloatArray) -> NDArray[np.bool_]:
+        scaled = (points - centre) / radii
+        distance = np.linalg.norm(scaled, axis=-1)
+        directions = scaled / np.maximum(distance, 1e-6)[..., None]
+        return np.asarray(distance < 1 + roughness * _ripple(directions, waves))
+
+    return contains
+
+
+def _ripple(points: FloatArray, waves: FloatArray) -> FloatArray:
+    """Return the mean of plane waves at (..., 3) points: smooth, between -1 and 1."""
+    return np.asarray(np.sin(points @ waves[:, :3].T + waves[:, 3]).mean(axis=-1), dtype=np.float64)
+
+
+def _scan(anatomy: _Anatomy, grid: Geometry, centre: FloatArray, channel: str, empty: bool, rng: Generator) -> Volume:
+    """Return one channel of a patient on a grid: tissue, texture, bias field, noise and the scan's own scale."""
+    air, tissue, bright = _INTENSITIES[channel]
+    contrast = abs(bright - tissue)
+    points = _points_mm(grid) - centre
+    image = np.full(grid.shape, air)
+    body = anatomy.body(points)
+    image[body] = tissue + 0.25 * contrast * _ripple(points[body], anatomy.waves)
+    structures = [anatomy.midline] if empty else [anatomy.midline, anatomy.left, anatomy.right]
+    for contains in structures:
+        image[contains(points)] = bright
+    if channel != "CT":
+        slope = rng.uniform(-0.004, 0.004, 3)
+        image *= np.exp(points @ slope)
+    image += rng.normal(0, 0.12 * contrast, grid.shape)
+    if channel != "CT":
+        # Magnitudes are never negative, and MR and PET scanners scale as they like.
+        image = np.abs(image) * np.exp(rng.uniform(np.log(20), np.log(2000)))
+    return Volume(image[None].astype(np.float32), grid)
+
+
+def _points_mm(grid: Geometry) -> FloatArray:
+    """Return the (X, Y, Z, 3) voxel centres of a grid in mm."""
+    return grid.to_mm(np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"), axis=-1))
+
+
+def _rotation(axis: FloatArray, angle: float) -> FloatArray:
+    """Return the (3, 3) rotation about an axis, by Rodrigues' formula; the angle in radians."""
+    x, y, z = axis / np.linalg.norm(axis)
+    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    return np.asarray(np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross)
