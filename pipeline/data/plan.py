@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import textwrap
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+import yaml
+from pydantic import Field, ValidationError
 
 from pipeline.data.manifest import Modality
-from pipeline.records import Record
+from pipeline.errors import ConfigError
+from pipeline.records import Record, write_text
 
 PLAN_FORMAT_VERSION = 1
 
@@ -56,8 +60,9 @@ class Normalisation(Record):
     """How one channel's intensities are brought to a common scale.
 
     Attributes:
-        scheme: ct: clip to low..high, then subtract mean and divide by std, all four of the fingerprint; zscore: mean and standard
-            deviation of the case's own voxels; zscore_nonzero: of its non-zero voxels, the rest stays zero; none: as they are.
+        scheme: ct: clip to low..high, then subtract mean and divide by std, all four of the fingerprint; zscore: mean and
+            standard deviation of the case's own voxels; zscore_nonzero: of its non-zero voxels, the rest stays zero; none: as
+            they are.
         low, high, mean, std: in the file's units; for ct only.
     """
 
@@ -78,8 +83,8 @@ class Plan(Record):
         label_pairs: labels that swap when left and right are flipped.
         orientation: axis code of the plan's grid.
         spacing_mm: voxel size of the plan's grid.
-        thick_axis: axis of the plan's grid along which images are interpolated linearly and labels by nearest plane; None where
-            voxels are nearly cubes.
+        thick_axis: axis of the plan's grid along which images are interpolated linearly and labels by nearest plane; None
+            where voxels are nearly cubes.
         crop: "nonzero" cuts away the frame in which every channel is zero.
         patch_size: voxels of a patch and of a window.
         batch_size: patches a step.
@@ -119,3 +124,52 @@ class Plan(Record):
     def preprocessing_digest(self) -> str:
         """Return a digest of what a stored case depends on; patch and batch size, and reasons, are not among it."""
         return self.model_copy(update={"patch_size": (1, 1, 1), "batch_size": 1, "reasons": {}}).digest()
+
+
+def write_plan(path: Path, plan: Plan) -> None:
+    """Write a plan as YAML that a person can read and edit: each value below the reason for it.
+
+    The reasons stand once more as a mapping at the end: comments are for people, and are lost when the file is read.
+    """
+    lines = [
+        "# The plan: how every image is treated, in training and after. Edit a value, then run `medseg preprocess`."
+    ]
+    for name, value in plan.model_dump(mode="json").items():
+        reason = plan.reasons.get(name)
+        lines += ["", *textwrap.wrap(reason, 118, initial_indent="# ", subsequent_indent="# ")] if reason else [""]
+        lines.append(yaml.safe_dump({name: value}, sort_keys=False, allow_unicode=True, width=120).rstrip())
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a plan.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, is of another format version, or a value is not what it must be;
+            names every key with what was got and expected.
+    """
+    try:
+        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); `medseg preprocess` writes a plan") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: a plan is a mapping of names to values, got {type(content).__name__}")
+    version = content.get("format_version")
+    if version != PLAN_FORMAT_VERSION:
+        newer = isinstance(version, int) and version > PLAN_FORMAT_VERSION
+        todo = "update medseg" if newer else "plan anew with `medseg preprocess CONFIG --replan`"
+        raise ConfigError(f"{path}: format version {version}, this medseg reads {PLAN_FORMAT_VERSION}; {todo}")
+    try:
+        return Plan.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{path}: {_problem(dict(e))}" for e in error.errors())) from None
+
+
+def _problem(error: dict[str, Any]) -> str:
+    """Say where a value is wrong, what was expected and what was got."""
+    where = ".".join(map(str, error["loc"])) or "plan"
+    if error["type"] == "missing":
+        return f"{where}: is missing"
+    return f"{where}: {error['msg']}, got {error['input']!r}"
