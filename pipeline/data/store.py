@@ -156,10 +156,12 @@ class StoredCase:
 
     @cached_property
     def _image(self) -> Any:
+        """The image's file, mapped."""
         return self._open("image")
 
     @cached_property
     def _label(self) -> Any:
+        """The label's file, mapped."""
         return self._open("label")
 
     def _open(self, name: str) -> Any:
@@ -243,7 +245,7 @@ class CaseStore:
         shutil.rmtree(aside)
 
     def key_of(self, case_id: str) -> str | None:
-        """Return the key that the case was written with; None where case.json is missing, damaged or of another format."""
+        """Return the key that the case was written with; None where case.json is missing, damaged or of another age."""
         try:
             return self._record(case_id).key
         except StoreError:
@@ -267,7 +269,9 @@ class CaseStore:
             StoreError: the case is not in the store, or a file is missing or damaged; names it.
         """
         record = self._record(case_id)
-        arrays = {name: self._read_array(case_id, name, record) for name in record.files}
+        arrays = {
+            name: blosc2.ndarray_from_cframe(self._read_bytes(case_id, name, record))[...] for name in record.files
+        }
         return PreparedCase(
             image=arrays["image.b2nd"],
             label=arrays.get("label.b2nd"),
@@ -300,17 +304,12 @@ class CaseStore:
             content = json.loads(path.read_bytes())
             written = content.pop("sha256")
             intact = written == digest_of(content)
-        except FileNotFoundError:
-            raise StoreError(f"{path}: is not there; `medseg preprocess` makes the case") from None
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise _damaged(path, str(error)) from error
         if not intact:
             raise _damaged(path, "its checksum differs")
         if content["format_version"] != STORE_FORMAT_VERSION:
-            raise StoreError(
-                f"{path}: format version {content['format_version']}, this medseg reads {STORE_FORMAT_VERSION}; "
-                "`medseg preprocess` makes the case anew"
-            )
+            raise _damaged(path, f"format version {content['format_version']}, not {STORE_FORMAT_VERSION}")
         try:
             return CaseRecord.model_validate(content)
         except ValidationError as error:
@@ -327,11 +326,6 @@ class CaseStore:
             raise _damaged(path, "its checksum differs")
         return content
 
-    def _read_array(self, case_id: str, name: str, record: CaseRecord) -> NDArray[Any]:
-        """Read and decompress a file."""
-        array: NDArray[Any] = blosc2.ndarray_from_cframe(self._read_bytes(case_id, name, record))[...]
-        return array
-
 
 def _split_by_class(rows: NDArray[np.int32]) -> dict[int, NDArray[np.int32]]:
     """Turn (n, 4) rows of class and voxel into class -> (n, 3) voxels."""
@@ -340,15 +334,14 @@ def _split_by_class(rows: NDArray[np.int32]) -> dict[int, NDArray[np.int32]]:
 
 def _arrays(prepared: PreparedCase) -> dict[str, NDArray[Any]]:
     """Return what is written of a case: file name -> array."""
-    arrays: dict[str, NDArray[Any]] = {"image.b2nd": prepared.image}
-    if prepared.label is not None:
-        arrays["label.b2nd"] = prepared.label
-    if prepared.reference is not None:
-        arrays["reference.b2nd"] = prepared.reference
-    if prepared.class_voxels:
-        rows = [np.insert(voxels, 0, index, axis=1) for index, voxels in prepared.class_voxels.items()]
-        arrays["class_voxels.b2nd"] = np.concatenate(rows)
-    return arrays
+    rows = [np.insert(voxels, 0, index, axis=1) for index, voxels in prepared.class_voxels.items()]
+    arrays = {
+        "image.b2nd": prepared.image,
+        "label.b2nd": prepared.label,
+        "reference.b2nd": prepared.reference,
+        "class_voxels.b2nd": np.concatenate(rows) if rows else None,
+    }
+    return {name: array for name, array in arrays.items() if array is not None}
 
 
 def _write_array(path: Path, array: NDArray[Any]) -> str:
@@ -403,4 +396,4 @@ def _flush_folder(folder: Path) -> None:
 
 def _damaged(path: Path, why: str) -> StoreError:
     """Return the error for a file that cannot be used."""
-    return StoreError(f"{path}: missing or damaged ({why}); `medseg preprocess` rebuilds the case")
+    return StoreError(f"{path}: cannot be used ({why}); `medseg preprocess` makes the case anew")
