@@ -60,9 +60,9 @@ class Normalisation(Record):
     """How one channel's intensities are brought to a common scale.
 
     Attributes:
-        scheme: ct: clip to low..high, then subtract mean and divide by std, all four of the fingerprint; zscore: mean and
-            standard deviation of the case's own voxels; zscore_nonzero: of its non-zero voxels, the rest stays zero; none: as
-            they are.
+        scheme: ct: clip to low..high, then subtract mean and divide by std, all four of the fingerprint; zscore: mean
+            and standard deviation of the case's own voxels; zscore_nonzero: of its non-zero voxels, the rest stays
+            zero; none: as they are.
         low, high, mean, std: in the file's units; for ct only.
     """
 
@@ -83,8 +83,8 @@ class Plan(Record):
         label_pairs: labels that swap when left and right are flipped.
         orientation: axis code of the plan's grid.
         spacing_mm: voxel size of the plan's grid.
-        thick_axis: axis of the plan's grid along which images are interpolated linearly and labels by nearest plane; None
-            where voxels are nearly cubes.
+        thick_axis: axis of the plan's grid along which images are interpolated linearly and labels by nearest plane;
+            None where voxels are nearly cubes.
         crop: "nonzero" cuts away the frame in which every channel is zero.
         patch_size: voxels of a patch and of a window.
         batch_size: patches a step.
@@ -126,6 +126,13 @@ class Plan(Record):
         return self.model_copy(update={"patch_size": (1, 1, 1), "batch_size": 1, "reasons": {}}).digest()
 
 
+class _PlanDumper(yaml.SafeDumper):
+    """Mappings a line an entry, lists on one line: [1.0, 1.0, 3.0]."""
+
+
+_PlanDumper.add_representer(list, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, True))
+
+
 def write_plan(path: Path, plan: Plan) -> None:
     """Write a plan as YAML that a person can read and edit: each value below the reason for it.
 
@@ -137,7 +144,9 @@ def write_plan(path: Path, plan: Plan) -> None:
     for name, value in plan.model_dump(mode="json").items():
         reason = plan.reasons.get(name)
         lines += ["", *textwrap.wrap(reason, 118, initial_indent="# ", subsequent_indent="# ")] if reason else [""]
-        lines.append(yaml.safe_dump({name: value}, sort_keys=False, allow_unicode=True, width=120).rstrip())
+        lines.append(
+            yaml.dump({name: value}, Dumper=_PlanDumper, sort_keys=False, allow_unicode=True, width=120).rstrip()
+        )
     write_text(path, "\n".join(lines) + "\n")
 
 
