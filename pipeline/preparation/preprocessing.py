@@ -1,0 +1,236 @@
+"""From native images and label to the plan's grid and intensities.
+
+One target Geometry is computed for a case (oriented, cropped, respaced), each channel goes onto it by one resample from
+its own grid, and only then are intensities normalised. `segment`, `evaluate` and the store all come through here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.plan import Normalisation, Plan
+from pipeline.data.resampling import resample_image, resample_label
+from pipeline.data.store import Labels, PreparedCase
+from pipeline.data.volume import Volume
+from pipeline.errors import VolumeError
+from pipeline.geometry import FloatArray, Geometry
+
+# Coordinates kept per class: enough that patches centred on them look drawn from all voxels, small enough to keep.
+CLASS_VOXELS = 10_000
+
+# Boxes are compared across grids in millimetres: this much of a voxel is rounding, not another voxel.
+_ROUNDING_VOXELS = 1e-3
+
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedImage:
+    """An image as the network sees it.
+
+    Attributes:
+        array: (C, X, Y, Z) float32, normalised, channels in the plan's order; zeros for a missing channel.
+        geometry: the plan's grid.
+    """
+
+    array: NDArray[np.float32]
+    geometry: Geometry
+
+
+def prepare_images(images: Mapping[str, Volume], plan: Plan, native: Geometry) -> PreparedImage:
+    """Bring a case's channels to the plan's grid and intensities.
+
+    Args:
+        images: channel -> (1, X, Y, Z) float32, each on its own grid; channels may be missing, but not all.
+        plan: the plan.
+        native: the case's native grid; the plan's grid lies inside its box.
+
+    Raises:
+        VolumeError: a channel is not of the plan, none is there, or one holds NaN or infinity.
+    """
+    _refuse_unknown(images, plan)
+    target = target_geometry(images, plan, native)
+    array = np.zeros((len(plan.channels), *target.shape), np.float32)
+    for index, channel in enumerate(plan.channels):
+        if channel in images:
+            _prepare_channel(channel, images[channel], target, plan, out=array[index])
+    return PreparedImage(array, target)
+
+
+def prepare_case(images: Mapping[str, Volume], label: Volume | None, plan: Plan, native: Geometry) -> PreparedCase:
+    """Make of a case what the store keeps of it.
+
+    Args:
+        images: as for `prepare_images`.
+        label: (X, Y, Z) values of `plan.labels` on the native grid; None for an unlabelled case.
+        plan: the plan.
+        native: the native grid.
+
+    Raises:
+        VolumeError: as `prepare_images`; a label value is unknown; intensities that are not normalised exceed float16.
+        ValueError: the label does not lie on the native grid.
+    """
+    prepared = prepare_images(images, plan, native)
+    reference = drawn = None
+    if label is not None:
+        if label.geometry != native:
+            raise ValueError(f"the label's grid, {label.geometry}, is not the native one, {native}")
+        reference = class_indices(label.array, plan)
+        drawn = resample_label(Volume(reference, native), prepared.geometry, thick_axis=plan.thick_axis).array
+    return PreparedCase(
+        image=_as_float16(prepared.array, plan),
+        label=drawn,
+        reference=reference,
+        geometry=prepared.geometry,
+        native=native,
+        class_voxels={} if drawn is None else sample_class_voxels(drawn),
+        channels_present=tuple(channel for channel in plan.channels if channel in images),
+    )
+
+
+def target_geometry(images: Mapping[str, Volume], plan: Plan, native: Geometry) -> Geometry:
+    """Return the plan's grid of a case: the native one oriented, cropped to what is not zero, and respaced."""
+    grid = native.reoriented(plan.orientation)
+    if plan.crop == "nonzero":
+        boxes = [_box_on(grid, image) for image in images.values() if image.array.any()]
+        if boxes:
+            start = np.clip(np.min([box[0] for box in boxes], axis=0), 0, np.array(grid.shape) - 1)
+            stop = np.clip(np.max([box[1] for box in boxes], axis=0), start + 1, grid.shape)
+            grid = grid.cropped(tuple(start.tolist()), tuple(stop.tolist()))
+    return grid.respaced(plan.spacing_mm)
+
+
+def class_indices(label: NDArray[Any], plan: Plan) -> Labels:
+    """Turn label values into class indices, in the smallest type that holds them.
+
+    Raises:
+        VolumeError: a value is not one of the plan's.
+    """
+    values = np.array(plan.class_values)
+    order = np.argsort(values)
+    kind = np.uint8 if values.size <= 256 else np.int16
+    classes: Labels = np.empty(label.shape, kind)
+    for plane, result in zip(label, classes, strict=True):  # plane by plane: positions are 64-bit integers
+        position = np.searchsorted(values[order], plane).clip(max=values.size - 1)
+        unknown = values[order][position] != plane
+        if unknown.any():
+            raise VolumeError(
+                f"the label holds the value {plane[unknown][0]}, which is not one of the plan's, {plan.labels}; "
+                "name it in the manifest's labels"
+            )
+        result[...] = order[position]
+    return classes
+
+
+def sample_class_voxels(label: Labels, seed: int = 0) -> dict[int, NDArray[np.int32]]:
+    """Return the voxels of each foreground class, at most CLASS_VOXELS drawn evenly of each.
+
+    Args:
+        label: (X, Y, Z) class indices.
+        seed: of the draw; the same label and seed give the same voxels.
+
+    Returns:
+        class index -> (n, 3) int32 voxels in the order of the array; classes that do not occur are left out.
+    """
+    flat = label.ravel()
+    foreground = np.flatnonzero(flat)  # (F,)
+    classes = flat[foreground]
+    voxels = {}
+    for index in np.flatnonzero(np.bincount(classes)).tolist():
+        own = foreground[classes == index]
+        if own.size > CLASS_VOXELS:
+            own = np.sort(np.random.default_rng((seed, index)).choice(own, CLASS_VOXELS, replace=False))
+        voxels[index] = np.stack(np.unravel_index(own, label.shape), axis=1).astype(np.int32)
+    return voxels
+
+
+def _refuse_unknown(images: Mapping[str, Volume], plan: Plan) -> None:
+    """Raise where the channels are not the plan's."""
+    unknown = [channel for channel in images if channel not in plan.channels]
+    if unknown or not images:
+        raise VolumeError(f"channels {', '.join(images) or '(none)'}: the plan's are {', '.join(plan.channels)}")
+
+
+def _box_on(grid: Geometry, image: Volume) -> tuple[FloatArray, FloatArray]:
+    """Return start and stop of an image's non-zero box on another grid, in whole voxels that hold all of it."""
+    start, stop = nonzero_box(image.array)
+    faces = np.array(list(product(*zip(start - 0.5, stop - 0.5, strict=True))))  # (8, 3) outer corners
+    corners = grid.to_index(image.geometry.to_mm(faces)) + 0.5
+    low = np.floor(corners.min(axis=0) + _ROUNDING_VOXELS)
+    high = np.ceil(corners.max(axis=0) - _ROUNDING_VOXELS)
+    return low.astype(int), high.astype(int)
+
+
+def nonzero_box(image: NDArray[Any]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Return start and stop, (3,) each, of the box around the non-zero voxels of (C, X, Y, Z); there must be one."""
+    nonzero = (image != 0).any(axis=0)
+    lines = [np.flatnonzero(nonzero.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
+    return np.array([line[0] for line in lines]), np.array([line[-1] + 1 for line in lines])
+
+
+def _prepare_channel(channel: str, image: Volume, target: Geometry, plan: Plan, *, out: NDArray[np.float32]) -> None:
+    """Resample one channel onto the target and normalise it, into `out` (X, Y, Z)."""
+    normalisation = plan.normalisation[channel]
+    # Beyond a CT's field of view is air, and its lowest intensity says so; elsewhere air is zero.
+    outside = normalisation.low if normalisation.scheme == "ct" and normalisation.low is not None else 0.0
+    out[...] = resample_image(image, target, thick_axis=plan.thick_axis, outside=outside).array[0]
+    if not np.isfinite(out.sum(dtype=np.float64)):
+        raise VolumeError(f"channel {channel!r} holds NaN or infinity; mend or drop the image")
+    body = _body_of(image, target, plan) if normalisation.scheme == "zscore_nonzero" else None
+    normalise(out, normalisation, body)
+
+
+def _body_of(image: Volume, target: Geometry, plan: Plan) -> Mask:
+    """Return where the image is not zero, on the target; interpolation itself leaves ripples around zeros."""
+    nonzero = Volume((image.array[0] != 0).view(np.uint8), image.geometry)
+    return np.asarray(resample_label(nonzero, target, thick_axis=plan.thick_axis).array != 0)
+
+
+def normalise(image: NDArray[np.float32], normalisation: Normalisation, body: Mask | None = None) -> None:
+    """Bring an image's intensities to a common scale, in place.
+
+    Args:
+        image: (X, Y, Z), finite.
+        normalisation: how.
+        body: (X, Y, Z) for zscore_nonzero: the voxels that count; the others become zero.
+    """
+    if normalisation.scheme == "ct":
+        np.clip(image, normalisation.low, normalisation.high, out=image)
+        image -= normalisation.mean or 0.0
+        image /= normalisation.std or 1.0
+    elif normalisation.scheme != "none":
+        mean, std = _moments(image, body)
+        image -= mean
+        # A constant image carries nothing: rounding must not be blown up to noise of unit size.
+        image *= 1 / std if std > np.finfo(np.float32).eps * abs(mean) else 0.0
+        if body is not None:
+            image[~body] = 0.0
+
+
+def _moments(image: NDArray[np.float32], body: Mask | None) -> tuple[float, float]:
+    """Return mean and standard deviation in float64, plane by plane: no second volume in memory."""
+    planes: Sequence[NDArray[np.float32]] = (
+        list(image) if body is None else [plane[inside] for plane, inside in zip(image, body, strict=True)]
+    )
+    voxels = max(1, sum(plane.size for plane in planes))
+    mean = sum(float(plane.sum(dtype=np.float64)) for plane in planes) / voxels
+    squares = sum(float(np.square(plane - mean, dtype=np.float64).sum()) for plane in planes)
+    return mean, float(np.sqrt(squares / voxels))
+
+
+def _as_float16(image: NDArray[np.float32], plan: Plan) -> NDArray[np.float16]:
+    """Return the image as the store keeps it."""
+    largest = np.finfo(np.float16).max
+    for channel, array in zip(plan.channels, image, strict=True):
+        if max(array.max(), -array.min()) > largest:
+            raise VolumeError(
+                f"channel {channel!r}: intensities up to {np.abs(array).max():g} exceed the store's {largest:g}; set "
+                f"preprocessing.normalisation.{channel} to zscore"
+            )
+    return image.astype(np.float16)
