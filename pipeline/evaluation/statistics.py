@@ -1,0 +1,161 @@
+"""Statistics over per-case tables: means with bootstrap intervals, missed and spurious beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.evaluation.metrics import Row
+
+FloatArray = NDArray[np.float64]
+
+CONFIDENCE = 0.95
+
+# The line of a summary that is the mean over classes.
+MEAN = "mean"
+
+# Drawn indices held in memory at a time.
+_DRAWS_AT_A_TIME = 2**22
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The mean of one metric over cases.
+
+    Attributes:
+        mean: nan where no case has a value.
+        low, high: ends of its 95 % interval; nan with fewer than two patients.
+        cases: cases with a value.
+    """
+
+    mean: float
+    low: float
+    high: float
+    cases: int
+
+
+@dataclass(frozen=True)
+class ClassSummary:
+    """One class, or the mean over classes.
+
+    Attributes:
+        class_name: a label's name, or MEAN.
+        scored: rows with reference and prediction.
+        missed: rows with a reference and no prediction.
+        spurious: rows with a prediction and no reference.
+        metrics: metric name -> estimate over the scored rows.
+    """
+
+    class_name: str
+    scored: int
+    missed: int
+    spurious: int
+    metrics: dict[str, Estimate]
+
+
+def bootstrap_interval(
+    values: Sequence[float] | FloatArray,
+    *,
+    samples: int,
+    seed: int,
+    patients: Sequence[str] | None = None,
+    confidence: float = CONFIDENCE,
+) -> tuple[float, float]:
+    """Return the bootstrap percentile interval of the mean (Efron and Tibshirani, 1993, chapter 13).
+
+    Patients are drawn with replacement, each with all of its cases, since two scans of one patient are not independent.
+
+    Args:
+        values: one a case; nan are left out.
+        samples: number of resamples, at least 1.
+        seed: of the draw; equal arguments give equal intervals.
+        patients: whose each value is; None: each value is of another patient.
+        confidence: of the interval, 0 to 1.
+
+    Returns:
+        Its ends; nan, nan where fewer than two patients have a value.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    known = ~np.isnan(array)
+    owners = np.arange(array.size) if patients is None else np.unique(np.asarray(patients), return_inverse=True)[1]
+    _, owners = np.unique(owners[known], return_inverse=True)
+    counts = np.bincount(owners)
+    if counts.size < 2:
+        return float("nan"), float("nan")
+    sums = np.bincount(owners, weights=array[known]).astype(np.float64)
+    means = _resampled_means(sums, counts, samples, np.random.default_rng(seed))
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def summarise(
+    rows: Mapping[str, Sequence[Row]], *, samples: int, seed: int, patients: Mapping[str, str] | None = None
+) -> list[ClassSummary]:
+    """Summarise a per-case table by class, and over classes.
+
+    A case's value over classes is the mean over the classes that are scored in it; a case in which none is
+    has no value. What that leaves out stands in `missed` and `spurious`.
+
+    Args:
+        rows: case id -> a row a class, the same classes in the same order for each case.
+        samples: resamples of the bootstrap.
+        seed: of the bootstrap.
+        patients: case id -> patient; None: each case is of another patient.
+
+    Returns:
+        A summary a class, then one with the name MEAN; empty without cases.
+    """
+    if not rows:
+        return []
+    owners = [patients[case] if patients else case for case in rows]
+    by_class = list(zip(*rows.values(), strict=True))
+
+    def estimate(values: FloatArray) -> Estimate:
+        known = values[~np.isnan(values)]
+        low, high = bootstrap_interval(values, samples=samples, seed=seed, patients=owners)
+        return Estimate(float(known.mean()) if known.size else float("nan"), low, high, int(known.size))
+
+    names = list(by_class[0][0].values)
+    # (classes, cases) a metric
+    tables = {name: np.array([[row.values[name] for row in column] for column in by_class]) for name in names}
+    summaries = [
+        _summary(column[0].class_name, column, {name: estimate(tables[name][index]) for name in names})
+        for index, column in enumerate(by_class)
+    ]
+    every_row = [row for column in by_class for row in column]
+    return [*summaries, _summary(MEAN, every_row, {name: estimate(mean_known(tables[name])) for name in names})]
+
+
+def mean_known(table: FloatArray) -> FloatArray:
+    """Return the (n,) mean over the first axis of an (m, n) table, nan left out; nan where all are."""
+    known = ~np.isnan(table)
+    counts = known.sum(axis=0)
+    sums = np.where(known, table, 0.0).sum(axis=0)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def _summary(class_name: str, rows: Sequence[Row], metrics: dict[str, Estimate]) -> ClassSummary:
+    """Count the rows by status beside their estimates."""
+    statuses = [row.status for row in rows]
+    return ClassSummary(
+        class_name=class_name,
+        scored=statuses.count("scored"),
+        missed=statuses.count("missed"),
+        spurious=statuses.count("spurious"),
+        metrics=metrics,
+    )
+
+
+def _resampled_means(
+    sums: FloatArray, counts: NDArray[np.integer], samples: int, rng: np.random.Generator
+) -> FloatArray:
+    """Return (samples,) means over cases, patients drawn with replacement; in blocks, so that memory stays bounded."""
+    block = max(1, _DRAWS_AT_A_TIME // sums.size)
+    means = []
+    for start in range(0, samples, block):
+        drawn = rng.integers(sums.size, size=(min(block, samples - start), sums.size))
+        means.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
+    return np.concatenate(means)
