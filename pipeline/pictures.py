@@ -1,0 +1,94 @@
+"""Pictures of a case: three orthogonal slices with the outlines of label maps over them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart by colour-blind people too; black is left out, the background is.
+COLOURS = ("#E69F00", "#56B4E9", "#F0E442", "#009E73", "#D55E00", "#CC79A7", "#0072B2")
+LINES = ("solid", "dashed", "dotted")
+
+
+def draw_overlay(
+    image: NDArray[Any],
+    spacing_mm: tuple[float, float, float],
+    outlines: Mapping[str, NDArray[Any]],
+    class_names: Sequence[str],
+    title: str = "",
+) -> Figure:
+    """Draw three orthogonal slices of an image with the outlines of label maps.
+
+    The slices go through the largest section of the first label map that has a foreground, else through the middle. Axes
+    grow to the right and upwards: an array in RAS order shows the patient's left on the left.
+
+    Args:
+        image: (X, Y, Z), any real type; shown from its 1st to its 99th percentile.
+        spacing_mm: of the three axes.
+        outlines: name ("reference", "prediction") -> (X, Y, Z) class indices, 0 the background; each has its line style.
+        class_names: by class index, the background first; each class has its own colour.
+        title: above the picture.
+
+    Returns:
+        A figure that belongs to no window; `figure.savefig(path)` writes it.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), dpi=100, layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    finite = image[np.isfinite(image)]
+    low, high = np.percentile(finite, (1, 99)) if finite.size else (0, 1)
+    for axis, (panel, at) in enumerate(zip(figure.subplots(1, 3), slices_of(outlines, image.shape), strict=True)):
+        across, up = (n for n in range(3) if n != axis)
+        panel.imshow(
+            np.take(image, at, axis).T,
+            cmap="gray",
+            vmin=low,
+            vmax=high,
+            origin="lower",
+            aspect=spacing_mm[up] / spacing_mm[across],
+            interpolation="nearest",
+        )
+        for line, classes in zip(LINES, outlines.values(), strict=False):
+            _outline(panel, np.take(classes, at, axis).T, line)
+        panel.set_title(f"{'XYZ'[axis]} = {at}", fontsize=8)
+        panel.set_axis_off()
+    _legend(figure, outlines, class_names)
+    return figure
+
+
+def slices_of(outlines: Mapping[str, NDArray[Any]], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return for each axis the slice with the largest section of the first label map with a foreground, else the middle."""
+    drawn = next((classes for classes in outlines.values() if classes.any()), None)
+    if drawn is None:
+        return tuple(n // 2 for n in shape)
+    foreground = drawn != 0
+    return tuple(int(foreground.sum(tuple(a for a in range(3) if a != axis)).argmax()) for axis in range(3))
+
+
+def _outline(panel: Axes, classes: NDArray[Any], line: str) -> None:
+    """Draw the outline of each class of a slice (rows, columns)."""
+    padded = np.pad(classes, 1)  # A structure that touches the border is closed there.
+    rows, columns = (np.arange(-1, n + 1) for n in classes.shape)
+    for value in np.unique(classes[classes != 0]):
+        colour = COLOURS[(int(value) - 1) % len(COLOURS)]
+        panel.contour(columns, rows, padded == value, levels=[0.5], colors=colour, linestyles=line, linewidths=1.2)
+
+
+def _legend(figure: Figure, outlines: Mapping[str, NDArray[Any]], class_names: Sequence[str]) -> None:
+    """Name the classes that occur by colour, and the label maps by line style where there are several."""
+    from matplotlib.lines import Line2D
+
+    present = sorted({int(value) for classes in outlines.values() for value in np.unique(classes)} - {0})
+    handles = [Line2D([], [], color=COLOURS[(k - 1) % len(COLOURS)], label=class_names[k]) for k in present]
+    if len(outlines) > 1:
+        handles += [Line2D([], [], color="gray", ls=ls, label=n) for ls, n in zip(LINES, outlines, strict=False)]
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)

@@ -1,0 +1,181 @@
+"""Examination: all that one read of a case tells, for `check`, the fingerprint and the plan.
+
+Each file is read once: its bytes are hashed, unpacked and interpreted from memory. What is learned is small, is kept as
+JSON, and can be merged over cases; problems are part of it, so that a case that was read before needs no second read to be
+reported again.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from pipeline.data.plan import Size
+from pipeline.geometry import Geometry
+from pipeline.records import Record
+
+EXAMINATION_VERSION = 1
+
+# The shares at which an intensity distribution is kept: each percent, and finer towards both ends.
+LEVELS = (0.0, 0.001, 0.002, 0.005, *(n / 100 for n in range(1, 100)), 0.995, 0.998, 0.999, 1.0)
+
+Box = tuple[Size, Size]
+Row = tuple[float, float, float, float]
+
+
+class Problem(Record):
+    """Something wrong with a case.
+
+    Attributes:
+        severity: an error must be mended before anything else; a warning wants a look.
+        kind: one word for what is wrong, see `check`.
+        case_id: the case.
+        message: what, where, got, expected, what to do.
+    """
+
+    severity: Literal["error", "warning"]
+    kind: str
+    case_id: str
+    message: str
+
+
+class Grid(Record):
+    """A geometry as a record.
+
+    Attributes:
+        shape: voxels along the three axes.
+        affine: the rows of the matrix from voxel index to RAS+ mm.
+    """
+
+    shape: Size
+    affine: tuple[Row, Row, Row, Row]
+
+    @classmethod
+    def of(cls, geometry: Geometry) -> Grid:
+        """Return a geometry as a record."""
+        return cls(shape=geometry.shape, affine=tuple(map(tuple, geometry.affine.tolist())))
+
+    @property
+    def geometry(self) -> Geometry:
+        """The record as a geometry."""
+        return Geometry(self.shape, np.array(self.affine))
+
+
+class Intensities(Record):
+    """A distribution of intensities, in the file's units.
+
+    Attributes:
+        voxels: how many it is of.
+        mean, std: of them.
+        quantiles: the intensities at `LEVELS`.
+    """
+
+    voxels: int
+    mean: float
+    std: float
+    quantiles: tuple[float, ...]
+
+    def at(self, level: float) -> float:
+        """Return the intensity below which a share `level` (0 to 1) of the voxels lies."""
+        return float(np.interp(level, LEVELS, self.quantiles))
+
+
+class ChannelExamination(Record):
+    """One channel of a case.
+
+    Attributes:
+        grid: its own grid.
+        content: SHA-256 of shape and voxels, equal for equal images however they are packed.
+        nonzero_box: (start, stop) of the smallest box around the voxels that are not zero; None where all are.
+        body: intensities of the voxels that are not air (CT: above -500 HU; else: not zero); None where there is none.
+        foreground: intensities at the label's foreground voxels; None where there is none.
+    """
+
+    grid: Grid
+    content: str
+    nonzero_box: Box | None
+    body: Intensities | None
+    foreground: Intensities | None
+
+
+class LabelExamination(Record):
+    """The label of a case.
+
+    Attributes:
+        grid: its own grid; the first image's where the two differ by less than a tenth of a voxel.
+        voxels: label name -> voxels, 0 included.
+        boxes: label name -> (start, stop) of the smallest box around it; absent labels are left out.
+    """
+
+    grid: Grid
+    voxels: dict[str, int]
+    boxes: dict[str, Box]
+
+
+class FileStamp(Record):
+    """What tells that a file is unchanged without reading it, and the digest of what it holds.
+
+    Attributes:
+        size_bytes, mtime_ns: as the file system says.
+        sha256: of the file's bytes.
+    """
+
+    size_bytes: int
+    mtime_ns: int
+    sha256: str
+
+
+class CaseExamination(Record):
+    """All that one read of a case tells.
+
+    Attributes:
+        case_id: the case.
+        key: digest of all that the examination depends on beside the files.
+        files: path in the manifest -> stamp; files that cannot be read are left out.
+        channels: channel name -> what it is like, in the manifest's order; unusable channels are left out.
+        label: what the label is like; None where there is none, or it is unusable.
+        problems: errors and warnings of this case alone.
+    """
+
+    case_id: str
+    key: str
+    files: dict[str, FileStamp]
+    channels: dict[str, ChannelExamination]
+    label: LabelExamination | None
+    problems: tuple[Problem, ...]
+
+    @property
+    def native(self) -> Geometry | None:
+        """The native grid: the label's, else the first present channel's; None where nothing is usable."""
+        grids = [self.label.grid] if self.label else [channel.grid for channel in self.channels.values()]
+        return grids[0].geometry if grids else None
+
+    @property
+    def usable(self) -> bool:
+        """Whether no error was found."""
+        return not any(problem.severity == "error" for problem in self.problems)
+
+
+def pooled(parts: list[Intensities]) -> Intensities:
+    """Merge distributions: mean and deviation exactly, quantiles from the kept ones.
+
+    Raises:
+        ValueError: there is nothing to merge.
+    """
+    voxels = np.array([part.voxels for part in parts], dtype=np.float64)
+    if not voxels.sum() > 0:
+        raise ValueError("no voxels to merge")
+    share = voxels / voxels.sum()
+    means = np.array([part.mean for part in parts])
+    mean = float(share @ means)
+    variance = float(share @ (np.array([part.std for part in parts]) ** 2 + (means - mean) ** 2))
+    values = np.unique([part.quantiles for part in parts])
+    # Left of its smallest value a distribution has nothing, right of its largest everything.
+    below = share @ np.array([np.interp(values, part.quantiles, LEVELS) for part in parts])
+    return Intensities(
+        voxels=int(voxels.sum()),
+        mean=mean,
+        std=variance**0.5,
+        quantiles=tuple(float(value) for value in np.interp(LEVELS, below, values)),
+    )
