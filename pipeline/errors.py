@@ -31,3 +31,7 @@ class StoreError(PipelineError):
 
 class ModelError(PipelineError):
     """A model, run or checkpoint is missing, incomplete or of a kind that this version cannot read."""
+
+
+class TrainingError(PipelineError):
+    """Training cannot begin, go on or be resumed."""

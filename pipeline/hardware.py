@@ -43,7 +43,8 @@ def pick_device(name: str = "auto") -> torch.device:
 def pick_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """Return the type in which a network computes under autocast.
 
-    auto: bf16 where the hardware multiplies in it, fp16 on older GPUs, else float32. bf16 that is merely emulated is slower than float32.
+    auto: bf16 where the hardware multiplies in it, fp16 on older GPUs, else float32. bf16 that is merely emulated is
+        slower than float32.
     """
     if precision != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
@@ -69,7 +70,8 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 def keep_freed_memory() -> None:
     """Ask glibc to keep freed memory in the process instead of giving every large block back to the kernel.
 
-    Without it each forward pass faults its activations in again: about a third of the CPU time at 96^3 voxels. It holds for the
+    Without it each forward pass faults its activations in again: about a third of the CPU time at 96^3 voxels. It holds
+        for the
     process, and does nothing where the C library is another.
     """
     if sys.platform != "linux":

@@ -32,7 +32,14 @@ class ConvBlock(nn.Sequential):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, kernel: Size, stride: Size, norm: Norm, activation: Activation | None
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        kernel: Size,
+        stride: Size,
+        norm: Norm,
+        activation: Activation | None,
     ) -> None:
         padding = tuple(k // 2 for k in kernel)
         # A norm subtracts the mean, and a bias with it.
@@ -46,10 +53,20 @@ class ConvBlock(nn.Sequential):
 
 
 class ResidualUnit(nn.Module):
-    """Convolution blocks with a short skip around them (He et al. 2016); the skip is a 1^3 convolution where shapes differ."""
+    """Convolution blocks with a short skip around them (He et al. 2016); the skip is a 1^3 convolution where shapes
+    differ.
+    """
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, convs: int, kernel: Size, stride: Size, norm: Norm, activation: Activation
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        convs: int,
+        kernel: Size,
+        stride: Size,
+        norm: Norm,
+        activation: Activation,
     ) -> None:
         super().__init__()
         self.body = nn.Sequential(

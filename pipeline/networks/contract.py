@@ -46,7 +46,8 @@ class Network(nn.Module):
         return x, y, z
 
     def deep_supervision(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Return the logits, then those of coarser decoder levels, finest first; a network without them returns its logits alone.
+        """Return the logits, then those of coarser decoder levels, finest first; a network without them returns its
+        logits alone.
 
         Args:
             image: (N, C, *input).

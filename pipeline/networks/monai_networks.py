@@ -36,7 +36,9 @@ def dynunet(
     norm: Literal["batch", "instance"] = "instance",
     residual: bool = False,
 ) -> Network:
-    """Build MONAI's DynUNet, its re-implementation of nnU-Net's network, with strides and kernels fitted as for `unet`."""
+    """Build MONAI's DynUNet, its re-implementation of nnU-Net's network, with strides and kernels fitted as for
+    `unet`.
+    """
     from monai.networks.nets.dynunet import DynUNet
 
     kernels, strides = topology(task.patch_size, task.spacing_mm, levels)

@@ -1,4 +1,6 @@
-"""U-Net in 3D (Ronneberger et al. 2015; Çiçek et al. 2016) with the topology that nnU-Net fits to patch and spacing (Isensee et al. 2021)."""
+"""U-Net in 3D (Ronneberger et al. 2015; Çiçek et al. 2016) with the topology that nnU-Net fits to patch and spacing
+(Isensee et al. 2021).
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,8 @@ class UNet(Network):
         # The decoder's lists run as it does, from the coarsest level up.
         upwards = list(reversed(list(pairwise(levels))))
         self.upsampling = nn.ModuleList(
-            nn.ConvTranspose3d(widths[coarse], widths[fine], strides[fine], stride=strides[fine]) for fine, coarse in upwards
+            nn.ConvTranspose3d(widths[coarse], widths[fine], strides[fine], stride=strides[fine])
+            for fine, coarse in upwards
         )
         self.decoder = nn.ModuleList(stage(2 * widths[fine], fine) for fine, _ in upwards)
         self.heads = nn.ModuleList(nn.Conv3d(widths[fine], num_classes, 1) for fine, _ in upwards)
@@ -143,9 +146,10 @@ def topology(
 ) -> tuple[tuple[Size, ...], tuple[Size, ...]]:
     """Return the kernel of each level and the stride into each level but the first.
 
-    An axis is halved while its voxels are at most twice as long as the shortest of those that can still be halved, so that a thick
-    axis waits until the others have become as coarse, and while the feature map keeps 4 voxels; it is convolved with a kernel of 3 as
-    soon as its voxels are at most twice as long as the shortest, else of 1 (Isensee et al. 2021, supplementary note 2).
+    An axis is halved while its voxels are at most twice as long as the shortest of those that can still be halved, so
+    that a thick axis waits until the others have become as coarse, and while the feature map keeps 4 voxels; it is
+    convolved with a kernel of 3 as soon as its voxels are at most twice as long as the shortest, else of 1 (Isensee et
+    al. 2021, supplementary note 2).
 
     Raises:
         ValueError: the patch cannot be halved as often as `levels` says.
@@ -163,10 +167,10 @@ def topology(
         strides.append(stride)
         size = [n // s for n, s in zip(size, stride, strict=True)]
         spacing = [mm * s for mm, s in zip(spacing, stride, strict=True)]
-    if levels is not None and len(kernels) < levels or not strides:
+    if (levels is not None and len(kernels) < levels) or not strides:
         raise ValueError(
-            f"a patch of {patch_size} voxels at {spacing_mm} mm can be halved {len(strides)} times, so it holds {len(kernels)} "
-            f"levels, got levels: {levels or 2}; take fewer levels or a larger preprocessing.patch_size"
+            f"a patch of {patch_size} voxels at {spacing_mm} mm can be halved {len(strides)} times, so it holds "
+            f"{len(kernels)} levels, got levels: {levels or 2}; take fewer levels or a larger preprocessing.patch_size"
         )
     return tuple(kernels), tuple(strides)
 
