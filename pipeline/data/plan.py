@@ -26,12 +26,14 @@ class ChannelFingerprint(Record):
         mean, std: of the foreground.
         percentiles: "0.5", "5", "50", "95", "99.5" -> intensity.
         case_medians: smallest and largest median over the cases' bodies, in the file's units.
+        zero_share: median over the cases of the share of voxels that are exactly zero.
     """
 
     mean: float
     std: float
     percentiles: dict[str, float]
     case_medians: tuple[float, float]
+    zero_share: float
 
 
 class Fingerprint(Record):
@@ -41,6 +43,7 @@ class Fingerprint(Record):
         cases: number of cases.
         spacing_mm: 0, 10, 50 and 100 percentile of the spacing in the plan's orientation: name -> three axes in mm.
         shape: the same of the shape after cropping, in voxels.
+        extent_mm: the same of the size after cropping.
         channels: channel name -> intensities.
         label_voxels: label name -> voxels over all cases.
         label_cases: label name -> cases in which it occurs.
@@ -50,6 +53,7 @@ class Fingerprint(Record):
     cases: int
     spacing_mm: dict[str, Millimetres]
     shape: dict[str, tuple[float, float, float]]
+    extent_mm: dict[str, Millimetres]
     channels: dict[str, ChannelFingerprint]
     label_voxels: dict[str, int]
     label_cases: dict[str, int]

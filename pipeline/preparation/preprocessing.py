@@ -6,20 +6,20 @@ its own grid, and only then are intensities normalised. `segment`, `evaluate` an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, SupportsInt
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.plan import Normalisation, Plan
 from pipeline.data.resampling import resample_image, resample_label
-from pipeline.data.store import Labels, PreparedCase
+from pipeline.data.store import Index, Labels, PreparedCase
 from pipeline.data.volume import Volume
 from pipeline.errors import VolumeError
-from pipeline.geometry import FloatArray, Geometry
+from pipeline.geometry import Geometry
 
 # Coordinates kept per class: enough that patches centred on them look drawn from all voxels, small enough to keep.
 CLASS_VOXELS = 10_000
@@ -98,12 +98,20 @@ def target_geometry(images: Mapping[str, Volume], plan: Plan, native: Geometry) 
     """Return the plan's grid of a case: the native one oriented, cropped to what is not zero, and respaced."""
     grid = native.reoriented(plan.orientation)
     if plan.crop == "nonzero":
-        boxes = [_box_on(grid, image) for image in images.values() if image.array.any()]
-        if boxes:
-            start = np.clip(np.min([box[0] for box in boxes], axis=0), 0, np.array(grid.shape) - 1)
-            stop = np.clip(np.max([box[1] for box in boxes], axis=0), start + 1, grid.shape)
-            grid = grid.cropped(tuple(start.tolist()), tuple(stop.tolist()))
+        present = [image for image in images.values() if image.array.any()]
+        grid = cropped_to(grid, [image.geometry.cropped(*nonzero_box(image.array)) for image in present])
     return grid.respaced(plan.spacing_mm)
+
+
+def cropped_to(grid: Geometry, boxes: Sequence[Geometry]) -> Geometry:
+    """Return the part of a grid, in whole voxels, that holds all of some boxes; the whole grid where there are none."""
+    if not boxes:
+        return grid
+    faces = [box.to_mm(np.array(list(product(*((-0.5, n - 0.5) for n in box.shape))))) for box in boxes]
+    corners = grid.to_index(np.concatenate(faces)) + 0.5  # (8 * boxes, 3), voxel 0 from 0 to 1
+    start = np.floor(corners.min(axis=0) + _ROUNDING_VOXELS).clip(0, np.array(grid.shape) - 1)
+    stop = np.ceil(corners.max(axis=0) - _ROUNDING_VOXELS).clip(start + 1, grid.shape)
+    return grid.cropped(_as_index(start), _as_index(stop))
 
 
 def class_indices(label: NDArray[Any], plan: Plan) -> Labels:
@@ -157,21 +165,17 @@ def _refuse_unknown(images: Mapping[str, Volume], plan: Plan) -> None:
         raise VolumeError(f"channels {', '.join(images) or '(none)'}: the plan's are {', '.join(plan.channels)}")
 
 
-def _box_on(grid: Geometry, image: Volume) -> tuple[FloatArray, FloatArray]:
-    """Return start and stop of an image's non-zero box on another grid, in whole voxels that hold all of it."""
-    start, stop = nonzero_box(image.array)
-    faces = np.array(list(product(*zip(start - 0.5, stop - 0.5, strict=True))))  # (8, 3) outer corners
-    corners = grid.to_index(image.geometry.to_mm(faces)) + 0.5
-    low = np.floor(corners.min(axis=0) + _ROUNDING_VOXELS)
-    high = np.ceil(corners.max(axis=0) - _ROUNDING_VOXELS)
-    return low.astype(int), high.astype(int)
-
-
-def nonzero_box(image: NDArray[Any]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Return start and stop, (3,) each, of the box around the non-zero voxels of (C, X, Y, Z); there must be one."""
+def nonzero_box(image: NDArray[Any]) -> tuple[Index, Index]:
+    """Return start and stop of the box around the non-zero voxels of (C, X, Y, Z); there must be one."""
     nonzero = (image != 0).any(axis=0)
     lines = [np.flatnonzero(nonzero.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
-    return np.array([line[0] for line in lines]), np.array([line[-1] + 1 for line in lines])
+    return _as_index([line[0] for line in lines]), _as_index([line[-1] + 1 for line in lines])
+
+
+def _as_index(numbers: Iterable[SupportsInt]) -> Index:
+    """Make three whole numbers an index."""
+    x, y, z = (int(number) for number in numbers)
+    return x, y, z
 
 
 def _prepare_channel(channel: str, image: Volume, target: Geometry, plan: Plan, *, out: NDArray[np.float32]) -> None:
