@@ -294,19 +294,22 @@ def _taps(axis_map: AxisMap, order: Order) -> Iterator[tuple[Indices, FloatArray
 
 def _multiply_axis(array: Image, axis: int, matrix: FloatArray) -> Image:
     """Multiply the (m, n) matrix into an axis of n voxels; it is banded, so block by block of its rows."""
+    import torch  # here, since torch takes a second to load and most volumes of most data sets need no interpolation
+
     before, after = array.shape[:axis], array.shape[axis + 1 :]
-    source = np.ascontiguousarray(array).reshape(int(np.prod(before)), array.shape[axis], int(np.prod(after)))
-    result = np.empty((source.shape[0], len(matrix), source.shape[2]), np.float32)
+    lines = np.require(array, np.float32, ["C", "W"]).reshape(int(np.prod(before)), -1, int(np.prod(after)))
+    source = torch.from_numpy(lines)
+    result = torch.empty(source.shape[0], len(matrix), source.shape[2])
     for start in range(0, len(matrix), _BLOCK_ROWS):
         rows = slice(start, start + _BLOCK_ROWS)
         used = np.flatnonzero(np.abs(matrix[rows]).max(axis=0) > _NEGLIGIBLE_WEIGHT)
         columns = slice(used[0], used[-1] + 1)
-        block = matrix[rows, columns].astype(np.float32)
+        block = torch.from_numpy(matrix[rows, columns].astype(np.float32))
         if after:
-            np.matmul(block, source[:, columns], out=result[:, rows])
+            result[:, rows] = block @ source[:, columns]
         else:  # the last axis: one product of all lines
-            np.matmul(source[:, columns, 0], block.T, out=result[:, rows, 0])
-    return result.reshape(*before, len(matrix), *after)
+            torch.mm(source[:, columns, 0], block.T, out=result[:, rows, 0])
+    return result.numpy().reshape(*before, len(matrix), *after)
 
 
 def _vote_parallel(array: Array, maps: AxisMaps) -> Array:
