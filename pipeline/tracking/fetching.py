@@ -1,0 +1,65 @@
+"""Models out of MLflow: `runs:/ID` and `models:/NAME@ALIAS` become a folder on disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.errors import ModelError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+def fetch_model(text: str, uri: str, into: Path) -> Path:
+    """Return the folder of a model that MLflow keeps, downloading it unless these very weights are there already.
+
+    Args:
+        text: `runs:/ID`, `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+        uri: Tracking server or database.
+        into: Folder of fetched models, one folder each.
+
+    Raises:
+        ModelError: the name is of no such form, MLflow does not know it, or is out of reach.
+    """
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        raise ModelError(f"{text}: there is no MLflow database {uri}; name the workspace or server that has it")
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    try:
+        run_id = _run_of(client, text)
+        digest = client.get_run(run_id).data.tags.get("medseg.model_digest")
+        if digest is None:
+            raise ModelError(f"{text}: run {run_id} in {uri} has logged no model")
+        folder = into / f"{run_id}-{digest[:8]}"
+        if not folder.is_dir():
+            _download(client, run_id, folder)
+    except (MlflowException, OSError) as error:
+        raise ModelError(f"{text}: cannot be fetched from {uri}: {error}") from error
+    return folder
+
+
+def _run_of(client: MlflowClient, text: str) -> str:
+    """Return the id of the run that logged a model."""
+    kind, _, name = text.partition(":/")
+    if kind == "runs" and name:
+        return name.removesuffix("/").removesuffix("/model")
+    if kind == "models" and "@" in name:
+        return str(client.get_model_version_by_alias(*name.split("@", 1)).run_id)
+    if kind == "models" and "/" in name:
+        return str(client.get_model_version(*name.split("/", 1)).run_id)
+    raise ModelError(f"{text}: not the name of a model; runs:/ID, models:/NAME@ALIAS or models:/NAME/VERSION")
+
+
+def _download(client: MlflowClient, run_id: str, folder: Path) -> None:
+    """Download a run's model; the folder appears when it is whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder.parent) as scratch:
+        model = client.download_artifacts(run_id, "model", scratch)
+        shutil.move(model, folder)

@@ -1,0 +1,128 @@
+"""What MLflow does in processes of its own: sending, so that its imports and time-outs stay out of a training, and its UI."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+from pipeline.errors import PipelineError
+
+log = logging.getLogger(__name__)
+
+FOLLOWER_LOG = "tracking.log"
+HOST = "127.0.0.1"
+
+
+class Follower:
+    """The process that sends a run's events while the run goes on."""
+
+    def __init__(self, folder: Path, process: subprocess.Popen[bytes] | None):
+        self.folder = folder
+        self.process = process
+
+    def wait(self, limit_s: float) -> bool:
+        """Wait until everything has arrived, at most `limit_s` seconds; return whether it has.
+
+        Call it after `RunLog.finish`. A follower that needs longer goes on by itself for a minute or so.
+        """
+        if self.process is None:
+            return False
+        try:
+            return self.process.wait(limit_s) == 0
+        except subprocess.TimeoutExpired:
+            log.info("%s: not everything is in MLflow yet; `medseg sync` sends what may be left", self.folder)
+            return False
+
+
+def start_follower(folder: Path) -> Follower:
+    """Start sending a run's events as they are logged; without MLflow they wait on disk for `medseg sync`.
+
+    The follower lives in a session of its own, so that Ctrl-C ends the training first and its last words still arrive.
+    """
+    if importlib.util.find_spec("mlflow") is None:
+        log.info("MLflow is not installed here: %s keeps all that is logged, `medseg sync` sends it later", folder)
+        return Follower(folder, None)
+    command = [*_command(folder), "--follow", "--parent-pid", str(os.getpid())]
+    with (folder / FOLLOWER_LOG).open("ab") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=_environment(), start_new_session=True
+        )
+    return Follower(folder, process)
+
+
+def send_pending(*folders: Path, limit_s: float | None = None) -> bool:
+    """Send what runs have logged and MLflow does not have yet; return whether everything arrived in time.
+
+    Args:
+        folders: The runs' folders.
+        limit_s: Time limit in seconds for all of them; what is not sent by then stays on disk.
+    """
+    if not folders:
+        return True
+    try:
+        done = subprocess.run(_command(*folders), env=_environment(), timeout=limit_s, check=False)
+    except subprocess.TimeoutExpired:
+        log.warning("MLflow took more than %.0f s; `medseg sync` sends the rest", limit_s)
+        return False
+    return done.returncode == 0
+
+
+def serve_ui(uri: str, artifacts: Path, port: int) -> None:
+    """Serve the MLflow UI of a database on 127.0.0.1 until interrupted.
+
+    Args:
+        uri: The database.
+        artifacts: Folder of artifacts that clients upload through the server.
+        port: TCP port.
+
+    Raises:
+        PipelineError: the port is taken, or the server could not start.
+    """
+    _refuse_taken_port(port)
+    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", uri, "--artifacts-destination", str(artifacts.resolve())]
+    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    try:
+        status = subprocess.run(command, env=environment, check=False).returncode
+    except KeyboardInterrupt:
+        return
+    if status:
+        raise PipelineError(f"the MLflow server ended with exit code {status}; its own messages stand above")
+
+
+def compare_url(base: str, experiment_id: str, run_ids: Sequence[str]) -> str:
+    """Return the address of the page that compares runs of one experiment."""
+    runs, experiments = (quote(json.dumps(list(ids))) for ids in (run_ids, [experiment_id]))
+    return f"{base.rstrip('/')}/#/compare-runs?runs={runs}&experiments={experiments}"
+
+
+def _refuse_taken_port(port: int) -> None:
+    """Raise PipelineError where a port of this machine is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise PipelineError(
+                f"port {port} on {HOST} is taken or not allowed ({error.strerror}); choose another with --port"
+            ) from error
+
+
+def _command(*folders: Path) -> list[str]:
+    """Return the command that sends the events of some run folders."""
+    return [sys.executable, "-m", "pipeline.tracking", *(str(folder.resolve()) for folder in folders)]
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment of a sending process: this package importable from any folder, one thread of its own."""
+    package_parent = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, (package_parent, os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
