@@ -1,7 +1,7 @@
 """The `medseg` command: one function a command, logging, and the only place that catches PipelineError.
 
-Commands import their stage when called, so that help and a wrong YAML answer at once. Exit codes: 0 done; 1 some cases of a batch failed,
-the rest is done; 2 nothing could be done, or errors were found.
+Commands import their stage when called, so that help and a wrong YAML answer at once. Exit codes: 0 done; 1 some cases
+of a batch failed, the rest is done; 2 nothing could be done, or errors were found.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
     from pipeline.config import Config
+    from pipeline.config_loading import OptionChecks
 
 app = typer.Typer(
     name="medseg",
@@ -268,19 +269,28 @@ def clean(
 
 
 def _load(path: Path, overrides: list[str] | None, workspace: Path | None) -> Config:
-    """Read a configuration with its command-line overrides."""
+    """Read a configuration with its command-line overrides; a network's and a loss's options are checked with it."""
     from pipeline.config_loading import load_config
 
-    config = load_config(path, overrides or [])
-    return config if workspace is None else config.changed(workspace=workspace)
+    config = load_config(path, overrides or [], _option_checks)
+    return config if workspace is None else config.changed(workspace=workspace.absolute())
+
+
+def _option_checks() -> OptionChecks:
+    """Return who knows the options of networks and losses; costs the import of torch."""
+    from pipeline.networks import check_options as of_network
+    from pipeline.training.losses import check_options as of_loss
+
+    return {"network.name": of_network, "training.loss": of_loss}
 
 
 def main() -> None:
-    """Run the command line; a PipelineError becomes its message and exit code 2."""
+    """Run the command line; each line of a PipelineError is an error of its own, and the exit code 2."""
     try:
         app()
     except PipelineError as error:
-        typer.echo(f"error: {error}", err=True)
+        for line in str(error).splitlines():
+            typer.echo(f"error: {line}", err=True)
         sys.exit(2)
 
 

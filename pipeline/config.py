@@ -1,23 +1,46 @@
 """The configuration: one YAML per experiment as frozen, documented sections.
 
-The docstring below each field is what the JSON Schema shows in an editor. How a file is read, extended and overridden, and how errors name
-their line, is `config_loading.py`'s part. Stages hand sections or plain values on; no module below `stages/` sees a `Config`.
+The docstring below each field is what the JSON Schema shows in an editor. How a file is read, extended and overridden,
+and how errors name their line, is `config_loading.py`'s part. Stages hand sections or plain values on; no module below
+`stages/` sees a `Config`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
 from pipeline.records import Record
+
+
+def _ascending(limits: tuple[float, float]) -> tuple[float, float]:
+    """Refuse a range that runs downwards."""
+    if limits[0] > limits[1]:
+        raise ValueError(f"expected the smaller number first, got {list(limits)}")
+    return limits
+
+
+def _axis_code(code: str) -> str:
+    """Refuse what is no axis code such as RAS."""
+    if len(code) != 3 or any(len(set(pair) & set(code)) != 1 for pair in ("RL", "AP", "SI")):
+        raise ValueError(f"expected R or L, A or P, S or I, each pair once, got {code!r}")
+    return code
+
+
+def _none_as_empty(options: Any) -> Any:
+    """Take null for no options, so that an extending file can drop those it extends."""
+    return {} if options is None else options
+
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
-Range = tuple[float, float]
+Range = Annotated[tuple[NonNegative, NonNegative], AfterValidator(_ascending)]
+Factors = Annotated[tuple[Positive, Positive], AfterValidator(_ascending)]
+Options = Annotated[dict[str, Any], BeforeValidator(_none_as_empty)]
 Triple = tuple[Positive, Positive, Positive]
 Size = tuple[Count, Count, Count]
 Auto = Literal["auto"]
@@ -26,7 +49,9 @@ Auto = Literal["auto"]
 class Section(Record):
     """A part of the configuration."""
 
-    model_config = ConfigDict(use_attribute_docstrings=True)
+    model_config = ConfigDict(use_attribute_docstrings=True, allow_inf_nan=False)
+    merges: ClassVar[bool] = True
+    """Whether what a file says of the section changes an extended file's key by key, or replaces it whole."""
 
 
 class DataSection(Section):
@@ -41,7 +66,7 @@ class DataSection(Section):
 class PreprocessingSection(Section):
     """What planning decides, unless it is said here."""
 
-    orientation: str = "RAS"
+    orientation: Annotated[str, AfterValidator(_axis_code)] = "RAS"
     """Axis code of the plan's grid: R or L, A or P, S or I, each once."""
     spacing_mm: Auto | Triple = "auto"
     """Voxel size of the plan's grid in mm; auto: the median, and a fine percentile along a thick axis."""
@@ -60,12 +85,14 @@ class NetworkSection(Section):
 
     name: str = "unet"
     """A name of the NETWORKS table."""
-    options: dict[str, Any] = {}
+    options: Options = {}
     """Options of that network; unknown ones are refused with the nearest right name."""
 
 
 class BudgetSection(Section):
     """How long to train: exactly one of the three. The learning-rate schedule ends with it."""
+
+    merges: ClassVar[bool] = False
 
     steps: Count | None = None
     """Optimiser steps."""
@@ -92,7 +119,7 @@ class AugmentationSection(Section):
     """Rotation, scaling and shift together."""
     rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 15.0
     """Largest rotation about each axis."""
-    scale: Range = (0.85, 1.18)
+    scale: Factors = (0.85, 1.18)
     """Range of the size of things, drawn log-uniformly; above 1 enlarges them."""
     scale_anisotropy: Annotated[float, Field(ge=0, lt=1)] = 0.08
     """Largest relative deviation of one axis' scale from the common one."""
@@ -114,19 +141,19 @@ class AugmentationSection(Section):
     """Its standard deviation."""
     brightness_probability: Probability = 0.15
     """Intensities times a factor."""
-    brightness: Range = (0.75, 1.25)
+    brightness: Factors = (0.75, 1.25)
     """Range of the factor."""
     contrast_probability: Probability = 0.15
     """Stretching about the patch's mean, clipped to its own range."""
-    contrast: Range = (0.75, 1.25)
+    contrast: Factors = (0.75, 1.25)
     """Range of the factor."""
     gamma_probability: Probability = 0.3
     """Power of the intensities rescaled to 0..1, mean and standard deviation kept."""
-    gamma: Range = (0.7, 1.5)
+    gamma: Factors = (0.7, 1.5)
     """Range of the exponent."""
     low_resolution_probability: Probability = 0.1
     """Down- and upsampling, as of a coarser scan."""
-    low_resolution: Range = (0.5, 1.0)
+    low_resolution: Factors = (0.5, 1.0)
     """Range of the factor."""
 
 
@@ -143,7 +170,7 @@ class TrainingSection(Section):
     """Share of the patches centred on a foreground voxel of a class drawn evenly."""
     loss: str = "dice_ce"
     """A name of the LOSSES table."""
-    loss_options: dict[str, Any] = {}
+    loss_options: Options = {}
     """Options of that loss."""
     deep_supervision: bool = False
     """Add the loss at the coarser decoder levels, weights halved a level, normalised to one."""

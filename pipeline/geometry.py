@@ -1,7 +1,8 @@
 """Geometry: where a grid of voxels lies in space, and all that can be said without looking at a voxel.
 
-An index (i, j, k) names a voxel's CENTRE; the affine maps it to RAS+ millimetres (x to the patient's right, y to the front, z to the
-head), as NIfTI and nibabel do. DICOM's and ITK's LPS is converted where files are read, and nowhere else.
+An index (i, j, k) names a voxel's CENTRE; the affine maps it to RAS+ millimetres (x to the patient's right, y to the
+front, z to the head), as NIfTI and nibabel do. DICOM's and ITK's LPS is converted where files are read, and nowhere
+else.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class Geometry:
         affine: (4, 4) float64, invertible; maps a voxel centre's index to RAS+ millimetres.
 
     Raises:
-        GeometryError: the shape is empty, or the affine is not finite, has a zero-length or parallel axis, or a last row other than
-            0 0 0 1.
+        GeometryError: the shape is empty, or the affine is not finite, has a zero-length or parallel axis, or a last
+            row other than 0 0 0 1.
     """
 
     shape: tuple[int, int, int]
@@ -75,9 +76,10 @@ class Geometry:
 
     @cached_property
     def world_axes(self) -> tuple[tuple[int, int], ...]:
-        """For each voxel axis the world axis it runs along most closely, and the sign: ((0, -1), (1, 1), (2, 1)) is LAS.
+        """For each voxel axis the world axis nearest to it, and the sign: ((0, -1), (1, 1), (2, 1)) is LAS.
 
-        The assignment with the largest sum of cosines over all permutations, so that no world axis is named twice even at 45 degrees.
+        The assignment with the largest sum of cosines over all permutations, so that no world axis is named twice even
+        at 45 degrees.
         """
         cosines = self.affine[:3, :3] / np.linalg.norm(self.affine[:3, :3], axis=0)
         # Rounded so that an exact 45 degrees falls to the first permutation on every machine.
@@ -109,11 +111,11 @@ class Geometry:
 
     def to_index(self, points_mm: NDArray[np.generic]) -> FloatArray:
         """Map (..., 3) RAS+ millimetres to (..., 3) fractional voxel indices."""
-        inverse = np.linalg.inv(self.affine)
+        inverse: FloatArray = np.linalg.inv(self.affine)
         return np.asarray(points_mm, dtype=np.float64) @ inverse[:3, :3].T + inverse[:3, 3]
 
     def axes_for(self, orientation: str) -> tuple[tuple[int, int], ...]:
-        """For each axis of `orientation` the own axis it comes from, and 1 or -1 where it runs the same or the other way.
+        """For each axis of `orientation` the own axis it comes from, and -1 where it runs the other way, else 1.
 
         Raises:
             ValueError: the code does not name each of left-right, front-back and head-feet once.
@@ -148,8 +150,8 @@ class Geometry:
     def respaced(self, spacing_mm: tuple[float, float, float]) -> Geometry:
         """Return a grid over the same box, outer voxel corners kept, at about the given spacing.
 
-        The shape is round(extent / spacing), at least 1, and the spacing is then adjusted so that the corners stay: half a voxel more
-        or less on a side would move the anatomy.
+        The shape is round(extent / spacing), at least 1, and the spacing is then adjusted so that the corners stay:
+        half a voxel more or less on a side would move the anatomy.
         """
         if min(spacing_mm) <= 0:
             raise ValueError(f"a spacing must be above 0 mm, got {spacing_mm}")

@@ -16,7 +16,10 @@ LINE_EVERY_S = 10.0
 
 
 def track(items: Iterable[Item], title: str, total: int) -> Iterator[Item]:
-    """Yield the items and show how far it is: on a terminal a bar with the time left, elsewhere a line every ten seconds and one at the end."""
+    """Yield the items and show how far it is.
+
+    On a terminal by a bar with the time left, elsewhere by a line every ten seconds and one at the end.
+    """
     if sys.stderr.isatty():
         yield from _bar(items, title, total)
     else:

@@ -11,7 +11,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "pipeline"
 
 FLOORS = {
-    0: ("errors", "records", "geometry", "options", "config", "config_loading", "progress"),
+    0: (
+        *("errors", "records", "geometry", "options", "progress"),
+        *("config", "config_yaml", "config_schema", "config_loading"),
+    ),
     1: ("data",),
     2: ("networks", "tracking", "hardware", "pictures"),
     3: ("preparation", "training", "inference", "evaluation", "model"),
@@ -29,7 +32,7 @@ KEEPERS = {
     "SimpleITK": ("pipeline.data",),
     "nibabel": ("pipeline.data",),
     "blosc2": ("pipeline.data",),
-    "monai": ("pipeline.networks.monai_networks", "pipeline.evaluation.metrics"),
+    "monai": ("pipeline.networks.monai_networks",),
     "typer": ("pipeline.cli",),
 }
 # Libraries that cost a second or are missing on a bare node: imported inside the functions that need them.

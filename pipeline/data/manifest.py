@@ -1,7 +1,8 @@
 """The dataset manifest: which files are a case, whose they are, and on which side of a split they stand.
 
-A manifest is JSON, written once by `medseg manifest`, committed by the user, and the only way in to a data set. Its paths are relative to its
-`root`, and the root is relative to the manifest's own folder; a path that leaves the root is refused.
+A manifest is JSON, written once by `medseg manifest`, committed by the user, and the only way in to a data set. Its
+paths are relative to its `root`, and the root is relative to the manifest's own folder; a path that leaves the root is
+refused.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class Manifest(Record):
         description, licence, source: where the data come from and what may be done with them.
         root: folder of the images; absolute in memory, relative to the manifest's folder in the file.
         channels: channel name -> modality, in the order in which the network sees them.
-        labels: label name -> value in the files, any integers; the first is the background. The position is the class index.
+        labels: label name -> value in the files, any integers; the first is the background. The position is the class
+            index.
         label_pairs: names of labels that swap when left and right are flipped.
         cases: in the order of their ids.
     """
@@ -172,7 +174,8 @@ def load_manifest(path: Path, root: Path | None = None) -> Manifest:
         root: folder of the images, in place of the manifest's own.
 
     Raises:
-        ManifestError: the file is missing, is not JSON, is of another format version, or does not hold together; names every problem.
+        ManifestError: the file is missing, is not JSON, is of another format version, or does not hold together;
+            names every problem.
     """
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))

@@ -13,7 +13,8 @@ class Workspace:
     """The layout of the workspace folder, `./work` by default.
 
     checks/                 what one read of each case taught
-    stores/NAME-DIGEST/     plan.yaml, fingerprint.json and cases/, shared by all configurations of one data set and preprocessing
+    stores/NAME-DIGEST/     plan.yaml, fingerprint.json and cases/, shared by all configurations of one data set and
+                            preprocessing
     runs/NAME/fold_K/       config, plan, events, checkpoint, models/best, models/last, evaluation
     mlflow.db, mlartifacts/ MLflow's database and artifacts, unless a tracking server is named
     fetched/                models fetched from MLflow
