@@ -1,0 +1,176 @@
+"""A trained model on disk: a folder that needs nothing else.
+
+MODEL/weights.safetensors   the network's weights
+      model.yaml            what the network is, how whole volumes are predicted, where it came from
+      plan.yaml             how an image is treated before the network sees it; labels and their values
+      fingerprint.json      what the training cases were like
+      config.yaml           the configuration it was trained with, as text
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_model as load_weights
+from safetensors.torch import save_model as save_weights
+
+from pipeline.config import InferenceSection, NetworkSection
+from pipeline.data.plan import Fingerprint, Plan, read_plan, write_plan
+from pipeline.errors import ConfigError, ModelError
+from pipeline.networks import Network, NetworkTask, build_network
+from pipeline.records import Record, atomic_folder, digest_of, file_digest, write_json
+
+MODEL_FORMAT_VERSION = 1
+
+WEIGHTS, DESCRIPTION, PLAN, FINGERPRINT, CONFIG = FILES = (
+    "weights.safetensors",
+    "model.yaml",
+    "plan.yaml",
+    "fingerprint.json",
+    "config.yaml",
+)
+
+
+class ModelDescription(Record):
+    """What a model is and where it came from.
+
+    Attributes:
+        format_version: of the model folder's own format.
+        name: of the experiment that trained it.
+        network: its name in the NETWORKS table and its options.
+        in_channels: channels of the image.
+        num_classes: channels of the logits, background included.
+        inference: how a whole volume is predicted.
+        manifest_name, manifest_digest: the data set it was trained on.
+        fold: the fold it has not seen; None where it has seen all.
+        step: optimiser steps it was trained for.
+        scores: validation score by name, such as dice/anterior.
+        versions: package -> version at training.
+        created: date and time, ISO 8601.
+    """
+
+    format_version: int = MODEL_FORMAT_VERSION
+    name: str
+    network: NetworkSection
+    in_channels: int
+    num_classes: int
+    inference: InferenceSection
+    manifest_name: str
+    manifest_digest: str
+    fold: int | None
+    step: int
+    scores: dict[str, float]
+    versions: dict[str, str]
+    created: str
+
+
+@dataclass
+class Model:
+    """A trained model.
+
+    Attributes:
+        description: what it is and where it came from.
+        network: in eval mode, once loaded.
+        plan: how an image is treated before the network sees it.
+        fingerprint: what the training cases were like.
+        config_text: the YAML it was trained with.
+    """
+
+    description: ModelDescription
+    network: Network
+    plan: Plan
+    fingerprint: Fingerprint
+    config_text: str
+
+
+def save_model(folder: Path, model: Model) -> None:
+    """Write a model's folder, or replace it, as a whole."""
+    with atomic_folder(folder) as temporary:
+        save_weights(model.network, str(temporary / WEIGHTS))
+        description = yaml.safe_dump(model.description.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        (temporary / DESCRIPTION).write_text(description, encoding="utf-8")
+        write_plan(temporary / PLAN, model.plan)
+        write_json(temporary / FINGERPRINT, model.fingerprint.model_dump(mode="json"))
+        (temporary / CONFIG).write_text(model.config_text, encoding="utf-8")
+
+
+def load_model(folder: Path, device: torch.device) -> Model:
+    """Read a model's folder and put its network, in eval mode, on a device.
+
+    Raises:
+        ModelError: a file is missing, damaged, of another format version, or does not fit the others; names it.
+    """
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(f"{folder}: not a whole model, {', '.join(missing)} is missing; copy the whole folder")
+    description = _read_description(folder / DESCRIPTION)
+    try:
+        plan = read_plan(folder / PLAN)
+    except ConfigError as error:
+        raise ModelError(str(error)) from error
+    try:
+        fingerprint = Fingerprint.model_validate_json((folder / FINGERPRINT).read_bytes())
+    except ValidationError as error:
+        raise _damaged(folder / FINGERPRINT, error) from None
+    network = _build(folder, description, plan).to(device)
+    _load_weights(network, folder / WEIGHTS, device)
+    return Model(description, network.eval(), plan, fingerprint, (folder / CONFIG).read_text(encoding="utf-8"))
+
+
+def model_digest(folder: Path) -> str:
+    """Return a digest of all in a model's folder that its label maps depend on."""
+    return digest_of({name: file_digest(folder / name) for name in (WEIGHTS, DESCRIPTION, PLAN)})
+
+
+def _read_description(path: Path) -> ModelDescription:
+    """Read and check model.yaml."""
+    try:
+        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise _damaged(path, error) from error
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != MODEL_FORMAT_VERSION:
+        newer = isinstance(version, int) and version > MODEL_FORMAT_VERSION
+        todo = "update medseg" if newer else "train it anew with `medseg train`"
+        raise ModelError(f"{path}: format version {version}, this medseg reads {MODEL_FORMAT_VERSION}; {todo}")
+    try:
+        return ModelDescription.model_validate(content)
+    except ValidationError as error:
+        raise _damaged(path, error) from None
+
+
+def _build(folder: Path, description: ModelDescription, plan: Plan) -> Network:
+    """Build the network that a description and a plan speak of."""
+    got = (description.in_channels, description.num_classes)
+    if got != (len(plan.channels), len(plan.labels)):
+        raise ModelError(
+            f"{folder}: {DESCRIPTION} has {got[0]} channels and {got[1]} classes, {PLAN} {len(plan.channels)} and "
+            f"{len(plan.labels)}; they are not of one model: copy the whole folder again"
+        )
+    task = NetworkTask(*got, patch_size=plan.patch_size, spacing_mm=plan.spacing_mm)
+    try:
+        return build_network(description.network.name, description.network.options, task)
+    except ValueError as error:
+        raise ModelError(f"{folder / DESCRIPTION}: network: {error}") from error
+
+
+def _load_weights(network: Network, path: Path, device: torch.device) -> None:
+    """Put the weights of a file into a network."""
+    try:
+        load_weights(network, path, device=str(device))
+    except (SafetensorError, RuntimeError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> ModelError:
+    """Return the error for a file that cannot be read."""
+    what = str(error)
+    if isinstance(error, ValidationError):
+        what = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+    return ModelError(f"{path}: is damaged or not of this model: {what}; copy the model's folder again")
