@@ -31,7 +31,16 @@ from pipeline.errors import VolumeError
 from pipeline.geometry import Geometry
 from pipeline.records import atomic_path
 
-__all__ = ["Header", "Volume", "is_volume", "read_case_images", "read_case_label", "read_file", "read_header"]
+__all__ = [
+    "Header",
+    "Volume",
+    "count_values",
+    "is_volume",
+    "read_case_images",
+    "read_case_label",
+    "read_file",
+    "read_header",
+]
 __all__ += ["read_image", "read_label", "smallest_type", "stem_of", "whole_numbers", "write_image", "write_label"]
 
 # What places a NIfTI volume in space, beside pixdim.
@@ -107,6 +116,19 @@ def whole_numbers(header: Header, voxels: Array) -> Array:
     elif voxels.dtype.kind == "b":
         voxels = voxels.view(np.uint8)
     return voxels.astype(smallest_type(int(voxels.min()), int(voxels.max())), order="C")
+
+
+def count_values(label: Array) -> dict[int, int]:
+    """Return value -> voxels of an integer label map, by value."""
+    low = int(label.min())
+    span = int(label.max()) - low + 1
+    if span <= 2**16:
+        # In pieces: bincount makes eight bytes of each voxel.
+        flat = label.ravel(order="K")
+        pieces = (flat[start : start + 2**20].astype(np.int64) - low for start in range(0, flat.size, 2**20))
+        counts = np.sum([np.bincount(piece, minlength=span) for piece in pieces], axis=0)
+        return {int(n) + low: int(counts[n]) for n in np.flatnonzero(counts)}
+    return {int(value): int(count) for value, count in zip(*np.unique(label, return_counts=True), strict=True)}
 
 
 def smallest_type(low: int, high: int) -> np.dtype[Any]:
