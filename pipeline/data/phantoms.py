@@ -126,7 +126,8 @@ def write_phantom_dataset(
 ) -> Path:
     """Write a labelled data set of phantoms in a layout that `medseg manifest` reads.
 
-    From four cases on, the first two are two visits of one patient, and the last one's label is empty.
+    From four cases on, the first two are two visits of one patient, as their names say, and the last one's label is
+    empty.
 
     Args:
         folder: made where it is missing.
@@ -142,10 +143,11 @@ def write_phantom_dataset(
     write = {"decathlon": _write_decathlon, "folder": _write_folder, "csv": _write_csv}[layout]
     phantoms = {}
     for number in range(cases):
-        second_visit = cases >= 4 and number == 1
-        phantoms[f"phantom_{number:03d}"] = make_phantom(
-            seed * 1000 + number - second_visit,
-            visit=int(second_visit),
+        patient, visit = (0, number) if cases >= 4 and number < 2 else (number, 0)
+        name = f"phantom_{patient:03d}" + (f"_visit{visit + 1}" if cases >= 4 and patient == 0 else "")
+        phantoms[name] = make_phantom(
+            seed * 1000 + patient,
+            visit=visit,
             modality=modality,
             channels=channels,
             shared_grid=layout == "decathlon",
@@ -191,9 +193,10 @@ def _write_csv(folder: Path, phantoms: dict[str, Phantom]) -> Path:
     _write_folder(folder, phantoms)
     names = list(next(iter(phantoms.values())).images)
     lines = [["case", "patient", *names, "label"]]
-    for number, case in enumerate(phantoms):
-        patient = f"patient_{0 if number == 1 and len(phantoms) >= 4 else number:03d}"
-        lines.append([case, patient, *(f"{case}/{name}.nii.gz" for name in names), f"{case}/label.nii.gz"])
+    for case in phantoms:
+        lines.append(
+            [case, case.partition("_visit")[0], *(f"{case}/{name}.nii.gz" for name in names), f"{case}/label.nii.gz"]
+        )
     write_text(folder / "cases.csv", "".join(",".join(line) + "\n" for line in lines))
     return folder / "cases.csv"
 

@@ -32,7 +32,9 @@ def run(config: Config, *, fold: str = "0", device: str = "auto", jobs: int | No
     report = check.run(config.data.manifest, root=config.data.root, workspace=config.workspace, jobs=jobs)
     log.info("%s", report.as_text())
     if report.errors:
-        raise ManifestError(f"{config.data.manifest}: the check found errors, named above; mend them, or drop the cases")
+        raise ManifestError(
+            f"{config.data.manifest}: the check found errors, named above; mend them, or drop the cases"
+        )
     preprocess.run(config, jobs=jobs)
     return [_train_and_evaluate(config, number, device) for number in _folds(config, fold)]
 
