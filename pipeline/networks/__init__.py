@@ -30,7 +30,8 @@ def build_network(name: str, options: Mapping[str, Any], task: NetworkTask) -> N
     Raises:
         ValueError: the name or an option is wrong, or the network does not fit the task.
     """
-    return NETWORKS[name](task, **_options.validated_options(NETWORKS, name, options))
+    checked = _options.validated_options(NETWORKS, name, options)
+    return NETWORKS[name](task, **checked)
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> list[tuple[str, str]]:
