@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 import sys
 import tempfile
@@ -33,7 +32,7 @@ from pydantic import ValidationError
 
 from pipeline.errors import StoreError
 from pipeline.geometry import Geometry
-from pipeline.records import Record, digest_of
+from pipeline.records import Record, atomic_folder, digest_of
 
 STORE_FORMAT_VERSION = 1
 
@@ -210,16 +209,14 @@ class CaseStore:
             yield
 
     def write(self, case_id: str, prepared: PreparedCase, key: str) -> None:
-        """Write a case, or replace it: beside it, flushed to the disk, then swapped in.
+        """Write a case, or replace it in one step when it is complete.
 
         Args:
             case_id: names the folder.
             prepared: the case.
             key: digest of all that it was made from; `key_of` returns it.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".tmp-{case_id}-", dir=self.folder))
-        try:
+        with atomic_folder(self.folder / case_id) as temporary:
             files = {name: _write_array(temporary / name, array) for name, array in _arrays(prepared).items()}
             record = CaseRecord(
                 key=key,
@@ -232,15 +229,11 @@ class CaseStore:
             content = record.model_dump(mode="json")
             # The record's own checksum: a flipped bit in an affine would still be valid JSON.
             content["sha256"] = digest_of(content)
-            _write_bytes(temporary / "case.json", json.dumps(content, indent=1).encode())
-            _flush_folder(temporary)
-            self._swap_in(temporary, self.folder / case_id)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            (temporary / "case.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
 
     def remove(self, case_id: str) -> None:
         """Remove a case; it is gone at once, whatever happens in between."""
-        aside = Path(tempfile.mkdtemp(prefix=f".old-{case_id}-", dir=self.folder))
+        aside = Path(tempfile.mkdtemp(prefix=f".tmp-{case_id}-", dir=self.folder))
         (self.folder / case_id).rename(aside / case_id)
         shutil.rmtree(aside)
 
@@ -289,13 +282,6 @@ class CaseStore:
             StoreError: the case is not in the store, or its case.json is damaged.
         """
         return StoredCase(self.folder / case_id, self._record(case_id))
-
-    def _swap_in(self, new: Path, target: Path) -> None:
-        """Put a finished folder in the place of an older one; only between two renames is there none."""
-        if target.exists():
-            self.remove(target.name)
-        new.rename(target)
-        _flush_folder(self.folder)
 
     def _record(self, case_id: str) -> CaseRecord:
         """Read and verify a case.json."""
@@ -355,7 +341,7 @@ def _write_array(path: Path, array: NDArray[Any]) -> str:
         cparams={"codec": blosc2.Codec.ZSTD, "clevel": 5, "nthreads": 1},
     )
     content: bytes = compressed.to_cframe()
-    _write_bytes(path, content)
+    path.write_bytes(content)
     return hashlib.sha256(content).hexdigest()
 
 
@@ -373,25 +359,6 @@ def _partition(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]
 def _even_part(length: int, largest: int) -> int:
     """Return the length of each part when an axis is cut into as few even parts as `largest` allows."""
     return math.ceil(length / math.ceil(length / largest))
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    """Write a new file and flush it to the disk."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    """Flush a folder's entries to the disk, so that a rename survives a power cut."""
-    if sys.platform == "win32":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _damaged(path: Path, why: str) -> StoreError:
