@@ -165,7 +165,7 @@ class TrainingSection(Section):
     steps_per_epoch: Count = 100
     """Steps between two lines of the log, and the unit of validation and checkpoints."""
     batch_size: Count | None = None
-    """Patches a step; none: the plan's."""
+    """Patches a step; null: the plan's."""
     foreground_fraction: Probability = 0.34
     """Share of the patches centred on a foreground voxel of a class drawn evenly."""
     loss: str = "dice_ce"
@@ -185,15 +185,15 @@ class TrainingSection(Section):
     warmup_fraction: Probability = 0.05
     """Share of the budget in which the learning rate rises from 0."""
     gradient_clip: Positive | None = 12.0
-    """Largest norm of the gradient; none: no clipping."""
+    """Largest norm of the gradient; null: no clipping."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Validate and keep a running mean of the weights with this decay; none: the weights as they are."""
+    """Validate and keep a running mean of the weights with this decay; null: the weights as they are."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 where the hardware has it, fp16 with a scaler on older GPUs, else fp32."""
     validation_every_epochs: Count = 10
     """Full-volume validation every so many epochs, and at the end."""
     early_stop_validations: Count | None = None
-    """Stop after so many validations without a better one; none: train to the end of the budget."""
+    """Stop after so many validations without a better one; null: train to the end of the budget."""
     checkpoint_minutes: Positive = 5.0
     """Write a checkpoint at least this often, besides the one at each epoch's end."""
     augmentation: AugmentationSection = AugmentationSection()
@@ -230,9 +230,9 @@ class TrackingSection(Section):
     """Where runs are tracked."""
 
     uri: str | None = None
-    """MLflow tracking server or database; none: MLFLOW_TRACKING_URI, else mlflow.db in the workspace."""
+    """MLflow tracking server or database; null: MLFLOW_TRACKING_URI, else mlflow.db in the workspace."""
     experiment: str | None = None
-    """MLflow experiment; none: the manifest's name."""
+    """MLflow experiment; null: the manifest's name."""
     register_as: str | None = None
     """Register the best model under this name."""
     alias: str | None = None
@@ -244,7 +244,8 @@ class Config(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Name of the experiment: of its run folder, and of its runs in MLflow."""
-    workspace: Path = Path("work")
+    # As strictly read JSON a path is text, which this default is not.
+    workspace: Path = Field(default=Path("work"), validate_default=False)
     """Folder of stores, runs and mlflow.db, relative to the current folder."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of every random draw."""

@@ -86,7 +86,8 @@ def expectation(schema: Mapping[str, Any]) -> str:
             return "true or false"
         case "null":
             return "null"
-    return "a mapping"
+    values = schema.get("additionalProperties")
+    return f"a mapping, each value {expectation(values)}" if isinstance(values, dict) else "a mapping"
 
 
 def _dereferenced(schema: dict[str, Any]) -> dict[str, Any]:

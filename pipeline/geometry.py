@@ -111,7 +111,7 @@ class Geometry:
 
     def to_index(self, points_mm: NDArray[np.generic]) -> FloatArray:
         """Map (..., 3) RAS+ millimetres to (..., 3) fractional voxel indices."""
-        inverse: FloatArray = np.linalg.inv(self.affine)
+        inverse = np.asarray(np.linalg.inv(self.affine), dtype=np.float64)
         return np.asarray(points_mm, dtype=np.float64) @ inverse[:3, :3].T + inverse[:3, 3]
 
     def axes_for(self, orientation: str) -> tuple[tuple[int, int], ...]:
