@@ -109,7 +109,7 @@ def load_model(folder: Path, device: torch.device) -> Model:
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         raise ModelError(f"{folder}: not a whole model, {', '.join(missing)} is missing; copy the whole folder")
-    description = _read_description(folder / DESCRIPTION)
+    description = read_description(folder / DESCRIPTION)
     try:
         plan = read_plan(folder / PLAN)
     except ConfigError as error:
@@ -128,8 +128,12 @@ def model_digest(folder: Path) -> str:
     return digest_of({name: file_digest(folder / name) for name in (WEIGHTS, DESCRIPTION, PLAN)})
 
 
-def _read_description(path: Path) -> ModelDescription:
-    """Read and check model.yaml."""
+def read_description(path: Path) -> ModelDescription:
+    """Read and check a model's model.yaml, without its weights.
+
+    Raises:
+        ModelError: it is damaged, or of another format version.
+    """
     try:
         content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
