@@ -5,19 +5,33 @@ The only importer of mlflow, and only in what sends, serves or fetches: the writ
 
 from pipeline.tracking.environment import environment_tags
 from pipeline.tracking.fetching import fetch_model
-from pipeline.tracking.log import RunLog, Status, pending, tracking_uri
-from pipeline.tracking.processes import Follower, compare_url, send_pending, serve_ui, start_follower
+from pipeline.tracking.log import (
+    RunLog,
+    RunState,
+    Status,
+    metric_history,
+    pending,
+    read_state,
+    tracked_runs,
+    tracking_uri,
+)
+from pipeline.tracking.processes import Follower, compare_url, is_remote, send_pending, serve_ui, start_follower
 
 __all__ = [
     "Follower",
     "RunLog",
+    "RunState",
     "Status",
     "compare_url",
     "environment_tags",
     "fetch_model",
+    "is_remote",
+    "metric_history",
     "pending",
+    "read_state",
     "send_pending",
     "serve_ui",
     "start_follower",
+    "tracked_runs",
     "tracking_uri",
 ]

@@ -24,7 +24,7 @@ from pipeline.tracking.log import Event, safe_name
 
 log = logging.getLogger(__name__)
 
-LOADER_MODULE = "pipeline.predictor"
+LOADER_MODULE = "pipeline.stages.mlflow_model"
 """Module whose `_load_pyfunc(folder)` MLflow calls to load a model."""
 
 _PARAM_LENGTH, _TAG_LENGTH, _PER_REQUEST = 6000, 8000, 100
@@ -116,7 +116,7 @@ def deliver_dataset(to: Destination, event: Event) -> None:
     cases: list[str] = event["cases"]
     dataset = Dataset(
         name=event["name"],
-        digest=f"{event['digest'][:16]}-{digest_of([event['context'], cases])[:16]}",
+        digest=f"{event['digest'][:8]}-{digest_of([event['context'], cases])[:8]}",
         source_type="local",
         source=json.dumps({"uri": event["source"]}),
         profile=json.dumps({"num_cases": len(cases), "manifest_digest": event["digest"], "cases": cases}),

@@ -273,9 +273,24 @@ def read_events(folder: Path, start: int = 0) -> Iterator[Line]:
                     log.warning("%s: skipped a torn line that ends at byte %d", path, start)
 
 
+def metric_history(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Return all metrics that a run has logged: name -> (step, value), in the order of the steps."""
+    history: dict[str, list[tuple[int, float]]] = {}
+    for event, _ in read_events(folder):
+        if event["kind"] == "metrics":
+            for key, value in event["values"].items():
+                history.setdefault(key, []).append((event["step"], value))
+    return {key: sorted(points) for key, points in history.items()}
+
+
 def pending(folder: Path) -> bool:
     """Tell whether a run has events that have not arrived."""
     return next(read_events(folder, read_state(folder).sent_bytes), None) is not None
+
+
+def tracked_runs(folder: Path) -> list[Path]:
+    """Return the folders of all runs below a folder, itself included, parents before their folds."""
+    return sorted(state.parent for state in folder.rglob(STATE))
 
 
 @contextmanager

@@ -1,19 +1,19 @@
-"""What MLflow does in processes of its own: sending, so that its imports and time-outs stay out of a training, and its UI."""
+"""MLflow in processes of its own: what sends, so that imports and time-outs stay out of a training, and the UI."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import quote
+from typing import Literal
+from urllib.parse import quote, urlencode
 
 from pipeline.errors import PipelineError
+from pipeline.tracking.log import pending
 
 log = logging.getLogger(__name__)
 
@@ -65,10 +65,11 @@ def send_pending(*folders: Path, limit_s: float | None = None) -> bool:
         folders: The runs' folders.
         limit_s: Time limit in seconds for all of them; what is not sent by then stays on disk.
     """
-    if not folders:
+    waiting = [folder for folder in folders if pending(folder)]
+    if not waiting:
         return True
     try:
-        done = subprocess.run(_command(*folders), env=_environment(), timeout=limit_s, check=False)
+        done = subprocess.run(_command(*waiting), env=_environment(), timeout=limit_s, check=False)
     except subprocess.TimeoutExpired:
         log.warning("MLflow took more than %.0f s; `medseg sync` sends the rest", limit_s)
         return False
@@ -98,22 +99,30 @@ def serve_ui(uri: str, artifacts: Path, port: int) -> None:
         raise PipelineError(f"the MLflow server ended with exit code {status}; its own messages stand above")
 
 
-def compare_url(base: str, experiment_id: str, run_ids: Sequence[str]) -> str:
-    """Return the address of the page that compares runs of one experiment."""
-    runs, experiments = (quote(json.dumps(list(ids))) for ids in (run_ids, [experiment_id]))
-    return f"{base.rstrip('/')}/#/compare-runs?runs={runs}&experiments={experiments}"
+def compare_url(base: str, experiment_id: str, page: Literal["CHART", "ARTIFACT"] = "CHART") -> str:
+    """Return the address of the page that compares the runs of an experiment.
+
+    Folds only: runs with a parent, sorted by name. Without a sort of its own the page hides them under their parents,
+    whose charts are empty.
+
+    Args:
+        base: The server's address.
+        experiment_id: MLflow's id of the experiment.
+        page: CHART: curves of all metrics, and pictures; ARTIFACT: the tables, a row a case and a column a run.
+    """
+    query = {
+        "workflowType": "machine_learning",
+        "compareRunsMode": page,
+        "searchFilter": "tags.`mlflow.parentRunId` LIKE '%'",
+        "orderByKey": "attributes.run_name",
+        "orderByAsc": "true",
+    }
+    return f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs?{urlencode(query, quote_via=quote)}"
 
 
-def _refuse_taken_port(port: int) -> None:
-    """Raise PipelineError where a port of this machine is taken."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            raise PipelineError(
-                f"port {port} on {HOST} is taken or not allowed ({error.strerror}); choose another with --port"
-            ) from error
+def is_remote(uri: str) -> bool:
+    """Tell whether runs are tracked by a server that has a UI of its own."""
+    return uri.startswith(("http://", "https://"))
 
 
 def _command(*folders: Path) -> list[str]:
@@ -126,3 +135,15 @@ def _environment() -> dict[str, str]:
     package_parent = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (package_parent, os.environ.get("PYTHONPATH"))))
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def _refuse_taken_port(port: int) -> None:
+    """Raise PipelineError where a port of this machine is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise PipelineError(
+                f"port {port} on {HOST} is taken or not allowed ({error.strerror}); choose another with --port"
+            ) from error
