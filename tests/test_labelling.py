@@ -4,13 +4,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy import ndimage
 
-from pipeline.data.resampling import AxisMap, axis_maps
+from pipeline.data.axes import AxisMap, axis_maps
 from pipeline.geometry import Geometry
-from pipeline.inference import labelling
 from pipeline.inference.labelling import label_from_planes
 from pipeline.inference.planes import LogitPlanes
 
@@ -53,7 +50,7 @@ def organs(rng: np.random.Generator, classes: int, shape: tuple[int, ...], smoot
 
 
 def grids(shape=(9, 8, 7), native=(11, 10, 13), code="RAS"):
-    """A plan's grid, and a finer native one over about the same box, in another axis order, shifted and sticking out."""
+    """A plan's grid, and a finer native one over about the same box, in another axis order, sticking out."""
     prepared = Geometry(shape, np.diag([1.5, 1.3, 2.0, 1.0]))
     affine = np.diag([1.1, 1.2, 0.9, 1.0])
     affine[:3, 3] = (-0.9, 0.4, -1.7)

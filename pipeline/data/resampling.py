@@ -11,26 +11,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from pipeline.data.axes import AxisMap, AxisMaps, Indices, axis_maps, moved_onto_centres, rounded_along
 from pipeline.data.volume import Volume
 from pipeline.geometry import FloatArray, Geometry
 
 Order = Literal[1, 3]
 Array = NDArray[Any]
-Indices = NDArray[np.intp]
 Image = NDArray[np.float32]
 
-# Headers keep affines in float32: over 512 voxels and 250 mm their rounding moves a voxel by some 3e-5 of itself. A
-# coordinate this near to a voxel centre is that centre, and grids that diverge by less than the second are parallel.
-_ON_CENTRE_VOXELS = 1e-4
-_PARALLEL_VOXELS = 1e-3
 # An axis that shrinks by more than this is smoothed first: below it the kernel itself is smooth enough.
 _ANTI_ALIAS_ABOVE = 1.5
 # Rows of an axis' matrix multiplied at once, and the weight below which its entries are dropped: the prefilter decays
@@ -39,103 +33,6 @@ _BLOCK_ROWS = 64
 _NEGLIGIBLE_WEIGHT = 1e-8
 # Voxels whose coordinates are held at once where grids are not parallel, or whose corners vote.
 _SLAB_VOXELS = 1 << 19
-
-
-@dataclass(frozen=True, eq=False)
-class AxisMap:
-    """Where the voxels along one axis of a target grid lie on the source grid.
-
-    Attributes:
-        axis: the axis of the source that this axis of the target runs along.
-        length: voxels of the source along it.
-        coordinates: (n,) float64, the index on the source of each of the target's n voxel centres; may lie outside.
-    """
-
-    axis: int
-    length: int
-    coordinates: FloatArray
-
-    @cached_property
-    def inside(self) -> NDArray[np.bool_]:
-        """(n,) whether the centre lies in the source's box: at most half a voxel beyond its outer centres."""
-        margin = 0.5 + _ON_CENTRE_VOXELS
-        return np.asarray((self.coordinates >= -margin) & (self.coordinates <= self.length - 1 + margin))
-
-    @cached_property
-    def clamped(self) -> FloatArray:
-        """(n,) the coordinates, moved to the outermost voxel centre where they lie beyond it."""
-        return np.clip(self.coordinates, 0.0, self.length - 1.0)
-
-    @cached_property
-    def lower(self) -> Indices:
-        """(n,) index of the voxel at or before the coordinate."""
-        return np.floor(self.clamped).astype(np.intp)
-
-    @cached_property
-    def weight(self) -> FloatArray:
-        """(n,) the share of `upper` in a linear interpolation, from 0 to below 1."""
-        return self.clamped - self.lower
-
-    @cached_property
-    def upper(self) -> Indices:
-        """(n,) index of the voxel after the coordinate; `lower` again where that has no weight."""
-        return self.lower + (self.weight > 0)
-
-    @property
-    def on_centres(self) -> bool:
-        """Whether each coordinate is a voxel centre, so that nothing is interpolated."""
-        return not self.weight.any()
-
-    @property
-    def shrink(self) -> float:
-        """How many voxels of the source one voxel of the target spans; 1 for a single voxel."""
-        steps = np.diff(self.coordinates)
-        return float(abs(steps).mean()) if steps.size else 1.0
-
-    @property
-    def growth(self) -> float:
-        """Voxels of the target per voxel of the source."""
-        return self.coordinates.size / self.length
-
-    def is_identity(self, axis: int) -> bool:
-        """Tell whether this, as the map of the target's axis `axis`, leaves all voxels where they are."""
-        return self.axis == axis and np.array_equal(self.coordinates, np.arange(self.length))
-
-    def at(self, voxels: Indices) -> AxisMap:
-        """Return the map of some of the target's voxels, in any order and number."""
-        return AxisMap(self.axis, self.length, self.coordinates[voxels])
-
-    def rounded(self) -> AxisMap:
-        """Return the map to the nearest voxel centre (half way: the upper one)."""
-        nearest = np.minimum(np.floor(self.clamped + 0.5), self.length - 1)
-        return AxisMap(self.axis, self.length, np.where(self.inside, nearest, self.coordinates))
-
-
-AxisMaps = tuple[AxisMap, AxisMap, AxisMap]
-
-
-def axis_maps(source: Geometry, onto: Geometry) -> AxisMaps | None:
-    """Describe a resample axis by axis, where the two grids are parallel.
-
-    Args:
-        source: the grid that has the voxels.
-        onto: the grid that wants them.
-
-    Returns:
-        One map per axis of `onto`, or None where an axis of one grid runs along no single axis of the other.
-    """
-    to_source = np.linalg.inv(source.affine) @ onto.affine
-    scales, offsets = to_source[:3, :3], to_source[:3, 3]
-    axes = [int(axis) for axis in np.abs(scales).argmax(axis=0)]
-    astray = np.abs(scales) * (np.array(onto.shape) - 1)
-    astray[axes, range(3)] = 0.0
-    if sorted(axes) != [0, 1, 2] or astray.max() > _PARALLEL_VOXELS:
-        return None
-    first, second, third = (
-        AxisMap(axis, source.shape[axis], _on_centres(scales[axis, new] * np.arange(onto.shape[new]) + offsets[axis]))
-        for new, axis in enumerate(axes)
-    )
-    return first, second, third
 
 
 def resample_image(
@@ -200,12 +97,6 @@ def resample_label(label: Volume, onto: Geometry, *, thick_axis: int | None = No
     return Volume(_filled(array, label.array, maps, outside), onto)
 
 
-def rounded_along(maps: AxisMaps, axis: int) -> AxisMaps:
-    """Return the maps with that of one axis of the target rounded to the nearest voxel centre."""
-    x, y, z = (axis_map.rounded() if own == axis else axis_map for own, axis_map in enumerate(maps))
-    return x, y, z
-
-
 def agreed(classes: Array, axis: int, axis_map: AxisMap, disputed: Array) -> Array:
     """Take a label map along one axis onto a target's voxels, where both neighbours agree on the value.
 
@@ -223,12 +114,6 @@ def agreed(classes: Array, axis: int, axis_map: AxisMap, disputed: Array) -> Arr
     lower = classes.take(axis_map.lower, axis)
     upper = classes.take(axis_map.upper, axis)
     return np.where(lower == upper, lower, disputed)
-
-
-def _on_centres(coordinates: FloatArray) -> FloatArray:
-    """Move coordinates that miss a voxel centre by no more than a header's rounding onto it."""
-    nearest = np.rint(coordinates)
-    return np.where(np.abs(coordinates - nearest) < _ON_CENTRE_VOXELS, nearest, coordinates)
 
 
 def _take(array: Array, axis: int, indices: Indices) -> Array:
@@ -371,7 +256,7 @@ def _oblique_maps(source: Geometry, onto: Geometry, rows: slice) -> AxisMaps:
     """Return, per axis of the source, the coordinates of all voxels in a slab of `onto`, flattened."""
     axes = [np.arange(rows.start, rows.stop), *(np.arange(n) for n in onto.shape[1:])]
     indices = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
-    coordinates = _on_centres(source.to_index(onto.to_mm(indices)))
+    coordinates = moved_onto_centres(source.to_index(onto.to_mm(indices)))
     x, y, z = (AxisMap(axis, source.shape[axis], coordinates[:, axis]) for axis in range(3))
     return x, y, z
 

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.resampling import AxisMap, agreed, axis_maps
+from pipeline.data.axes import AxisMap, Indices, axis_maps
+from pipeline.data.resampling import agreed
 from pipeline.geometry import FloatArray, Geometry
 from pipeline.inference.planes import LogitPlanes
 
 Classes = NDArray[Any]
 Logits = NDArray[np.float32]
-Indices = NDArray[np.intp]
 
 # Corner logits gathered at once, 8 x K x cells: 16 MB of float32.
 _GATHERED_LOGITS = 1 << 22
