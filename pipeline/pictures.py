@@ -1,4 +1,4 @@
-"""Pictures of a case: three orthogonal slices with the outlines of label maps over them."""
+"""Pictures: three orthogonal slices of a case with the outlines of label maps over them, and learning curves."""
 
 from __future__ import annotations
 
@@ -92,3 +92,24 @@ def _legend(figure: Figure, outlines: Mapping[str, NDArray[Any]], class_names: S
         handles += [Line2D([], [], color="gray", ls=ls, label=n) for ls, n in zip(LINES, outlines, strict=False)]
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
+
+
+def draw_learning_curves(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
+    """Draw a run's losses and validation scores over its steps, one panel each.
+
+    Args:
+        curves: metric -> (step, value); names begin with "train/" or "val/".
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for panel, title, prefix in zip(panels, ("Training loss", "Validation"), ("train/loss", "val/"), strict=True):
+        for name, points in sorted(curves.items()):
+            if name.startswith(prefix):
+                panel.plot(*zip(*points, strict=True), marker=".", label=name.removeprefix("val/"))
+        panel.set(title=title, xlabel="step")
+        panel.grid(alpha=0.3)
+        if panel.lines:
+            panel.legend()
+    return figure

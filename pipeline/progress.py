@@ -5,8 +5,12 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -27,26 +31,24 @@ def track(items: Iterable[Item], title: str, total: int) -> Iterator[Item]:
 
 
 def _bar(items: Iterable[Item], title: str, total: int) -> Iterator[Item]:
-    """Yield the items under a rich progress bar on stderr."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    """Yield the items under a bar."""
+    with _progress() as progress:
         yield from progress.track(items, description=title, total=total)
+
+
+def _progress() -> Progress:
+    """Return rich's progress display on stderr."""
+    from rich import progress as rich
+    from rich.console import Console
+
+    return rich.Progress(
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(),
+        rich.MofNCompleteColumn(),
+        rich.TimeElapsedColumn(),
+        rich.TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
 
 
 def _lines(items: Iterable[Item], title: str, total: int) -> Iterator[Item]:
@@ -61,3 +63,14 @@ def _lines(items: Iterable[Item], title: str, total: int) -> Iterator[Item]:
             said = now
             log.info("%s: %d of %d, %.0f s left", title, done, total, (now - start) / done * (total - done))
     log.info("%s: %d of %d in %.1f s", title, done, total, time.monotonic() - start)
+
+
+@contextmanager
+def counter(title: str, total: int, done: int = 0) -> Iterator[Callable[[], None]]:
+    """Yield a function to call at each step done; a bar with the time left on a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    with _progress() as progress:
+        task = progress.add_task(title, total=total, completed=done)
+        yield lambda: progress.advance(task)

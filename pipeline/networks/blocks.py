@@ -41,7 +41,7 @@ class ConvBlock(nn.Sequential):
         norm: Norm,
         activation: Activation | None,
     ) -> None:
-        padding = tuple(k // 2 for k in kernel)
+        padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
         # A norm subtracts the mean, and a bias with it.
         layers: list[nn.Module] = [
             nn.Conv3d(in_channels, out_channels, kernel, stride=stride, padding=padding, bias=norm == "none"),

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Annotated
 
@@ -175,9 +176,9 @@ def topology(
     return tuple(kernels), tuple(strides)
 
 
-def _size(values: object) -> Size:
-    """Make three numbers a size."""
-    x, y, z = values  # type: ignore[misc]
+def _size(values: Iterable[int]) -> Size:
+    """Return three numbers as a size."""
+    x, y, z = values
     return x, y, z
 
 

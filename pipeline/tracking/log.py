@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import posixpath
 import re
 import time
 import uuid
@@ -302,8 +303,9 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def safe_name(name: str) -> str:
-    """Return a metric's or parameter's name in the characters that MLflow takes, 250 at most."""
-    return re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)[:250]
+    """Return the name of a metric, parameter or tag as MLflow takes it: few characters, a relative path, 250 at most."""
+    path = posixpath.normpath(re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII).strip("/"))
+    return re.sub(r"^\.\.?(?=/|$)", "_", path)[:250].rstrip("/")
 
 
 def _cell(value: Any) -> Any:

@@ -75,11 +75,8 @@ class Augmentation:
         Returns:
             image (N, C, *patch_size) float32 and label (N, *patch_size) int64.
         """
-        inner = (
-            ...,
-            *(slice((r - p) // 2, (r - p) // 2 + p) for r, p in zip(self.read_size, self.patch_size, strict=True)),
-        )
-        changed, target = image[inner].contiguous(), label[inner].long()
+        inner = [slice((r - p) // 2, (r - p) // 2 + p) for r, p in zip(self.read_size, self.patch_size, strict=True)]
+        changed, target = image[:, :, *inner].contiguous(), label[:, *inner].long()
         if not self.section.enabled:
             return changed, target
         draws = [generator(self.seed, "augmentation", first_index + i) for i in range(len(image))]
@@ -98,21 +95,33 @@ class Augmentation:
         rows = [i for i in range(len(draws)) if matrices[i] is not None or fields[i] is not None]
         if not rows:
             return
-        read, patch = np.array(self.read_size), np.array(self.patch_size)
-        # affine_grid works in units of half the box, axes in reverse order.
-        theta = np.zeros((len(rows), 3, 4))
-        for row, i in enumerate(rows):
-            matrix = np.eye(3) if matrices[i] is None else matrices[i]
-            theta[row, :, :3] = (matrix * patch[None] / read[:, None])[::-1, ::-1]
-            theta[row, :, 3] = (2 * shifts[i] / read)[::-1]
-        grid = F.affine_grid(torch.from_numpy(theta).float(), [len(rows), 1, *self.patch_size], align_corners=False)
-        for row, i in enumerate(rows):
-            if fields[i] is not None:
-                grid[row] += self._displacement(fields[i]) * torch.from_numpy(2 / read[::-1].copy()).float()
-        grid = grid.to(image.device)
+        grid = torch.stack([self._grid(matrices[i], shifts[i], fields[i], image.device) for i in rows])
         changed[rows] = F.grid_sample(image[rows], grid, mode="bilinear", align_corners=False)
         nearest = F.grid_sample(label[rows][:, None].float(), grid, mode="nearest", align_corners=False)
         target[rows] = nearest[:, 0].long()
+
+    def _grid(
+        self,
+        matrix: NDArray[np.float64] | None,
+        shift: NDArray[np.float64],
+        field: NDArray[np.float64] | None,
+        device: torch.device,
+    ) -> Tensor:
+        """Return where each voxel of the patch comes from: (X, Y, Z, 3) in grid_sample's units, axes in reverse order.
+
+        An affine map is a sum of one term an axis, so that no (X * Y * Z, 4) matrix is ever built.
+        """
+        matrix = np.eye(3) if matrix is None else matrix
+        terms = []
+        for axis, size in enumerate(self.patch_size):
+            centred = np.arange(size) - (size - 1) / 2
+            term = centred[:, None] * matrix[None, :, axis] + (shift if axis == 0 else 0)
+            terms.append(_tensor(term, device).flip(-1))
+        grid = terms[0][:, None, None] + terms[1][None, :, None] + terms[2][None, None, :]
+        if field is not None:
+            grid += self._displacement(field, device)
+        # A box of n voxels runs from -1 to 1 between its outer corners (align_corners=False).
+        return grid * _tensor(2 / np.array(self.read_size[::-1]), device)
 
     def _spatial_draw(
         self, random: np.random.Generator
@@ -132,14 +141,14 @@ class Augmentation:
             field = random.normal(0.0, section.elastic_voxels, (3, *points))
         return matrix, shift, field
 
-    def _displacement(self, field: NDArray[np.float64]) -> Tensor:
+    def _displacement(self, field: NDArray[np.float64], device: torch.device) -> Tensor:
         """Return the displacement in voxels (X, Y, Z, 3), axes in reverse order, of control points (3, *points).
 
         A cubic B-spline on each axis (Rueckert et al. 1999): smooth, and three small matrix products.
         """
-        dense = torch.from_numpy(field).float()
+        dense = _tensor(field, device)
         for size, points in zip(self.patch_size, field.shape[1:], strict=True):
-            weights = torch.from_numpy(_spline_weights(size, points, self.section.elastic_spacing_voxels)).float()
+            weights = _tensor(_spline_weights(size, points, self.section.elastic_spacing_voxels), device)
             # The axis of control points in front goes, the axis of voxels is added behind: (3, ..., size).
             dense = torch.tensordot(dense, weights, dims=([1], [1]))
         return dense.movedim(0, -1).flip(-1)
@@ -190,6 +199,11 @@ class Augmentation:
             bent = ((image[i] - low) / (high - low).clamp_min(1e-6)).pow(exponent)
             bent_std, bent_mean = torch.std_mean(bent, (1, 2, 3), keepdim=True)
             image[i] = (bent - bent_mean) * (std / bent_std.clamp_min(1e-6)) + mean
+
+
+def _tensor(array: NDArray[np.float64], device: torch.device) -> Tensor:
+    """Return an array as float32 on the device."""
+    return torch.from_numpy(array).float().to(device)
 
 
 def _chosen(

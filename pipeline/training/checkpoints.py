@@ -77,11 +77,11 @@ def load_checkpoint(path: Path, state: TrainState, facts: dict[str, Any]) -> Non
         setattr(state, name, type(getattr(state, name))(metadata["numbers"][name]))
 
 
-def recorded_facts(path: Path) -> tuple[dict[str, Any], int, int]:
-    """Return a checkpoint's facts, its step, and its total steps, without loading a tensor."""
+def recorded_facts(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's facts without loading a tensor."""
     with safe_open(path, framework="pt") as file:
-        metadata = json.loads(file.metadata()["medseg"])
-    return metadata["facts"], metadata["numbers"]["step"], metadata["numbers"]["total_steps"]
+        facts: dict[str, Any] = json.loads(file.metadata()["medseg"])["facts"]
+    return facts
 
 
 def _refuse_other_run(path: Path, metadata: dict[str, Any], facts: dict[str, Any]) -> None:
@@ -89,8 +89,8 @@ def _refuse_other_run(path: Path, metadata: dict[str, Any], facts: dict[str, Any
     version = metadata["format_version"]
     if version != CHECKPOINT_FORMAT_VERSION:
         raise TrainingError(
-            f"{path}: checkpoint format {version}, this medseg reads {CHECKPOINT_FORMAT_VERSION}; finish the run with the "
-            "medseg that began it, or start without --resume"
+            f"{path}: checkpoint format {version}, this medseg reads {CHECKPOINT_FORMAT_VERSION}; finish the run with "
+            "the medseg that began it, or start without --resume"
         )
     other = [key for key in facts if metadata["facts"].get(key) != facts[key]]
     if other:

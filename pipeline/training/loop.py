@@ -1,8 +1,8 @@
 """The training loop on one page, top to bottom.
 
-Everything that a step needs is a function of its number: the batch, the learning rate, the seed of dropout. What is left
-to remember stands in TrainState, and a run that was killed goes on from its last checkpoint with the very weights it
-would have had.
+Everything that a step needs is a function of its number: the batch, the learning rate, the seed of dropout. What is
+left to remember stands in TrainState, and a run that was killed goes on from its last checkpoint with the very weights
+it would have had.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -173,6 +174,21 @@ def averaged_tensors(network: Network) -> list[Tensor]:
     return [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
 
 
+@contextmanager
+def averaged_weights(state: TrainState) -> Iterator[None]:
+    """Give the network its running mean of weights for a while; without EMA it keeps its own."""
+    if state.average is None:
+        yield
+        return
+    own = averaged_tensors(state.network)
+    kept = [tensor.clone() for tensor in own]
+    torch._foreach_copy_(own, state.average)
+    try:
+        yield
+    finally:
+        torch._foreach_copy_(own, kept)
+
+
 def cosine_schedule(peak: float, warmup_fraction: float) -> Schedule:
     """Return a linear rise to `peak`, then a half cosine to 0 at the last step (Loshchilov and Hutter 2017)."""
     return _with_warmup(peak, warmup_fraction, lambda progress: 0.5 * (1 + math.cos(math.pi * progress)))
@@ -239,8 +255,8 @@ def _epoch_metrics(state: TrainState, settings: LoopSettings, seconds: float, sc
     state.loss_sum.zero_()
     if not math.isfinite(loss):
         raise TrainingError(
-            f"the training loss is {loss} by step {state.step}; lower training.learning_rate, or set training.precision: "
-            "fp32 to see whether it is the half precision"
+            f"the training loss is {loss} by step {state.step}; lower training.learning_rate, or set "
+            "training.precision: fp32 to see whether it is the half precision"
         )
     state.seconds += seconds
     return {

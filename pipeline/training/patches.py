@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,36 +16,49 @@ from pipeline.training.randomness import generator
 Size = tuple[int, int, int]
 
 
-class Sliceable(Protocol):
-    """An array in memory or a compressed one on disk: what is sliced is read."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Length of each axis."""
-        ...
-
-    def __getitem__(self, box: tuple[slice, ...], /) -> Any:
-        """Return the voxels of a box."""
-        ...
-
-
 class PatchCase(Protocol):
-    """What the sampler needs of a case: image (C, X, Y, Z), label (X, Y, Z) and an index of voxels per class."""
+    """What the sampler needs of a case: boxes of image and label, and an index of voxels per class."""
 
     @property
-    def image(self) -> Sliceable:
-        """Normalised image."""
-        ...
-
-    @property
-    def label(self) -> Sliceable:
-        """Class indices."""
+    def shape(self) -> tuple[int, int, int, int]:
+        """Shape (C, X, Y, Z) of the image."""
         ...
 
     @property
     def class_voxels(self) -> Mapping[int, NDArray[np.int32]]:
         """Class index -> (n, 3) voxels, a sample of each class."""
         ...
+
+    def read_image(self, start: Size, stop: Size) -> NDArray[np.float16]:
+        """Return (C, *(stop - start)) of the normalised image."""
+        ...
+
+    def read_label(self, start: Size, stop: Size) -> NDArray[np.uint8] | NDArray[np.int16]:
+        """Return (stop - start) of the class indices."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class CaseInMemory:
+    """A case whose arrays are in memory, image (C, X, Y, Z) and label (X, Y, Z)."""
+
+    image: NDArray[np.float16]
+    label: NDArray[np.uint8] | NDArray[np.int16]
+    class_voxels: Mapping[int, NDArray[np.int32]]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Shape (C, X, Y, Z) of the image."""
+        channels, x, y, z = self.image.shape
+        return channels, x, y, z
+
+    def read_image(self, start: Size, stop: Size) -> NDArray[np.float16]:
+        """Return a view of the image."""
+        return self.image[(slice(None), *map(slice, start, stop))]
+
+    def read_label(self, start: Size, stop: Size) -> NDArray[np.uint8] | NDArray[np.int16]:
+        """Return a view of the label."""
+        return self.label[tuple(map(slice, start, stop))]
 
 
 class PatchSampler:
@@ -73,21 +87,24 @@ class PatchSampler:
 
         Beyond the volume the image is 0, the mean of normalised intensities, and the label background.
         """
-        first, *rest = (self.patch(step * size + i) for i in range(size))
-        images, labels = zip(first, *rest, strict=True)
-        return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels))
+        images, labels = zip(*(self.patch(step * size + i) for i in range(size)), strict=True)
+        return torch.stack(images), torch.stack(labels)
 
-    def patch(self, index: int) -> tuple[NDArray[np.float32], NDArray[np.integer[Any]]]:
+    def patch(self, index: int) -> tuple[Tensor, Tensor]:
         """Return patch number `index` of the whole training: image (C, *read_size) and label (*read_size)."""
         epoch, position = divmod(index, len(self.cases))
         order = generator(self.seed, "order of cases", epoch).permutation(len(self.cases))
         case = self.cases[order[position]]
         start = self._start(case, generator(self.seed, "patch", index))
-        image = np.zeros((case.image.shape[0], *self.read_size), dtype=np.float32)
-        label = np.zeros(self.read_size, dtype=case.label[:1, :1, :1].dtype)
-        source, target = _overlap(start, self.read_size, case.label.shape)
-        image[(slice(None), *target)] = case.image[(slice(None), *source)]
-        label[target] = case.label[source]
+        lower = [max(0, a) for a in start]
+        upper = [min(n, a + size) for n, a, size in zip(case.shape[1:], start, self.read_size, strict=True)]
+        box = _size(lower), _size(upper)
+        target = tuple(slice(a - s, b - s) for a, b, s in zip(lower, upper, start, strict=True))
+        voxels, classes = torch.from_numpy(case.read_image(*box)), torch.from_numpy(case.read_label(*box))
+        image = torch.zeros((len(voxels), *self.read_size))
+        label = torch.zeros(self.read_size, dtype=classes.dtype)
+        image[(slice(None), *target)] = voxels.float()
+        label[target] = classes
         return image, label
 
     def _start(self, case: PatchCase, random: np.random.Generator) -> list[int]:
@@ -95,7 +112,7 @@ class PatchSampler:
         not.
         """
         patch = np.array(self.patch_size)
-        room = np.array(case.label.shape) - patch
+        room = np.array(case.shape[1:]) - patch
         classes = sorted(k for k, voxels in case.class_voxels.items() if k > 0 and len(voxels))
         if classes and random.random() < self.foreground_fraction:
             voxels = case.class_voxels[random.choice(classes)]
@@ -107,10 +124,7 @@ class PatchSampler:
         return [int(n) for n in start - (np.array(self.read_size) - patch) // 2]
 
 
-def _overlap(start: Sequence[int], size: Size, shape: Sequence[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """Return the part of a box that lies in the volume, as slices of the volume and of the box."""
-    lower = [max(0, a) for a in start]
-    upper = [max(low, min(n, a + s)) for low, n, a, s in zip(lower, shape, start, size, strict=True)]
-    source = tuple(slice(a, b) for a, b in zip(lower, upper, strict=True))
-    target = tuple(slice(a - s, b - s) for a, b, s in zip(lower, upper, start, strict=True))
-    return source, target
+def _size(numbers: Sequence[int]) -> Size:
+    """Return three numbers as a size."""
+    x, y, z = numbers
+    return x, y, z

@@ -1,0 +1,220 @@
+"""What one fold's training is made of, before it begins: cases, plan, network, batches; and where it is kept."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from pipeline.config import Config
+from pipeline.data.manifest import Case, Manifest
+from pipeline.data.plan import Fingerprint, Plan, read_plan
+from pipeline.data.store import CaseStore
+from pipeline.errors import ConfigError, StoreError
+from pipeline.hardware import pick_dtype
+from pipeline.networks import Network, NetworkTask, build_network
+from pipeline.records import digest_of
+from pipeline.stages.workspace import Workspace
+from pipeline.training.augmentation import Augmentation
+from pipeline.training.batches import Batches
+from pipeline.training.loop import LoopSettings, TrainState, averaged_tensors
+from pipeline.training.losses import Objective, build_loss
+from pipeline.training.patches import CaseInMemory, PatchCase, PatchSampler
+from pipeline.training.randomness import torch_seed
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT = "checkpoint.safetensors"
+
+# Share of the free memory that the store may take; above it patches are read from disk.
+MEMORY_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class FoldTask:
+    """One fold's training before it begins: what to train, on which cases, where.
+
+    Attributes:
+        config: the experiment.
+        manifest: the data set.
+        plan: how its cases were prepared.
+        fingerprint: what its development cases are like.
+        store: the prepared cases.
+        folder: the run folder.
+        fold: the fold held out.
+        device: where the network runs.
+    """
+
+    config: Config
+    manifest: Manifest
+    plan: Plan
+    fingerprint: Fingerprint
+    store: CaseStore
+    folder: Path
+    fold: int
+    device: torch.device
+
+    @classmethod
+    def prepare(cls, config: Config, manifest: Manifest, fold: int, device: torch.device) -> FoldTask:
+        """Read plan and fingerprint and see that every case is in the store.
+
+        Raises:
+            StoreError: the data are not preprocessed.
+        """
+        workspace = Workspace(config.workspace)
+        folder = workspace.store(config, manifest.name)
+        if not (folder / "plan.yaml").exists():
+            raise StoreError(
+                f"{folder}: {manifest.name} is not preprocessed for this configuration; run `medseg preprocess`"
+            )
+        fingerprint = Fingerprint.model_validate_json((folder / "fingerprint.json").read_bytes())
+        store = CaseStore(folder / "cases")
+        task = cls(
+            config,
+            manifest,
+            read_plan(folder / "plan.yaml"),
+            fingerprint,
+            store,
+            workspace.run(config.name, fold),
+            fold,
+            device,
+        )
+        wanted = [case.id for case in (*task.training_cases, *task.validation_cases)]
+        missing = sorted(set(wanted) - set(store.case_ids()))
+        if missing:
+            raise StoreError(
+                f"{store.folder}: {len(missing)} of {len(wanted)} cases are missing, {', '.join(missing[:5])} first; "
+                "run `medseg preprocess`"
+            )
+        return task
+
+    @property
+    def training_cases(self) -> tuple[Case, ...]:
+        """Labelled cases of the other folds."""
+        return self.manifest.training_cases(self.fold)
+
+    @property
+    def validation_cases(self) -> tuple[Case, ...]:
+        """Labelled cases of the fold held out."""
+        return self.manifest.validation_cases(self.fold)
+
+    @property
+    def checkpoint(self) -> Path:
+        """The run's checkpoint."""
+        return self.folder / CHECKPOINT
+
+    @property
+    def batch_size(self) -> int:
+        """Patches a step."""
+        return self.config.training.batch_size or self.plan.batch_size
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Type in which the network computes."""
+        return pick_dtype(self.config.training.precision, self.device)
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What a resumed run must share with its checkpoint."""
+        return {
+            "configuration": configuration_digest(self.config),
+            "plan": self.plan.digest(),
+            "manifest": self.manifest.digest(),
+            "fold": self.fold,
+        }
+
+    @cached_property
+    def settings(self) -> LoopSettings:
+        """The loop's settings."""
+        section = self.config.training
+        return LoopSettings(
+            steps_per_epoch=section.steps_per_epoch,
+            validation_every_epochs=section.validation_every_epochs,
+            early_stop_validations=section.early_stop_validations,
+            checkpoint_s=60 * section.checkpoint_minutes,
+            gradient_clip=section.gradient_clip,
+            ema_decay=section.ema_decay,
+            dtype=self.dtype,
+            device=self.device,
+            seed=self.config.seed,
+        )
+
+    def new_state(self) -> TrainState:
+        """Build network, loss and optimiser from the seed."""
+        config, section = self.config, self.config.training
+        torch.manual_seed(torch_seed(config.seed, "weights", 0))
+        size = NetworkTask(len(self.plan.channels), len(self.plan.labels), self.plan.patch_size, self.plan.spacing_mm)
+        try:
+            network = build_network(config.network.name, config.network.options, size)
+            loss = build_loss(section.loss, section.loss_options)
+        except ValueError as error:
+            raise ConfigError(f"network {config.network.name}, loss {section.loss}: {error}") from error
+        # Channels last is the layout that convolution kernels want; without it each of them rearranges its input.
+        network.to(self.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        return TrainState(
+            objective=Objective(network, loss, deep_supervision=section.deep_supervision),
+            optimiser=_optimiser(network, config),
+            scaler=torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16),
+            average=None if section.ema_decay is None else [t.clone() for t in averaged_tensors(network)],
+            step=0,
+            total_steps=0,
+            best_score=-math.inf,
+            best_step=0,
+            stale_validations=0,
+            loss_sum=torch.zeros((), device=self.device),
+        )
+
+    def batches(self) -> Batches:
+        """Build the way from the store to augmented batches."""
+        section = self.config.training
+        augmentation = Augmentation(
+            section.augmentation,
+            patch_size=self.plan.patch_size,
+            left_right_axis=self.plan.left_right_axis,
+            paired_classes=self.plan.paired_classes,
+            num_classes=len(self.plan.labels),
+            seed=self.config.seed,
+        )
+        sampler = PatchSampler(
+            self._patch_cases(),
+            patch_size=self.plan.patch_size,
+            read_size=augmentation.read_size,
+            foreground_fraction=section.foreground_fraction,
+            seed=self.config.seed,
+        )
+        return Batches(sampler, augmentation, batch_size=self.batch_size, device=self.device)
+
+    def _patch_cases(self) -> list[PatchCase]:
+        """Return the training cases, in memory where they take a small share of it."""
+        opened = [self.store.open(case.id) for case in self.training_cases]
+        voxels = sum(math.prod(case.shape) for case in opened)
+        if voxels * 3 > MEMORY_SHARE * psutil.virtual_memory().available:  # 2 bytes of image, about 1 of label
+            log.info("patches are read from disk: %.1f GB of prepared cases are too many for memory", voxels * 3 / 1e9)
+            return list(opened)
+        prepared = (self.store.read(case.id) for case in self.training_cases)
+        return [CaseInMemory(p.image, p.label, p.class_voxels) for p in prepared if p.label is not None]
+
+
+def configuration_digest(config: Config) -> str:
+    """Return a digest of what the weights depend on besides the data: not of where they are kept and tracked."""
+    kept = config.model_dump(mode="json", include={"seed", "preprocessing", "network", "training", "inference"})
+    return digest_of(kept)
+
+
+def _optimiser(network: Network, config: Config) -> torch.optim.Optimizer:
+    """Build the optimiser; norms and biases are not decayed."""
+    section = config.training
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": section.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if section.optimiser == "adamw":
+        return torch.optim.AdamW(groups, lr=section.learning_rate, fused=True)
+    return torch.optim.SGD(groups, lr=section.learning_rate, momentum=0.99, nesterov=True, fused=True)

@@ -1,0 +1,315 @@
+"""`medseg train`: one fold after another, each in a run folder of its own, from which a killed run goes on."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from pipeline import __version__
+from pipeline.config import Config
+from pipeline.config_loading import dump_config
+from pipeline.data.manifest import Manifest, load_manifest
+from pipeline.data.plan import write_plan
+from pipeline.data.store import PreparedCase
+from pipeline.errors import ConfigError, TrainingError
+from pipeline.evaluation.metrics import score_case
+from pipeline.hardware import keep_freed_memory, pick_device
+from pipeline.model import Model, ModelDescription, save_model
+from pipeline.pictures import draw_learning_curves
+from pipeline.predictor import Predictor
+from pipeline.progress import counter
+from pipeline.records import atomic_path, write_json, write_text
+from pipeline.stages.fold_task import CHECKPOINT, FoldTask, configuration_digest
+from pipeline.stages.workspace import Workspace
+from pipeline.tracking import RunLog, environment_tags, metric_history, start_follower
+from pipeline.training.batches import Batches
+from pipeline.training.budget import Costs, seconds_per_step, steps_within
+from pipeline.training.checkpoints import load_checkpoint, recorded_facts, save_checkpoint
+from pipeline.training.loop import SCHEDULES, TrainState, averaged_weights, train, train_step
+
+log = logging.getLogger(__name__)
+
+BEST, LAST = Path("models/best"), Path("models/last")
+
+# How long the end of training waits for MLflow; what has not arrived by then is sent by `medseg sync`.
+TRACKING_WAIT_S = 30.0
+
+# Validation cases that the probe of a minutes budget looks at.
+PROBE_CASES = 3
+
+
+def run(config: Config, *, fold: str = "0", resume: bool = False, device: str = "auto") -> list[Path]:
+    """Train on all folds but one, and validate on that one.
+
+    Args:
+        config: the experiment; its data are preprocessed.
+        fold: the fold to hold out, or "all": one after another, those that are done already left out with `resume`.
+        resume: go on from the last checkpoint.
+        device: auto, cpu, cuda or cuda:N.
+
+    Returns:
+        The run folder of each fold.
+
+    Raises:
+        TrainingError: nothing to resume, a checkpoint of another configuration, or a loss that is not finite.
+        StoreError: a case is not preprocessed.
+    """
+    keep_freed_memory()
+    manifest = load_manifest(config.data.manifest, config.data.root)
+    chosen = pick_device(device)
+    folds = choose_folds(manifest, fold)
+    tasks = [FoldTask.prepare(config, manifest, number, chosen) for number in folds]
+    if resume and not any(task.checkpoint.exists() for task in tasks):
+        raise TrainingError(f"{tasks[0].checkpoint}: no checkpoint to resume from; start without --resume")
+    for task in tasks:
+        if resume and is_finished(task.folder, config):
+            log.info("fold %d: finished already, in %s", task.fold, task.folder)
+        else:
+            _train_fold(task, resume=resume and task.checkpoint.exists())
+    return [task.folder for task in tasks]
+
+
+def choose_folds(manifest: Manifest, fold: str) -> tuple[int, ...]:
+    """Return the folds named by "all" or a number.
+
+    Raises:
+        ConfigError: the manifest has no such fold.
+    """
+    if fold == "all":
+        return manifest.folds
+    if not fold.isdecimal() or int(fold) not in manifest.folds:
+        raise ConfigError(f"--fold {fold}: the manifest has folds {', '.join(map(str, manifest.folds))}; or say all")
+    return (int(fold),)
+
+
+def is_finished(folder: Path, config: Config) -> bool:
+    """Tell whether a run folder holds a training that ended, under this very configuration."""
+    done, checkpoint = folder / LAST / "model.yaml", folder / CHECKPOINT
+    if not done.exists() or not checkpoint.exists():
+        return False
+    return bool(recorded_facts(checkpoint).get("configuration") == configuration_digest(config))
+
+
+class FoldRun:
+    """The loop's hooks: validation through the shipping road, models, checkpoints, tracking."""
+
+    def __init__(self, task: FoldTask, state: TrainState, tracked: RunLog) -> None:
+        self.task = task
+        self.tracked = tracked
+        self.cases: dict[str, PreparedCase] = {case.id: task.store.read(case.id) for case in task.validation_cases}
+        self.predictor = Predictor(
+            state.network, task.plan, task.config.inference, device=task.device, dtype=task.dtype
+        )
+
+    def validate(self, state: TrainState) -> dict[str, float]:
+        """Return the mean Dice per class over full volumes on their native grids, and their mean, the "score"."""
+        with averaged_weights(state):
+            return self.scores(list(self.cases.values()))
+
+    def scores(self, cases: list[PreparedCase]) -> dict[str, float]:
+        """Score cases with the network as it is.
+
+        A structure that is missed, or found where there is none, counts as 0 here, for what is chosen by this score
+        must not gain from missing a structure; `evaluate` lists such cases apart.
+        """
+        names = list(self.task.plan.labels)
+        found: dict[str, list[float]] = {name: [] for name in names[1:]}
+        for case in cases:
+            if case.reference is None:
+                continue
+            classes = self.predictor.predict_prepared(case.image, case.geometry, case.native)
+            for row in score_case(classes, case.reference, case.native.spacing_mm, names, 1.0, metrics=("dice",)):
+                if row.status != "both_empty":
+                    found[row.class_name].append(row.values["dice"] if row.status == "scored" else 0.0)
+        means = {f"dice/{name}": float(np.mean(values)) for name, values in found.items() if values}
+        return {**means, "score": float(np.mean(list(means.values()))) if means else 0.0}
+
+    def improved(self, state: TrainState, scores: dict[str, float]) -> None:
+        """Write the best model."""
+        self.save_model(state, BEST, scores)
+
+    def save_model(self, state: TrainState, to: Path, scores: dict[str, float]) -> None:
+        """Write the model, with the mean weights where there are any."""
+        task, plan = self.task, self.task.plan
+        description = ModelDescription(
+            name=task.config.name,
+            network=task.config.network,
+            in_channels=len(plan.channels),
+            num_classes=len(plan.labels),
+            inference=task.config.inference,
+            manifest_name=task.manifest.name,
+            manifest_digest=task.manifest.digest(),
+            fold=task.fold,
+            step=state.step,
+            scores=scores,
+            versions=_versions(),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        with averaged_weights(state):
+            model = Model(description, state.network, plan, task.fingerprint, dump_config(task.config))
+            save_model(task.folder / to, model)
+
+    def checkpoint(self, state: TrainState) -> None:
+        """Write the checkpoint."""
+        save_checkpoint(self.task.checkpoint, state, self.task.facts)
+
+    def epoch_ended(self, state: TrainState, metrics: dict[str, float]) -> None:
+        """Log the epoch's metrics, a line and an event."""
+        self.tracked.metrics(metrics, state.step)
+        shown = "  ".join(f"{name.removeprefix('train/')} {value:.4g}" for name, value in metrics.items())
+        log.info("fold %d  step %d of %d  %s", self.task.fold, state.step, state.total_steps, shown)
+
+
+def _train_fold(task: FoldTask, *, resume: bool) -> None:
+    """Train one fold to the end of its budget."""
+    began = time.monotonic()
+    state, batches = task.new_state(), task.batches()
+    if resume:
+        load_checkpoint(task.checkpoint, state, task.facts)
+        tracked = RunLog.resume(task.folder)
+        log.info("fold %d: going on at step %d of %d", task.fold, state.step, state.total_steps)
+    else:
+        _set_aside(task.folder)
+        tracked = _new_run(task)
+    hooks = FoldRun(task, state, tracked)
+    if not resume:
+        state.total_steps = _budgeted_steps(hooks, batches, began)
+        tracked.params({"training.total_steps": state.total_steps})
+        hooks.checkpoint(state)
+    follower = start_follower(task.folder)
+    try:
+        with counter(f"fold {task.fold}", state.total_steps, state.step) as advance:
+            section = task.config.training
+            schedule = SCHEDULES[section.schedule](section.learning_rate, section.warmup_fraction)
+            train(state, _counted(batches, advance), schedule, task.settings, hooks)
+        _finish(hooks, state)
+    except BaseException as error:
+        tracked.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+    tracked.finish("FINISHED")
+    follower.wait(TRACKING_WAIT_S)
+    log.info(
+        "fold %d: best score %.4f at step %d; model in %s",
+        task.fold,
+        state.best_score,
+        state.best_step,
+        task.folder / BEST,
+    )
+
+
+def _budgeted_steps(hooks: FoldRun, batches: Batches, began: float) -> int:
+    """Return the steps of the budget; minutes are turned into steps by a probe."""
+    task = hooks.task
+    budget, settings = task.config.training.budget, task.settings
+    if budget.steps is not None:
+        return budget.steps
+    if budget.minutes is None:
+        return (budget.epochs or 0) * settings.steps_per_epoch
+    costs = _probe(hooks, batches)
+    steps = steps_within(
+        60 * budget.minutes - (time.monotonic() - began),
+        costs,
+        steps_per_epoch=settings.steps_per_epoch,
+        validation_every_epochs=settings.validation_every_epochs,
+    )
+    log.info("fold %d: %d steps fit into %g minutes; %s", task.fold, steps, budget.minutes, costs)
+    return steps
+
+
+def _probe(hooks: FoldRun, batches: Batches) -> Costs:
+    """Measure a training's parts, on a state that is thrown away."""
+    task, state = hooks.task, hooks.task.new_state()
+
+    def step(number: int) -> None:
+        train_step(state, batches(number), task.config.training.learning_rate, task.settings)
+        state.loss_sum.item()  # waits for the device
+
+    step_s = seconds_per_step(step)
+    some = list(hooks.cases.values())[:PROBE_CASES]
+    start = time.monotonic()
+    hooks.scores(some)
+    validation_s = (time.monotonic() - start) * len(hooks.cases) / max(1, len(some))
+    start = time.monotonic()
+    unused = task.folder / "probe.safetensors"
+    save_checkpoint(unused, state, task.facts)
+    unused.unlink()
+    return Costs(step_s, time.monotonic() - start, validation_s)
+
+
+def _counted(batches: Batches, advance: Callable[[], None]) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """Return the batches, each moving the progress bar on."""
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        advance()
+        return batches(step)
+
+    return batch
+
+
+def _set_aside(folder: Path) -> None:
+    """Rename an earlier run's folder: hours of training are not overwritten by a command typed twice."""
+    if not folder.exists():
+        return
+    number = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
+    aside = folder.with_name(f"{folder.name}.{number}")
+    folder.rename(aside)
+    log.info("the earlier run is kept as %s (`medseg train --resume` would have gone on with it)", aside)
+
+
+def _new_run(task: FoldTask) -> RunLog:
+    """Make the run folder, write down what is trained on what, and begin the run in MLflow."""
+    config, folder = task.config, task.folder
+    write_text(folder / "config.yaml", dump_config(config))
+    write_plan(folder / "plan.yaml", task.plan)
+    write_json(folder / "fingerprint.json", task.fingerprint.model_dump(mode="json"))
+    parent = Workspace(config.workspace).experiment(config.name)
+    experiment = config.tracking.experiment or task.manifest.name
+    uri = config.tracking.uri
+    RunLog.ensure_parent(parent, uri=uri, workspace=config.workspace, experiment=experiment, name=config.name).close()
+    tracked = RunLog.create(
+        folder,
+        uri=uri,
+        workspace=config.workspace,
+        experiment=experiment,
+        name=f"{config.name} fold {task.fold}",
+        parent=parent,
+        tags={**environment_tags(config.data.manifest), "medseg.manifest_digest": task.manifest.digest()},
+    )
+    tracked.params(config.model_dump(mode="json", exclude={"tracking", "workspace"}))
+    tracked.params({"fold": task.fold, "plan": task.plan.model_dump(mode="json", exclude={"reasons"})})
+    for context, cases in (("training", task.training_cases), ("validation", task.validation_cases)):
+        ids = [case.id for case in cases]
+        tracked.dataset(task.manifest.name, task.manifest.digest(), task.manifest.source, ids, context)
+    for name in ("config.yaml", "plan.yaml", "fingerprint.json"):
+        tracked.artifact(folder / name)
+    return tracked
+
+
+def _finish(hooks: FoldRun, state: TrainState) -> None:
+    """Write the last model and the learning curves, and hand the models to tracking."""
+    task, tracked = hooks.task, hooks.tracked
+    hooks.save_model(state, LAST, {})
+    picture = task.folder / "learning_curves.png"
+    with atomic_path(picture) as temporary:
+        draw_learning_curves(metric_history(task.folder)).savefig(temporary)
+    tracked.artifact(picture)
+    tracked.metrics({"best/score": state.best_score, "best/step": state.best_step}, state.step)
+    tracked.model(task.folder / BEST, task.config.tracking.register_as, task.config.tracking.alias)
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of the packages that a model's weights and use depend on."""
+    found = {"medseg": __version__}
+    for package in ("torch", "monai", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,52 @@
+"""Batches: patches read, moved to the device and augmented, by the number of the step."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from pipeline.training.augmentation import Augmentation
+from pipeline.training.patches import PatchSampler
+
+# Batches read ahead of a GPU. A CPU that trains has no core to spare for it.
+READ_AHEAD = 4
+
+
+class Batches:
+    """Step -> image (N, C, *patch) float32 and target (N, *patch) int64, augmented, on the device.
+
+    Ahead of a GPU, threads read the next steps' patches into pinned memory; which thread reads what changes nothing, for
+    a batch is a function of its step.
+    """
+
+    def __init__(
+        self, sampler: PatchSampler, augmentation: Augmentation, *, batch_size: int, device: torch.device
+    ) -> None:
+        self.sampler = sampler
+        self.augmentation = augmentation
+        self.batch_size = batch_size
+        self.device = device
+        self._reader = ThreadPoolExecutor(2, "patches") if device.type == "cuda" else None
+        self._ahead: dict[int, Future[tuple[Tensor, Tensor]]] = {}
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return the batch of a step."""
+        image, label = self._read(step) if self._reader is None else self._read_ahead(self._reader, step)
+        image = image.to(self.device, non_blocking=True)
+        label = label.to(self.device, non_blocking=True)
+        image, target = self.augmentation(image, label, step * self.batch_size)
+        return image.contiguous(memory_format=torch.channels_last_3d), target
+
+    def _read_ahead(self, reader: ThreadPoolExecutor, step: int) -> tuple[Tensor, Tensor]:
+        """Return the patches of a step, and have those of the next read."""
+        for ahead in range(step, step + READ_AHEAD):
+            if ahead not in self._ahead:
+                self._ahead[ahead] = reader.submit(self._read, ahead)
+        return self._ahead.pop(step).result()
+
+    def _read(self, step: int) -> tuple[Tensor, Tensor]:
+        """Read the patches of a step."""
+        image, label = self.sampler.batch(step, self.batch_size)
+        return (image.pin_memory(), label.pin_memory()) if self._reader else (image, label)

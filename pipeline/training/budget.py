@@ -1,0 +1,58 @@
+"""From minutes to steps: a probe at the start measures what a step, an epoch's end and a validation take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pipeline.errors import TrainingError
+
+# The first steps pay for memory and for the choice of kernels; the mean of the later ones settles within a few seconds.
+WARMUP_STEPS, PROBE_S, MOST_PROBE_STEPS = 3, 8.0, 50
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds that parts of a training take.
+
+    Attributes:
+        step_s: a step, its batch included.
+        epoch_end_s: the checkpoint at the end of an epoch.
+        validation_s: a validation of all cases.
+    """
+
+    step_s: float
+    epoch_end_s: float
+    validation_s: float
+
+
+def seconds_per_step(step: Callable[[int], object]) -> float:
+    """Return the mean time of a step, after a few that are not counted.
+
+    Args:
+        step: does the step of a number, and waits until the device has done it.
+    """
+    for number in range(WARMUP_STEPS):
+        step(number)
+    start, done = time.monotonic(), 0
+    while done < MOST_PROBE_STEPS and time.monotonic() - start < PROBE_S:
+        step(WARMUP_STEPS + done)
+        done += 1
+    return (time.monotonic() - start) / done
+
+
+def steps_within(seconds: float, costs: Costs, *, steps_per_epoch: int, validation_every_epochs: int) -> int:
+    """Return how many steps fit into a time, with their epoch ends, validations, and the validation that ends training.
+
+    Raises:
+        TrainingError: not even one step fits.
+    """
+    overhead_s = costs.epoch_end_s / steps_per_epoch + costs.validation_s / (steps_per_epoch * validation_every_epochs)
+    steps = int((seconds - costs.validation_s - costs.epoch_end_s) / (costs.step_s + overhead_s))
+    if steps < 1:
+        raise TrainingError(
+            f"training.budget.minutes: no step fits into the {seconds:.0f} s left after start-up: a step takes "
+            f"{costs.step_s:.2f} s and a validation {costs.validation_s:.1f} s; allow more minutes"
+        )
+    return steps
