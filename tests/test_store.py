@@ -158,13 +158,6 @@ def test_a_failing_write_keeps_the_old_case(tmp_path: Path) -> None:
     assert store.leftovers() == ()
 
 
-def test_removing_leaves_nothing(tmp_path: Path) -> None:
-    store = CaseStore(tmp_path)
-    store.write("a", make_case(), "key")
-    store.remove("a")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_two_writers_exclude_each_other_and_a_dead_one_does_not(tmp_path: Path) -> None:
     store = CaseStore(tmp_path)
     holder = subprocess.Popen(

@@ -15,9 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -184,6 +182,9 @@ class CaseStore:
             return ()
         return tuple(sorted(p.name for p in self.folder.iterdir() if p.is_dir() and not p.name.startswith(".")))
 
+    def __contains__(self, case_id: str) -> bool:
+        return (self.folder / case_id).is_dir()
+
     def leftovers(self) -> tuple[Path, ...]:
         """Return what killed writers left behind, or live ones are writing: `lock` tells."""
         if not self.folder.is_dir():
@@ -230,12 +231,6 @@ class CaseStore:
             # The record's own checksum: a flipped bit in an affine would still be valid JSON.
             content["sha256"] = digest_of(content)
             (temporary / "case.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-
-    def remove(self, case_id: str) -> None:
-        """Remove a case; it is gone at once, whatever happens in between."""
-        aside = Path(tempfile.mkdtemp(prefix=f".tmp-{case_id}-", dir=self.folder))
-        (self.folder / case_id).rename(aside / case_id)
-        shutil.rmtree(aside)
 
     def key_of(self, case_id: str) -> str | None:
         """Return the key that the case was written with; None where case.json is missing, damaged or of another age."""

@@ -1,0 +1,262 @@
+"""`medseg preprocess`: fingerprint, plan, store; what is fresh is skipped, what is stale redone, not deleted first."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from pipeline.config import Config, PreprocessingSection
+from pipeline.data.manifest import Case, Manifest, load_manifest
+from pipeline.data.plan import Fingerprint, Plan, read_plan, write_plan
+from pipeline.data.store import STORE_FORMAT_VERSION, CaseStore
+from pipeline.data.volume import read_case_images, read_case_label
+from pipeline.errors import ConfigError, ManifestError, PipelineError, StoreError
+from pipeline.preparation.examination import CaseExamination
+from pipeline.preparation.planning import fingerprint, make_plan
+from pipeline.preparation.preprocessing import prepare_case
+from pipeline.progress import track
+from pipeline.records import digest_of, write_json, write_text
+from pipeline.stages import check
+from pipeline.stages.workspace import Workspace
+
+log = logging.getLogger(__name__)
+
+# In a store's folder: the cases, and the key that each case with a fold should have, by which `clean` knows the others.
+CASES, KEYS = "cases", "keys.json"
+
+State = Literal["fresh", "new", "stale", "damaged"]
+
+# Peak bytes per voxel of all channels on their own grids and on the plan's: stored and float32 voxels, a resample's
+# intermediate, a label's indices; measured at 21 on the four channels of OpenMS.
+BYTES_PER_VOXEL = 24
+# Share of the free memory that cases may take together.
+MEMORY_SHARE = 0.7
+
+
+@dataclass(frozen=True)
+class PreprocessReport:
+    """What was done.
+
+    Attributes:
+        folder: of the store: plan.yaml, fingerprint.json, cases/.
+        plan: as it stands there.
+        written: ids of the cases that were made or redone.
+        fresh: ids of those that were left alone.
+    """
+
+    folder: Path
+    plan: Plan
+    written: tuple[str, ...]
+    fresh: tuple[str, ...]
+
+
+def run(config: Config, *, jobs: int | None = None, replan: bool = False) -> PreprocessReport:
+    """Bring a configuration's store up to date.
+
+    Args:
+        config: the experiment.
+        jobs: cases at once; None: as many as there are cores. Fewer where memory does not admit them.
+        replan: plan anew, even where plan.yaml was edited by hand.
+
+    Raises:
+        ManifestError: the check found errors; names them all.
+        ConfigError: an edited plan does not fit the manifest.
+        StoreError: another process is writing here.
+        PipelineError: cases failed; names them all. The others are done.
+    """
+    manifest = load_manifest(config.data.manifest, config.data.root)
+    examinations = _examinations(config, jobs)
+    folder = Workspace(config.workspace).store(config, manifest.name)
+    store = CaseStore(folder / CASES)
+    with store.lock():
+        facts = fingerprint(examinations.values(), manifest, config.preprocessing)
+        plan = settle_plan(folder, facts, manifest, config.preprocessing, replan=replan)
+        keys = {case.id: case_key(case, examinations[case.id], plan) for case in manifest.development_cases}
+        write_json(folder / KEYS, keys)
+        _drop_leftovers(store)
+        with ThreadPoolExecutor(jobs or _cores()) as pool:
+            states = dict(zip(keys, pool.map(lambda case_id: _state(store, case_id, keys[case_id]), keys), strict=True))
+            _say(store, states)
+            stale = [case for case in manifest.development_cases if states[case.id] != "fresh"]
+            preparation = _Preparation(manifest, plan, store, _Admission(_free_bytes()))
+            failures = _fill(pool, preparation, {case.id: case for case in stale}, keys, examinations)
+    if failures:
+        lines = [f"case {case_id!r}: {reason}" for case_id, reason in sorted(failures.items())]
+        raise PipelineError("\n".join([f"{len(lines)} of {len(stale)} cases failed; the others are done:", *lines]))
+    written = tuple(case.id for case in stale)
+    return PreprocessReport(folder, plan, written, tuple(i for i, state in states.items() if state == "fresh"))
+
+
+def settle_plan(
+    folder: Path, facts: Fingerprint, manifest: Manifest, section: PreprocessingSection, *, replan: bool
+) -> Plan:
+    """Write the plan and return it; one that a person has edited is kept instead.
+
+    The digest of the plan as it was written stands beside it: a plan with another digest was edited.
+
+    Raises:
+        ConfigError: the edited plan cannot be read, or its channels or labels are not the manifest's.
+    """
+    path, record = folder / "plan.yaml", folder / "plan.sha256"
+    write_json(folder / "fingerprint.json", facts.model_dump(mode="json"))
+    plan = make_plan(facts, manifest, section)
+    if path.exists() and not replan:
+        kept = read_plan(path)
+        written = record.read_text(encoding="utf-8").strip() if record.exists() else ""
+        # The second: a run killed between the two writes below has left a plan of ours that is not recorded.
+        if kept.digest() not in (written, plan.digest()):
+            _refuse_unfit(path, kept, manifest)
+            log.info("%s: edited by hand, kept; --replan makes it anew", path)
+            return kept
+    write_plan(path, plan)
+    write_text(record, plan.digest() + "\n")
+    return plan
+
+
+def case_key(case: Case, examination: CaseExamination, plan: Plan) -> str:
+    """Return the digest of all that a stored case depends on: its files' bytes, the plan, the store's format."""
+    files = {**case.images, **({"": case.label} if case.label else {})}
+    content = {name: [examination.files[file.path].sha256, file.index] for name, file in files.items()}
+    return digest_of([content, plan.preprocessing_digest(), STORE_FORMAT_VERSION])
+
+
+class _Admission:
+    """Lets cases in while the memory they need fits together; one alone may always."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._used_bytes = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def of(self, needed_bytes: int) -> Iterator[None]:
+        """Wait until there is room, and hold it."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._used_bytes or self._used_bytes + needed_bytes <= self._limit_bytes)
+            self._used_bytes += needed_bytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used_bytes -= needed_bytes
+                self._changed.notify_all()
+
+
+@dataclass(frozen=True)
+class _Preparation:
+    """What it takes to make a case; called from threads, for NumPy, zlib and blosc2 let go of the interpreter."""
+
+    manifest: Manifest
+    plan: Plan
+    store: CaseStore
+    admission: _Admission
+
+    def __call__(self, case: Case, examination: CaseExamination, key: str) -> None:
+        """Read, prepare and write a case."""
+        with self.admission.of(_needed_bytes(examination, self.plan)):
+            images = read_case_images(self.manifest, case)
+            label = read_case_label(self.manifest, case, images)
+            native = label.geometry if label else next(iter(images.values())).geometry
+            self.store.write(case.id, prepare_case(images, label, self.plan, native), key)
+
+
+def _examinations(config: Config, jobs: int | None) -> dict[str, CaseExamination]:
+    """Return the examinations by case, made now where `medseg check` has not made them; raise where it finds errors."""
+    report = check.run(config.data.manifest, root=config.data.root, workspace=config.workspace, jobs=jobs)
+    if report.errors:
+        lines = [f"case {problem.case_id!r}: {problem.message}" for problem in report.errors]
+        raise ManifestError("\n".join([f"{config.data.manifest}: {len(lines)} errors; see `medseg check`:", *lines]))
+    return {examination.case_id: examination for examination in report.examinations}
+
+
+def _fill(
+    pool: ThreadPoolExecutor,
+    prepare: _Preparation,
+    cases: Mapping[str, Case],
+    keys: Mapping[str, str],
+    examinations: Mapping[str, CaseExamination],
+) -> dict[str, str]:
+    """Make cases side by side and return the reasons of those that failed."""
+    futures: dict[Future[None], str] = {
+        pool.submit(prepare, case, examinations[case_id], keys[case_id]): case_id for case_id, case in cases.items()
+    }
+    failures = {}
+    try:
+        for future in track(as_completed(futures), "preprocess", len(futures)) if futures else ():
+            try:
+                future.result()
+            except (PipelineError, OSError, MemoryError) as error:
+                failures[futures[future]] = str(error) or type(error).__name__
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    return failures
+
+
+def _state(store: CaseStore, case_id: str, key: str) -> State:
+    """Tell what a case in the store is worth; its bytes are verified."""
+    if case_id not in store:
+        return "new"
+    try:
+        return "fresh" if store.verify(case_id).key == key else "stale"
+    except StoreError as error:
+        log.warning("%s", error)
+        return "damaged"
+
+
+def _say(store: CaseStore, states: Mapping[str, State]) -> None:
+    """Log how many cases are fresh and what is to be done, and which others lie in the store."""
+    counts = {state: sum(s == state for s in states.values()) for state in ("fresh", "new", "stale", "damaged")}
+    log.info("%s: %s", store.folder, ", ".join(f"{n} {state}" for state, n in counts.items() if n))
+    foreign = [case_id for case_id in store.case_ids() if case_id not in states]
+    if foreign:
+        log.info("%d cases no longer needed: %s; see `medseg clean`", len(foreign), ", ".join(foreign))
+
+
+def _drop_leftovers(store: CaseStore) -> None:
+    """Remove what killed writers left; whoever holds the lock knows that they are dead."""
+    for path in store.leftovers():
+        log.info("%s: left by a writer that was killed; removed", path)
+        shutil.rmtree(path)
+
+
+def _refuse_unfit(path: Path, plan: Plan, manifest: Manifest) -> None:
+    """Raise where an edited plan is not for this manifest; the order of channels and labels counts."""
+    for name in ("channels", "labels", "label_pairs"):
+        own, wanted = getattr(plan, name), getattr(manifest, name)
+        if list(own) != list(wanted) or own != wanted:
+            raise ConfigError(
+                f"{path}: {name}: this edited plan says {own}, the manifest {wanted}; mend the plan, or plan anew with "
+                "`medseg preprocess CONFIG --replan`"
+            )
+    if set(plan.normalisation) != set(plan.channels):
+        raise ConfigError(f"{path}: normalisation: one entry for each of {', '.join(plan.channels)} is needed")
+
+
+def _needed_bytes(examination: CaseExamination, plan: Plan) -> int:
+    """Return what making a case takes at its peak."""
+    native = examination.native
+    target = prod(native.reoriented(plan.orientation).respaced(plan.spacing_mm).shape) if native else 0
+    own = sum(prod(channel.grid.shape) for channel in examination.channels.values())
+    return BYTES_PER_VOXEL * (own + len(plan.channels) * target)
+
+
+def _free_bytes() -> int:
+    """Return what cases may take together."""
+    return int(MEMORY_SHARE * psutil.virtual_memory().available)
+
+
+def _cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
