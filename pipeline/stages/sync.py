@@ -22,8 +22,7 @@ def run(workspace: Path) -> bool:
     if not folders:
         raise PipelineError(f"{workspace}: no run was tracked in this workspace; name another with --workspace")
     waiting = [folder for folder in folders if pending(folder)]
-    arrived = send_pending(*waiting)
-    log.info(
-        "%d of %d runs had something to send: %s", len(waiting), len(folders), "sent" if arrived else "not all sent"
-    )
-    return arrived
+    send_pending(*waiting)
+    left = sum(pending(folder) for folder in waiting)
+    log.info("%d runs: %d had events to send, %d still have", len(folders), len(waiting), left)
+    return left == 0

@@ -83,8 +83,6 @@ def deliver_artifact(to: Destination, event: Event) -> None:
 
 def deliver_image(to: Destination, event: Event) -> None:
     """Log one picture of a series, under the names that MLflow's own `log_image` gives, which its pages look for."""
-    from PIL import Image
-
     source = to.folder / event["path"]
     if not source.exists():
         log.warning("%s: %s is gone and left out of MLflow", to.folder, source)
@@ -92,12 +90,23 @@ def deliver_image(to: Destination, event: Event) -> None:
     key, step = safe_name(event["key"]), event["step"]
     unique = uuid.uuid5(uuid.NAMESPACE_OID, f"{key} {step} {event['time_ms']}")
     name = f"{key.replace('/', '~')}+step+{step}+timestamp+{event['time_ms']}+{unique}"
-    with tempfile.TemporaryDirectory() as scratch, Image.open(source) as picture:
-        picture.save(Path(scratch) / f"{name}.png")
-        picture.thumbnail(_THUMBNAIL)
-        picture.convert("RGB").save(Path(scratch) / f"{name}+compressed.webp")
+    with tempfile.TemporaryDirectory() as scratch:
+        _write_picture(source, Path(scratch), name)
         to.client.log_artifacts(to.run_id, scratch, "images")
     to.set_tags({"mlflow.loggedImages": "True"})
+
+
+def _write_picture(source: Path, into: Path, name: str) -> None:
+    """Write a picture and its thumbnail; ValueError where it cannot be read, since trying again would not help."""
+    from PIL import Image
+
+    try:
+        with Image.open(source) as picture:
+            picture.save(into / f"{name}.png")
+            picture.thumbnail(_THUMBNAIL)
+            picture.convert("RGB").save(into / f"{name}+compressed.webp")
+    except OSError as error:
+        raise ValueError(f"{source}: not a whole picture: {error}") from error
 
 
 def deliver_table(to: Destination, event: Event) -> None:

@@ -303,7 +303,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def safe_name(name: str) -> str:
-    """Return the name of a metric, parameter or tag as MLflow takes it: few characters, a relative path, 250 at most."""
+    """Return the name of a metric, parameter or tag as MLflow takes it: a relative path of few kinds of characters."""
     path = posixpath.normpath(re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII).strip("/"))
     return re.sub(r"^\.\.?(?=/|$)", "_", path)[:250].rstrip("/")
 
