@@ -25,9 +25,9 @@ from pipeline.errors import ConfigError, ManifestError, PipelineError, StoreErro
 from pipeline.preparation.examination import CaseExamination
 from pipeline.preparation.planning import fingerprint, make_plan
 from pipeline.preparation.preprocessing import prepare_case
+from pipeline.preparation.survey import compare_cases, examine_cases
 from pipeline.progress import track
 from pipeline.records import digest_of, write_json, write_text
-from pipeline.stages import check
 from pipeline.stages.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def run(config: Config, *, jobs: int | None = None, replan: bool = False) -> Pre
         PipelineError: cases failed; names them all. The others are done.
     """
     manifest = load_manifest(config.data.manifest, config.data.root)
-    examinations = _examinations(config, jobs)
+    examinations = _examinations(config, manifest, jobs)
     folder = Workspace(config.workspace).store(config, manifest.name)
     store = CaseStore(folder / CASES)
     with store.lock():
@@ -171,13 +171,17 @@ class _Preparation:
             self.store.write(case.id, prepare_case(images, label, self.plan, native), key)
 
 
-def _examinations(config: Config, jobs: int | None) -> dict[str, CaseExamination]:
-    """Return the examinations by case, made now where `medseg check` has not made them; raise where it finds errors."""
-    report = check.run(config.data.manifest, root=config.data.root, workspace=config.workspace, jobs=jobs)
-    if report.errors:
-        lines = [f"case {problem.case_id!r}: {problem.message}" for problem in report.errors]
-        raise ManifestError("\n".join([f"{config.data.manifest}: {len(lines)} errors; see `medseg check`:", *lines]))
-    return {examination.case_id: examination for examination in report.examinations}
+def _examinations(config: Config, manifest: Manifest, jobs: int | None) -> dict[str, CaseExamination]:
+    """Return what one read of each case told, read now where `medseg check` has not; raise where there are errors."""
+    examinations = examine_cases(manifest, Workspace(config.workspace).checks, jobs)
+    problems = [problem for examination in examinations for problem in examination.problems]
+    problems += compare_cases(manifest, examinations)
+    lines = [f"case {problem.case_id!r}: {problem.message}" for problem in problems if problem.severity == "error"]
+    if lines:
+        raise ManifestError(
+            "\n".join([f"{config.data.manifest}: {len(lines)} errors, as `medseg check` says:", *lines])
+        )
+    return {examination.case_id: examination for examination in examinations}
 
 
 def _fill(
