@@ -133,7 +133,8 @@ def count_values(label: Array) -> dict[int, int]:
 
 def smallest_type(low: int, high: int) -> np.dtype[Any]:
     """Return the smallest integer type that holds both values, unsigned where it can be."""
-    return np.promote_types(np.min_scalar_type(low), np.min_scalar_type(high))
+    # Signed, a type holds -high - 1 if it holds high: 300 beside -1 needs 16 bits, not the 32 that uint16 promotes to.
+    return np.min_scalar_type(high if low >= 0 else min(low, -high - 1))
 
 
 def read_file(manifest: Manifest, file: ImageFile) -> Volume:

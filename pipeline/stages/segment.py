@@ -61,7 +61,7 @@ def run(
         What became of each case; a case that cannot be read or segmented is listed with the reason, the rest go on.
 
     Raises:
-        PipelineError: nothing can be done: no model, no input, or outputs that would fall on one another or beside inputs.
+        PipelineError: nothing can be done: no model, no input, or outputs that would fall on one another or on inputs.
     """
     folder = resolve_model(model, workspace)
     keep_freed_memory()
@@ -190,9 +190,9 @@ class _Batch:
         first = next(iter(case.source.files.values()))
         write_label(self._out / output, label, header_of=first.path, names=plan.labels)
         # Plane by plane: bincount makes 64-bit integers of what it counts.
-        voxels = sum(np.bincount(plane.ravel(), minlength=len(plan.labels)) for plane in case.classes)
-        ml = (voxels * case.native.voxel_volume_ml).round(6).tolist()
-        volumes = dict(list(zip(plan.labels, ml, strict=True))[1:])
+        counts = [np.bincount(plane.ravel(), minlength=len(plan.labels)) for plane in case.classes]
+        ml = np.sum(counts, axis=0) * case.native.voxel_volume_ml
+        volumes = dict(list(zip(plan.labels, ml.round(6).tolist(), strict=True))[1:])
         case.result = case.result.changed(output=output, volumes_ml=volumes)
 
 

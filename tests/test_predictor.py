@@ -1,0 +1,150 @@
+"""The Predictor: label values on the native grid, in the right place."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from tiny_models import NEAREST_MEAN, make_model, make_plan, nearest_mean
+
+from pipeline.config import InferenceSection
+from pipeline.data.volume import Volume
+from pipeline.errors import ModelError, VolumeError
+from pipeline.geometry import Geometry
+from pipeline.model import save_model
+from pipeline.networks import NETWORKS
+from pipeline.predictor import Predictor
+
+CPU = torch.device("cpu")
+VALUES = np.array([0, 1, 7])
+
+
+@pytest.fixture(autouse=True)
+def _hand_made_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(NETWORKS, "nearest_mean", nearest_mean)
+
+
+def make_predictor(inference: InferenceSection | None = None, batch: int | None = None, **plan: object) -> Predictor:
+    model = make_model(plan=make_plan(**plan), network=NEAREST_MEAN)
+    section = inference or InferenceSection()
+    return Predictor(model.network, model.plan, section, device=CPU, dtype=torch.float32, batch=batch)
+
+
+def make_image(geometry: Geometry, classes: NDArray[np.intp]) -> Volume:
+    return Volume((100.0 * classes[None]).astype(np.float32), geometry)
+
+
+def random_classes(*shape: int) -> NDArray[np.intp]:
+    return np.random.default_rng(0).integers(0, 3, shape)
+
+
+def test_each_voxel_gets_its_label_value_on_the_native_grid() -> None:
+    grid = Geometry((13, 30, 9), np.diag([-1.0, 1.0, 1.0, 1.0]))
+    classes = random_classes(13, 30, 9)
+    label = make_predictor().predict(make_image(grid, classes))
+    assert label.geometry == grid
+    assert label.array.dtype == np.uint8
+    assert np.array_equal(label.array, VALUES[classes])
+
+
+def test_channels_by_name_and_as_one_volume_are_the_same() -> None:
+    grid = Geometry((10, 11, 12), np.eye(4))
+    image = make_image(grid, random_classes(10, 11, 12))
+    predictor = make_predictor()
+    assert np.array_equal(predictor.predict(image).array, predictor.predict({"T1": image}).array)
+
+
+def test_another_native_grid_can_be_asked_for() -> None:
+    grid = Geometry((10, 11, 12), np.eye(4))
+    classes = np.zeros((10, 11, 12), dtype=int)
+    classes[4:7, 5:8, 6:9] = 1
+    wanted = grid.reoriented("LPS")
+    label = make_predictor().predict({"T1": make_image(grid, classes)}, wanted)
+    assert label.geometry == wanted
+    assert np.array_equal(label.array, classes[::-1, ::-1])
+
+
+@pytest.mark.parametrize("flip_axes", [("x",), ("y", "z")])
+def test_flips_leave_a_rule_that_has_no_sides_as_it_is(flip_axes: tuple[str, ...]) -> None:
+    """Paired classes swap with the left-right flip alone: averaged with their swap, left and right are level."""
+    grid = Geometry((12, 12, 12), np.eye(4))
+    classes = random_classes(12, 12, 12)
+    inference = InferenceSection(flip_axes=flip_axes)  # type: ignore[arg-type]
+    label = make_predictor(inference, label_pairs=()).predict(make_image(grid, classes))
+    assert np.array_equal(label.array, VALUES[classes])
+    swapped = make_predictor(inference).predict(make_image(grid, classes)).array
+    assert np.array_equal(swapped, label.array) == ("x" not in flip_axes)
+
+
+def test_small_components_are_removed() -> None:
+    grid = Geometry((12, 12, 12), np.eye(4))
+    classes = np.zeros((12, 12, 12), dtype=int)
+    classes[1:6, 1:6, 1:6] = 1
+    classes[9, 9, 9] = 1
+    label = make_predictor(InferenceSection(largest_component=("left",))).predict(make_image(grid, classes))
+    assert label.array.sum() == 125
+
+
+def test_class_values_beyond_a_byte() -> None:
+    grid = Geometry((8, 8, 8), np.eye(4))
+    classes = random_classes(8, 8, 8)
+    label = make_predictor(labels={"background": 0, "left": -1, "right": 300}).predict(make_image(grid, classes))
+    assert label.array.dtype == np.int16
+    assert np.array_equal(label.array, np.array([0, -1, 300])[classes])
+
+
+def test_network_in_training_mode_is_handed_back_in_it() -> None:
+    predictor = make_predictor()
+    predictor._network.train()
+    grid = Geometry((8, 8, 8), np.eye(4))
+    predictor.predict(make_image(grid, random_classes(8, 8, 8)))
+    assert predictor._network.training
+
+
+def test_stored_half_precision_images_are_taken() -> None:
+    grid = Geometry((10, 11, 12), np.eye(4))
+    classes = random_classes(10, 11, 12)
+    result = make_predictor().predict_prepared(make_image(grid, classes).array.astype(np.float16), grid, grid)
+    assert np.array_equal(result, classes)
+
+
+def test_loaded_model_predicts_as_the_saved_one(tmp_path: Path) -> None:
+    model = make_model()
+    save_model(tmp_path / "best", model)
+    grid = Geometry((20, 18, 16), np.eye(4))
+    image = make_image(grid, random_classes(20, 18, 16))
+    loaded = Predictor.load(tmp_path / "best", "cpu", "fp32")
+    direct = Predictor(model.network, model.plan, model.description.inference, device=CPU, dtype=torch.float32)
+    assert np.array_equal(loaded.predict(image).array, direct.predict(image).array)
+    assert len(np.unique(loaded.predict(image).array)) > 1
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"),
+    [
+        (lambda image: Volume(np.concatenate([image.array] * 2), image.geometry), r"1 channels \(T1\).*\(2, 8, 8, 8\)"),
+        (lambda image: Volume(image.array[0], image.geometry), r"got \(8, 8, 8\)"),
+        (lambda image: {"T2": image}, "T1"),
+        (lambda image: {}, "no channel of the model is there: expected T1"),
+    ],
+)
+def test_wrong_channels_are_refused(images: Callable[[Volume], Volume], expected: str) -> None:
+    image = make_image(Geometry((8, 8, 8), np.eye(4)), random_classes(8, 8, 8))
+    with pytest.raises(VolumeError, match=expected):
+        make_predictor().predict(images(image))
+
+
+def test_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="not a whole model"):
+        Predictor.load(tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_labels_as_the_cpu_does(tmp_path: Path) -> None:
+    save_model(tmp_path / "best", make_model())
+    image = make_image(Geometry((40, 30, 20), np.eye(4)), random_classes(40, 30, 20))
+    on_cpu, on_gpu = (Predictor.load(tmp_path / "best", device, "fp32").predict(image) for device in ("cpu", "cuda"))
+    assert (on_cpu.array != on_gpu.array).mean() < 1e-3
