@@ -1,0 +1,182 @@
+"""The configuration's sections, its JSON Schema, the YAMLs that come with medseg, and the one that is written to start from."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from pipeline.config import AugmentationSection, BudgetSection, Config, DataSection, PreprocessingSection, Section
+from pipeline.config_loading import load_config, packaged
+from pipeline.config_schema import expectation, json_schema, keys_named, schema_at, section_at
+from pipeline.data.manifest import Case, ImageFile, Manifest, save_manifest
+from pipeline.errors import ConfigError, ManifestError
+from pipeline.stages import new_config, schema
+
+REPOSITORY = Path(__file__).parents[1]
+SHIPPED = sorted((REPOSITORY / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    path = tmp_path / "data_manifests" / "lungs.json"
+    case = Case(id="a", patient="a", images={"CT": ImageFile(path="a.nii.gz")}, fold=0)
+    labels = {"background": 0, "left lung": 1, "right lung": 2}
+    pairs = (("left lung", "right lung"),)
+    dataset = Manifest(
+        name="lungs", root=tmp_path, channels={"CT": "CT"}, labels=labels, label_pairs=pairs, cases=(case,)
+    )
+    save_manifest(dataset, path)
+    return path
+
+
+def sections(section: type[Section] = Config) -> list[type[Section]]:
+    kinds = [field.annotation for field in section.model_fields.values()]
+    below = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]
+    return [section, *(deeper for kind in below for deeper in sections(kind))]
+
+
+def test_a_budget_is_exactly_one_of_three() -> None:
+    assert BudgetSection(epochs=3).epochs == 3
+    for wrong in ({}, {"epochs": 3, "steps": 4}, {"epochs": 3, "minutes": 4.0, "steps": 5}):
+        with pytest.raises(ValidationError, match="exactly one of steps, epochs, minutes"):
+            BudgetSection.model_validate(wrong)
+
+
+@pytest.mark.parametrize("code", ["RAS", "LPS", "SAR", "ILP"])
+def test_orientation_names_each_direction_once(code: str) -> None:
+    assert PreprocessingSection(orientation=code).orientation == code
+
+
+@pytest.mark.parametrize("code", ["", "RA", "RAL", "RRS", "ras", "RASL", "RLA", "XYZ"])
+def test_a_wrong_orientation_is_refused(code: str) -> None:
+    with pytest.raises(ValidationError, match="each pair once"):
+        PreprocessingSection(orientation=code)
+
+
+def test_ranges_ascend_and_factors_are_above_zero() -> None:
+    assert AugmentationSection(scale=(0.5, 0.5)).scale == (0.5, 0.5)
+    for wrong in ({"scale": (1.2, 0.8)}, {"gamma": (0.0, 1.0)}, {"noise_std": (0.2, 0.1)}):
+        with pytest.raises(ValidationError):
+            AugmentationSection.model_validate(wrong)
+    assert AugmentationSection(noise_std=(0.0, 0.1)).noise_std == (0.0, 0.1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_is_finite(value: float) -> None:
+    with pytest.raises(ValidationError, match="finite"):
+        AugmentationSection(rotation_degrees=value, elastic_voxels=value)
+
+
+def test_every_section_and_key_is_documented() -> None:
+    assert len(sections()) == 10
+    for section in sections():
+        assert section.__doc__, section
+        for name, field in section.model_fields.items():
+            kind = field.annotation
+            assert field.description or (isinstance(kind, type) and issubclass(kind, Section)), (section, name)
+
+
+def test_schema_describes_keys_and_extends() -> None:
+    whole = json_schema()
+    assert whole["$schema"].endswith("2020-12/schema")
+    assert whole["properties"]["extends"]["description"]
+    assert whole["$defs"]["TrainingSection"]["properties"]["learning_rate"]["description"] == "Largest learning rate."
+    assert whole["then"] == {"required": ["name", "data"], "properties": {"data": {"required": ["manifest"]}}}
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("training.learning_rate", "a number above 0"),
+        ("training.foreground_fraction", "a number from 0 to 1"),
+        ("training.ema_decay", "a number of at least 0 and below 1 or null"),
+        ("training.optimiser", "one of adamw, sgd"),
+        ("preprocessing.spacing_mm", "auto or a list of 3, each a number above 0"),
+        ("preprocessing.normalisation", "a mapping, each value one of ct, zscore, zscore_nonzero, none"),
+        ("inference.flip_axes", "a list, each one of x, y, z"),
+        ("training.deep_supervision", "true or false"),
+        ("data.manifest", "a path"),
+        ("network.options", "a mapping"),
+    ],
+)
+def test_expectation_in_words(key: str, words: str) -> None:
+    found = schema_at(key.split("."))
+    assert found is not None
+    assert expectation(found) == words
+
+
+def test_what_stands_at_a_path_of_keys() -> None:
+    assert schema_at(("training", "nothing")) is None
+    assert schema_at(("training", "learning_rate", "deeper")) is None
+    assert section_at(("training", "budget")) is BudgetSection
+    assert section_at(("training", "loss")) is None
+    assert keys_named("batch_size") == ["preprocessing.batch_size", "training.batch_size"]
+
+
+def test_the_schema_stage_writes_what_it_returns(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "schema.json"
+    text = schema.run(out)
+    assert json.loads(text) == json.loads(out.read_text()) == json_schema()
+    assert schema.run() == text
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_configurations_load_in_a_checkout_and_installed(path: Path, tmp_path: Path) -> None:
+    assert packaged(path.name) == path
+    # A wheel lays both folders into the package, side by side.
+    installed = tmp_path / "site-packages" / "pipeline" / "configs" / path.name
+    installed.parent.mkdir(parents=True)
+    shutil.copy(path, installed)
+    config = load_config(path)
+    assert config.name == path.stem
+    moved = load_config(installed)
+    assert moved.changed(data=config.data) == config
+    here, there = config.data.manifest, moved.data.manifest
+    assert here.relative_to(REPOSITORY) == there.relative_to(installed.parents[1])
+
+
+def test_there_are_shipped_configurations() -> None:
+    assert {"demo.yaml", "hippocampus_unet.yaml"} <= {path.name for path in SHIPPED}
+    with pytest.raises(FileNotFoundError, match="nothing.yaml"):
+        packaged("nothing.yaml")
+
+
+def test_a_new_configuration_loads_as_the_defaults(manifest: Path, tmp_path: Path) -> None:
+    out = tmp_path / "configs" / "my lungs.yaml"
+    new_config.run(manifest, out)
+    assert "manifest: ../data_manifests/lungs.json" in out.read_text()
+    expected = Config(name="mylungs", data=DataSection(manifest=manifest), workspace=Path.cwd() / "work")
+    assert load_config(out) == expected
+
+
+def test_each_line_of_a_new_configuration_can_be_switched_on(manifest: Path, tmp_path: Path) -> None:
+    out = new_config.run(manifest, tmp_path / "lungs.yaml")
+    off = re.compile(r"^( *)#(\w+: )", re.MULTILINE)
+    text = out.read_text()
+    assert len(off.findall(text)) > 50
+    # Of a budget one key may stand; all others may be switched on together.
+    switched = re.sub(r"^ +(steps|minutes): .*\n", "", off.sub(r"\1\2", text), flags=re.MULTILINE)
+    out.write_text(switched)
+    config = load_config(out)
+    assert config.preprocessing.normalisation == {"CT": "ct"}
+    assert config.inference.largest_component == ("left lung", "right lung")
+
+
+def test_a_new_configuration_replaces_nothing(manifest: Path, tmp_path: Path) -> None:
+    out = tmp_path / "mine.yaml"
+    out.write_text("name: mine\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: is there already"):
+        new_config.run(manifest, out)
+    assert out.read_text() == "name: mine\n"
+    with pytest.raises(ManifestError, match="cannot be read"):
+        new_config.run(tmp_path / "none.json", tmp_path / "other.yaml")
+
+
+def test_a_configuration_is_frozen() -> None:
+    config: Any = Config(name="a", data=DataSection(manifest=Path("m.json")))
+    with pytest.raises(ValidationError, match="frozen"):
+        config.name = "b"
