@@ -120,12 +120,11 @@ def read_stored(path: Path, content: bytes | None = None) -> tuple[Header, Array
         Its header, and (X, Y, Z) or (X, Y, Z, N) voxels in the file's own type, scaled where the header says so.
 
     Raises:
-        VolumeError: the file is missing, cut short, of no known format, or holds colours or complex numbers.
+        VolumeError: the file is missing, cut short or of no known format.
     """
     if _is_itk(path):
         reader = _itk_reader(path)
         header = _itk_header(path, reader)
-        _refuse_kind(header)
         return header, _itk_voxels(header, reader)
     header_path, voxel_path = _pair_of(path)
     if header_path != voxel_path:
@@ -134,7 +133,6 @@ def read_stored(path: Path, content: bytes | None = None) -> tuple[Header, Array
     else:
         stored = _unpack(path, bytes_of(path) if content is None else content)
         header = _nifti_header(path, stored[:_LONGEST_HEADER])
-    _refuse_kind(header)
     return header, _nifti_voxels(header, stored, 0 if header_path != voxel_path else 352)
 
 
@@ -142,8 +140,13 @@ def pick_channel(header: Header, voxels: Array, index: int | None) -> Array:
     """Return one volume (X, Y, Z) of a file's voxels, by its position on the fourth axis.
 
     Raises:
-        VolumeError: the file has several volumes and no index was given, or the index is beyond them.
+        VolumeError: the file holds colours or complex numbers, has several volumes and no index was given, or the index
+            is beyond them.
     """
+    if header.kind != "scalar":
+        raise VolumeError(
+            f"{header.path}: holds {header.kind} voxels, one real number a voxel is needed; convert it to a grey image"
+        )
     count = header.shape[3] if len(header.shape) == 4 else 1
     if index is None and count > 1:
         raise VolumeError(
@@ -154,17 +157,14 @@ def pick_channel(header: Header, voxels: Array, index: int | None) -> Array:
     return voxels[..., index or 0] if voxels.ndim == 4 else voxels
 
 
-def _refuse_kind(header: Header) -> None:
-    """Refuse voxels that are not one number each."""
-    if header.kind != "scalar":
-        raise VolumeError(
-            f"{header.path}: holds {header.kind} voxels, one real number a voxel is needed; convert it to a grey image"
-        )
-
-
 def _kind_of(dtype: np.dtype[Any]) -> Literal["scalar", "colour", "complex"]:
     """Say what a voxel is; RGB is a structure of bytes."""
     return "colour" if dtype.fields else "complex" if dtype.kind == "c" else "scalar"
+
+
+def files_of(path: Path) -> tuple[Path, ...]:
+    """Return the files that a volume's name stands for: two for a NIfTI pair."""
+    return (path,) if _is_itk(path) else tuple(dict.fromkeys(_pair_of(path)))
 
 
 def bytes_of(path: Path) -> bytes:
@@ -284,7 +284,7 @@ def _nifti_voxels(header: Header, stored: bytes, least_offset: int) -> Array:
         )
     voxels = np.frombuffer(stored, header.dtype, count, offset).reshape(header.shape, order="F")
     slope, intercept = header.nifti.get_slope_inter()
-    if slope is None or (slope, intercept) == (1, 0):
+    if slope is None or (slope, intercept) == (1, 0) or header.kind != "scalar":
         return voxels
     scaled: Array = voxels * np.float64(slope) + np.float64(intercept)
     return scaled

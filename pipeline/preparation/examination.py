@@ -1,8 +1,7 @@
 """Examination: all that one read of a case tells, for `check`, the fingerprint and the plan.
 
-Each file is read once: its bytes are hashed, unpacked and interpreted from memory. What is learned is small, is kept as
-JSON, and can be merged over cases; problems are part of it, so that a case that was read before needs no second read to be
-reported again.
+What is learned is small, is kept as JSON, and can be merged over cases; problems are part of it, so that a case that
+was read before needs no second read to be reported again.
 """
 
 from __future__ import annotations
@@ -105,12 +104,10 @@ class LabelExamination(Record):
     Attributes:
         grid: its own grid; the first image's where the two differ by less than a tenth of a voxel.
         voxels: label name -> voxels, 0 included.
-        boxes: label name -> (start, stop) of the smallest box around it; absent labels are left out.
     """
 
     grid: Grid
     voxels: dict[str, int]
-    boxes: dict[str, Box]
 
 
 class FileStamp(Record):

@@ -1,0 +1,135 @@
+"""`medseg check`: read each case once and report every problem of every case together."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.data.manifest import Case, Manifest, load_manifest
+from pipeline.data.stored import Array
+from pipeline.data.volume import read_case_label, read_file
+from pipeline.errors import PipelineError
+from pipeline.preparation.examination import CaseExamination, Problem
+from pipeline.preparation.survey import compare_cases, examine_cases
+from pipeline.progress import track
+from pipeline.records import atomic_path
+from pipeline.stages.workspace import Workspace
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What a check found.
+
+    Attributes:
+        manifest: name of the data set.
+        cases: how many were read.
+        errors: what must be mended before anything else.
+        warnings: what wants a look.
+        seconds: how long it took.
+        examinations: what was learned, a case each in the manifest's order; not part of the written report.
+    """
+
+    manifest: str
+    cases: int
+    errors: tuple[Problem, ...]
+    warnings: tuple[Problem, ...]
+    seconds: float
+    examinations: tuple[CaseExamination, ...] = field(repr=False)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the report for machines."""
+        return {
+            "manifest": self.manifest,
+            "cases": self.cases,
+            "errors": [problem.model_dump() for problem in self.errors],
+            "warnings": [problem.model_dump() for problem in self.warnings],
+            "seconds": round(self.seconds, 3),
+        }
+
+    def as_text(self) -> str:
+        """Return the report for people: a line a problem, errors first, and a summary."""
+        lines = [f"{p.severity}: case {p.case_id!r}: {p.message}" for p in (*self.errors, *self.warnings)]
+        found = f"{len(self.errors)} errors, {len(self.warnings)} warnings"
+        return "\n".join([*lines, f"{self.manifest}: {self.cases} cases, {found}, {self.seconds:.1f} s"])
+
+
+def run(
+    manifest: Path, *, root: Path | None = None, workspace: Path, jobs: int | None = None, pictures: Path | None = None
+) -> CheckReport:
+    """Check a data set.
+
+    Args:
+        manifest: its JSON.
+        root: folder of the images, in place of the manifest's own.
+        workspace: what is learned is kept in its `checks`; the fingerprint and the plan are made from that.
+        jobs: threads; None: as many as cores and memory admit.
+        pictures: a folder for an overlay of image and label per case; None: no pictures.
+
+    Raises:
+        ManifestError: the manifest itself cannot be used.
+    """
+    start = time.monotonic()
+    loaded = load_manifest(manifest, root)
+    examinations = examine_cases(loaded, Workspace(workspace).checks, jobs)
+    problems = [problem for examination in examinations for problem in examination.problems]
+    problems += compare_cases(loaded, examinations)
+    order = {case.id: number for number, case in enumerate(loaded.cases)}
+    problems.sort(key=lambda problem: order[problem.case_id])
+    if pictures:
+        _draw(loaded, examinations, pictures)
+    return CheckReport(
+        manifest=loaded.name,
+        cases=len(examinations),
+        errors=tuple(problem for problem in problems if problem.severity == "error"),
+        warnings=tuple(problem for problem in problems if problem.severity == "warning"),
+        seconds=time.monotonic() - start,
+        examinations=tuple(examinations),
+    )
+
+
+def _draw(manifest: Manifest, examinations: Sequence[CaseExamination], folder: Path) -> None:
+    """Write an overlay of each case whose first channel can be read, as a PNG."""
+    pairs = zip(manifest.cases, examinations, strict=True)
+    drawable = [case for case, examination in pairs if examination.channels]
+    for case in track(drawable, "pictures", len(drawable)):
+        try:
+            figure = _picture(manifest, case)
+        except PipelineError as error:
+            log.warning("case %r: no picture: %s", case.id, error)
+            continue
+        with atomic_path(folder / f"{case.id}.png") as temporary:
+            figure.savefig(temporary, format="png")
+
+
+def _picture(manifest: Manifest, case: Case) -> Figure:
+    """Draw a case's first channel and its label, in RAS order so that left is left in every picture."""
+    # Not at the top: torch takes longer to start than most checks take.
+    from pipeline.data.resampling import resample_image, resample_label
+    from pipeline.pictures import draw_overlay
+
+    channel = next(name for name in manifest.channels if name in case.images)
+    image = read_file(manifest, case.images[channel])
+    label = read_case_label(manifest, case, {channel: image})
+    grid = (label or image).geometry.reoriented("RAS")
+    outlines = {"label": _classes(resample_label(label, grid).array, manifest)} if label else {}
+    shown = resample_image(image, grid, order=1).array[0]
+    return draw_overlay(shown, grid.spacing_mm, outlines, tuple(manifest.labels), f"{case.id}, {channel}")
+
+
+def _classes(values: Array, manifest: Manifest) -> Array:
+    """Return the class index of each label value; unknown ones, reported already, as background."""
+    classes = np.zeros(values.shape, np.min_scalar_type(len(manifest.labels)))
+    for index, value in enumerate(manifest.labels.values()):
+        classes[values == value] = index
+    return classes
