@@ -141,7 +141,13 @@ def _evaluate(
     scored: list[ScoredCase] = []
     failures = {case: reason for task in tasks for case, reason in task.seen.items()}
     for task in tasks:
-        _score_task(task, manifest, settings.surface_tolerance_mm, device, folder, scored, failures)
+        outcomes = _outcomes(task, manifest, settings.surface_tolerance_mm, device, folder)
+        for case, outcome in track(outcomes, f"evaluate {_title([task])}", total=len(task.cases)):
+            if isinstance(outcome, ScoredCase):
+                scored.append(outcome)
+            else:
+                log.warning("case %s: %s", case.id, outcome)
+                failures[case.id] = str(outcome)
     summaries = summarise(
         {case.case_id: case.rows for case in scored},
         samples=settings.bootstrap_samples,
@@ -158,24 +164,16 @@ def _evaluate(
     )
 
 
-def _score_task(
-    task: Task,
-    manifest: Manifest,
-    tolerance_mm: float,
-    device: str,
-    folder: Path,
-    scored: list[ScoredCase],
-    failures: dict[str, str],
-) -> None:
-    """Predict and score one model's cases; while one is predicted, the next is read."""
+def _outcomes(
+    task: Task, manifest: Manifest, tolerance_mm: float, device: str, folder: Path
+) -> Iterator[tuple[Case, ScoredCase | Exception]]:
+    """Yield each of a model's cases with its scores, or with why there are none."""
     predictor = Predictor.load(task.model, device)
-    coming = _read_ahead(task.cases, lambda case: read_labelled(manifest, case, task.plan))
-    for case, reading in track(coming, f"evaluate {_title([task])}", total=len(task.cases)):
+    for case, reading in _read_ahead(task.cases, lambda case: read_labelled(manifest, case, task.plan)):
         try:
-            scored.append(_score(predictor, case, reading.result(), task.description.fold, tolerance_mm, folder))
+            yield case, _score(predictor, case, reading.result(), task.description.fold, tolerance_mm, folder)
         except (PipelineError, OSError) as error:
-            log.warning("case %s: %s", case.id, error)
-            failures[case.id] = str(error)
+            yield case, error
 
 
 def _score(
@@ -282,7 +280,7 @@ def _results_folder(tasks: Sequence[Task], workspace: Workspace, label: str) -> 
         return _experiment_folder(tasks) / "evaluation" / label
     (task,) = tasks
     if task.run is None:
-        return workspace.root / "evaluations" / task.model.name / label
+        return workspace.root / "evaluations" / _title(tasks).replace(", ", "_").replace(" ", "_") / label
     # The last model's results stand beside the best one's, not in their place.
     return task.run / "evaluation" / (label if task.model.name == "best" else f"{label}_{task.model.name}")
 

@@ -120,7 +120,7 @@ def _own_cases(manifest: Manifest, fold: int | None, cases: str) -> tuple[Case, 
 
 
 def _seen(manifest: Manifest, description: ModelDescription, config: Config) -> dict[str, str]:
-    """Return the cases of another manifest that the model was trained on, told by their content, and why they stay out."""
+    """Return the cases of another manifest that the model was trained on, by their content, and why they stay out."""
     try:
         trained_on = own_manifest(config)
     except ManifestError:

@@ -1,0 +1,270 @@
+"""`medseg evaluate` with a network whose every prediction is known: each image spells out what will be predicted."""
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from tiny_models import NEAREST_MEAN, make_model, make_plan, nearest_mean
+
+from pipeline.config import BudgetSection, Config, DataSection, EvaluationSection, TrainingSection
+from pipeline.config_loading import dump_config
+from pipeline.data.manifest import Case, ImageFile, Manifest, load_manifest, save_manifest
+from pipeline.data.volume import Volume, read_header, read_label, write_image, write_label
+from pipeline.errors import ManifestError, ModelError, PipelineError
+from pipeline.evaluation.metrics import METRICS, score_case
+from pipeline.geometry import Geometry
+from pipeline.model import save_model
+from pipeline.networks import NETWORKS
+from pipeline.records import file_digest
+from pipeline.stages import evaluate
+from pipeline.stages.evaluate import EvaluationReport
+from pipeline.tracking import RunLog
+from pipeline.tracking.log import read_events
+
+PLAN = make_plan(spacing_mm=(1.0, 1.0, 2.5))
+VALUES = np.array(PLAN.class_values, np.uint8)
+NATIVE = Geometry((20, 16, 10), np.diag([1.0, 1.0, 2.5, 1.0])).reoriented("PIR")
+# id -> fold; a is an earlier visit of b's patient.
+FOLDS = {"a": 0, "b": 0, "c": 1, "d": 1, "held_out": None}
+
+
+def structures(seed: int) -> NDArray[np.uint8]:
+    """Class indices with two boxes, elsewhere for each seed from 0 to 9."""
+    classes = np.zeros(NATIVE.shape, np.uint8)
+    x, y, z = 2 + seed, 2, 3
+    classes[x : x + 3, y : y + 6, z : z + 6] = 1
+    classes[x + 3 : x + 5, y : y + 6, z : z + 6] = 2
+    return classes
+
+
+def predicted(reference: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """What the network will say of a case: the reference one voxel further on."""
+    return np.roll(reference, 1, axis=1)
+
+
+def write_case(
+    root: Path, case_id: str, reference: NDArray[np.uint8], prediction: NDArray[np.uint8], fold: int | None
+) -> Case:
+    """Write a case whose image makes the network predict `prediction`."""
+    image, label = root / f"{case_id}_T1.nii.gz", root / f"{case_id}_label.nii.gz"
+    write_image(image, Volume(100 * prediction[None].astype(np.float32), NATIVE))
+    write_label(label, Volume(VALUES[reference], NATIVE))
+    patient = "patient_ab" if case_id in "ab" else f"patient_{case_id}"
+    files = {"T1": ImageFile(path=image.name, sha256=file_digest(image))}
+    return Case(id=case_id, patient=patient, images=files, label=ImageFile(path=label.name), fold=fold)
+
+
+def write_manifest(path: Path, cases: list[Case], **changes: object) -> Manifest:
+    """Write a manifest of cases in the folder `images` beside it."""
+    manifest = Manifest(
+        name="phantoms", root=path.parent / "images", channels={"T1": "MR"}, labels=PLAN.labels, cases=tuple(cases)
+    ).changed(**changes)
+    save_manifest(manifest, path)
+    return load_manifest(path)
+
+
+def write_run(config: Config, manifest: Manifest, fold: int) -> Path:
+    """Write the run folder of a trained fold and return its best model."""
+    folder = config.workspace / "runs" / config.name / f"fold_{fold}"
+    made = make_model(plan=PLAN, network=NEAREST_MEAN)
+    description = made.description.changed(name=config.name, manifest_digest=manifest.digest(), fold=fold)
+    save_model(folder / "models" / "best", replace(made, description=description, config_text=dump_config(config)))
+    (folder / "config.yaml").write_text(dump_config(config))
+    return folder / "models" / "best"
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """An experiment with two trained folds."""
+    monkeypatch.setitem(NETWORKS, NEAREST_MEAN.name, nearest_mean)
+    path = tmp_path / "phantoms.json"
+    references = {case: structures(seed) for seed, case in enumerate(FOLDS)}
+    cases = [write_case(tmp_path / "images", case, r, predicted(r), FOLDS[case]) for case, r in references.items()]
+    manifest = write_manifest(path, cases)
+    config = Config(
+        name="tiny",
+        workspace=tmp_path / "work",
+        data=DataSection(manifest=path),
+        training=TrainingSection(budget=BudgetSection(steps=300)),
+        evaluation=EvaluationSection(surface_tolerance_mm=0.5, bootstrap_samples=50, picture_cases=1),
+    )
+    for fold in (0, 1):
+        write_run(config, manifest, fold)
+    return config
+
+
+def best(config: Config, fold: int = 0) -> str:
+    return str(config.workspace / "runs" / config.name / f"fold_{fold}" / "models" / "best")
+
+
+def ids(report: EvaluationReport) -> list[str]:
+    return [case.case_id for case in report.evaluation.cases]
+
+
+def test_scores_are_those_of_the_known_prediction_on_the_native_grid(config: Config) -> None:
+    report = evaluate.run(best(config))
+    assert ids(report) == ["a", "b"]
+    assert report.failures == {}
+    for seed, case in enumerate(report.evaluation.cases):
+        reference = structures(seed)
+        expected = score_case(predicted(reference), reference, NATIVE.spacing_mm, tuple(PLAN.labels), 0.5)
+        assert list(case.rows) == expected
+        assert 0 < case.rows[0].values["dice"] < 1
+        kept = report.folder / "predictions" / f"{case.case_id}.nii.gz"
+        np.testing.assert_array_equal(read_label(kept).array, VALUES[predicted(reference)])
+        assert read_header(kept).geometry.matches(NATIVE, 1e-6)
+
+
+def test_results_lie_in_the_run_folder(config: Config) -> None:
+    report = evaluate.run(best(config))
+    assert report.folder == Path(best(config)).parents[1] / "evaluation" / "fold"
+    assert sorted(path.name for path in report.folder.iterdir()) == [
+        "cases.csv",
+        "distributions.png",
+        "pictures",
+        "predictions",
+        "report.html",
+        "summary.json",
+    ]
+    with (report.folder / "cases.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["case"], line["fold"], line["class"]) for line in lines] == [
+        (case, "0", name) for case in "ab" for name in ("left", "right")
+    ]
+    summary = json.loads((report.folder / "summary.json").read_text())
+    mean = np.mean([float(line["dice"]) for line in lines])
+    assert summary["classes"]["mean"]["metrics"]["dice"]["mean"] == pytest.approx(mean, abs=1e-6)
+    # a and b are two visits of one patient: there is nothing to draw an interval from.
+    assert summary["classes"]["left"]["metrics"]["dice"]["low"] is None
+    assert {path.name.split("_")[1] for path in (report.folder / "pictures").iterdir()} == {"worst", "best"}
+    assert str(report.folder / "report.html") in report.as_text()
+
+
+@pytest.mark.parametrize(
+    ("cases", "expected"), [("fold", ["c", "d"]), ("test", ["held_out"]), ("all", ["c", "d", "held_out"])]
+)
+def test_a_model_is_never_scored_on_what_it_was_trained_on(config: Config, cases: str, expected: list[str]) -> None:
+    report = evaluate.run(best(config, 1), cases=cases)
+    assert ids(report) == expected
+    assert report.folder.name == cases
+
+
+def test_an_experiment_is_evaluated_out_of_fold(config: Config) -> None:
+    report = evaluate.run(config)
+    assert [(case.case_id, case.fold) for case in report.evaluation.cases] == [("a", 0), ("b", 0), ("c", 1), ("d", 1)]
+    assert report.folder == config.workspace / "runs" / "tiny" / "evaluation" / "fold"
+    assert report.evaluation.title == "tiny, folds 0 1"
+    with pytest.raises(ModelError, match="name one"):
+        evaluate.run(config, cases="test")
+    shutil.rmtree(config.workspace / "runs" / "tiny" / "fold_1")
+    assert ids(evaluate.run(config, cases="all")) == ["a", "b", "held_out"]
+    shutil.rmtree(config.workspace / "runs" / "tiny" / "fold_0")
+    with pytest.raises(ModelError, match="no fold is trained"):
+        evaluate.run(config)
+
+
+def test_a_broken_case_is_listed_and_the_rest_go_on(config: Config) -> None:
+    image = load_manifest(config.data.manifest).root / "a_T1.nii.gz"
+    image.write_bytes(image.read_bytes()[:200])
+    report = evaluate.run(best(config))
+    assert ids(report) == ["b"]
+    assert report.failures.keys() == {"a"}
+    assert "a_T1.nii.gz" in report.failures["a"]
+    assert "failed: a:" in report.as_text()
+
+
+def test_missed_and_spurious_are_counted_and_have_no_number(config: Config, tmp_path: Path) -> None:
+    reference, nothing = structures(9), np.zeros(NATIVE.shape, np.uint8)
+    cases = [
+        write_case(tmp_path / "images", "missed", reference, nothing, None),
+        write_case(tmp_path / "images", "spurious", np.where(reference == 2, 0, reference), reference, None),
+        write_case(tmp_path / "images", "empty", nothing, nothing, None),
+    ]
+    write_manifest(tmp_path / "others.json", cases, name="others")
+    report = evaluate.run(best(config), manifest=tmp_path / "others.json")
+    assert report.folder.name == "others"
+    left, right, mean = report.evaluation.summaries
+    assert [(s.scored, s.missed, s.spurious) for s in (left, right, mean)] == [(1, 1, 0), (0, 1, 1), (1, 2, 1)]
+    assert left.metrics["dice"].mean == 1
+    assert right.metrics["dice"].cases == 0
+    assert report.failures == {}
+
+
+def test_cases_of_another_manifest_that_were_trained_on_are_left_out(config: Config, tmp_path: Path) -> None:
+    own = {case.id: case for case in load_manifest(config.data.manifest).cases}
+    renamed = [case.changed(id=f"again_{case.id}") for case in (own["a"], own["c"], own["held_out"])]
+    write_manifest(tmp_path / "others.json", renamed, name="others")
+    report = evaluate.run(best(config, 0), manifest=tmp_path / "others.json")
+    assert ids(report) == ["again_a", "again_held_out"]
+    assert report.failures == {"again_c": "the model was trained on its image, as case 'c'"}
+
+
+def test_what_cannot_be_evaluated_is_refused(config: Config, tmp_path: Path) -> None:
+    manifest = load_manifest(config.data.manifest)
+    with pytest.raises(PipelineError, match="--cases none: unknown; use fold, test, all"):
+        evaluate.run(best(config), cases="none")
+    write_manifest(tmp_path / "names.json", list(manifest.cases), labels={"background": 0, "left": 7, "right": 1})
+    with pytest.raises(ManifestError, match="labels are"):
+        evaluate.run(best(config), manifest=tmp_path / "names.json")
+    write_manifest(tmp_path / "changed.json", [case.changed(fold=0) for case in manifest.cases])
+    with pytest.raises(ManifestError, match="has changed since"):
+        evaluate.run(best(config), manifest=tmp_path / "changed.json")
+    write_manifest(tmp_path / "bare.json", [case.changed(label=None) for case in manifest.cases], name="bare")
+    with pytest.raises(ManifestError, match="no labelled case"):
+        evaluate.run(best(config), manifest=tmp_path / "bare.json")
+    config.data.manifest.unlink()
+    with pytest.raises(ManifestError, match="--manifest"):
+        evaluate.run(best(config))
+
+
+def test_a_model_from_elsewhere_writes_to_the_workspace(config: Config, tmp_path: Path) -> None:
+    shutil.copytree(best(config), tmp_path / "elsewhere")
+    report = evaluate.run(str(tmp_path / "elsewhere"), workspace=tmp_path / "w")
+    assert report.folder == tmp_path / "w" / "evaluations" / "tiny_fold_0" / "fold"
+    assert ids(report) == ["a", "b"]
+    named = evaluate.run(str(tmp_path / "elsewhere"), workspace=tmp_path / "w", out=tmp_path / "results")
+    assert (named.folder / "report.html").is_file()
+    assert named.folder == tmp_path / "results"
+
+
+def test_the_last_model_does_not_overwrite_the_best_ones_results(config: Config) -> None:
+    last = Path(best(config)).with_name("last")
+    shutil.copytree(best(config), last)
+    assert evaluate.run(str(last)).folder.name == "fold_last"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*noload.*:DeprecationWarning")
+def test_everything_is_in_mlflow(config: Config) -> None:
+    from mlflow import MlflowClient
+
+    run_folder = Path(best(config)).parents[1]
+    RunLog.create(run_folder, uri=None, workspace=config.workspace, experiment="phantoms", name="tiny fold 0").close()
+    report = evaluate.run(best(config))
+    assert [line.event["kind"] for line in read_events(run_folder)].count("table") == 1
+    client = MlflowClient(f"sqlite:///{config.workspace / 'mlflow.db'}")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "phantoms"]
+    (found,) = client.search_runs([experiment.experiment_id])
+    for summary in report.evaluation.summaries:
+        for name in METRICS:
+            logged = found.data.metrics[f"evaluation/fold/{name}/{summary.class_name}"]
+            assert logged == pytest.approx(summary.metrics[name].mean)
+    assert found.data.metrics["evaluation/fold/missed/mean"] == 0
+    top = {file.path for file in client.list_artifacts(found.info.run_id)}
+    assert {"report.html", "distributions.png", "evaluation_fold.json", "evaluation"} <= top
+    assert [entry.dataset.name for entry in found.inputs.dataset_inputs] == ["phantoms"]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_scores_are_those_of_the_cpu(config: Config) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    on_gpu, on_cpu = evaluate.run(best(config), device="cuda"), evaluate.run(best(config), device="cpu")
+    assert [case.rows for case in on_gpu.evaluation.cases] == [case.rows for case in on_cpu.evaluation.cases]
