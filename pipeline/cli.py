@@ -150,9 +150,9 @@ def evaluate(
     workspace: Workspace = None,
 ) -> None:
     """Segment labelled cases and score them on their native grids."""
+    loaded = _load(Path(target), overrides, workspace) if target.endswith((".yaml", ".yml")) else None
     from pipeline.stages import evaluate as stage
 
-    loaded = _load(Path(target), overrides, workspace) if target.endswith((".yaml", ".yml")) else None
     report = stage.run(loaded or target, cases=cases, manifest=manifest, out=out, device=device, workspace=workspace)
     typer.echo(report.as_text())
     if report.failures:

@@ -1,4 +1,4 @@
-"""The configuration's sections, its JSON Schema, the YAMLs that come with medseg, and the one that is written to start from."""
+"""The configuration's sections, its JSON Schema, the YAMLs that come with medseg, and the one to start from."""
 
 import json
 import re
@@ -141,7 +141,7 @@ def test_shipped_configurations_load_in_a_checkout_and_installed(path: Path, tmp
 
 def test_there_are_shipped_configurations() -> None:
     assert {"demo.yaml", "hippocampus_unet.yaml"} <= {path.name for path in SHIPPED}
-    with pytest.raises(FileNotFoundError, match="nothing.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.yaml"):
         packaged("nothing.yaml")
 
 
