@@ -17,7 +17,6 @@ from nibabel.nifti1 import Nifti1Extension
 
 from pipeline.data.manifest import Case, ImageFile, Manifest
 from pipeline.data.stored import (
-    ITK_SUFFIXES,
     LPS_TO_RAS,
     Array,
     Header,
@@ -48,6 +47,8 @@ _PLACE_FIELDS = (
     *("qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
     *("srow_x", "srow_y", "srow_z", "xyzt_units"),
 )
+# Those of ITK's formats that are one file: of two files the second would keep its temporary name.
+_ITK_WRITTEN = (".nrrd", ".mha")
 _COMMENT = 6  # NIfTI's registered code of an extension that is free text.
 
 
@@ -211,14 +212,14 @@ def _write(path: Path, array: Array, geometry: Geometry, nifti: Any, names: Mapp
     if names:
         nifti.extensions.append(Nifti1Extension(_COMMENT, json.dumps({"labels": dict(names)}).encode()))
     with atomic_path(path) as temporary:
-        if path.name.lower().endswith(ITK_SUFFIXES):
+        if path.name.lower().endswith(_ITK_WRITTEN):
             _write_itk(temporary, array, geometry)
         elif path.name.lower().endswith((".nii", ".nii.gz")):
             image = nib.Nifti2Image if isinstance(nifti, nib.Nifti2Header) else nib.Nifti1Image
             # Without an affine of its own, nibabel leaves the header's fields and codes as they are.
             image(array, None, nifti).to_filename(temporary)
         else:
-            raise VolumeError(f"{path}: unknown format; write .nii.gz, .nii, {', '.join(ITK_SUFFIXES)}")
+            raise VolumeError(f"{path}: unknown format; write .nii.gz, .nii, {', '.join(_ITK_WRITTEN)}")
 
 
 def _write_itk(path: Path, array: Array, geometry: Geometry) -> None:
