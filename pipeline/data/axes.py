@@ -114,8 +114,7 @@ def axis_maps(source: Geometry, onto: Geometry) -> AxisMaps | None:
         return None
     coordinates = (scales[axis, new] * np.arange(onto.shape[new]) + offsets[axis] for new, axis in enumerate(axes))
     x, y, z = (
-        AxisMap(axis, source.shape[axis], moved_onto_centres(along))
-        for axis, along in zip(axes, coordinates, strict=True)
+        AxisMap(axis, source.shape[axis], _on_centres(along)) for axis, along in zip(axes, coordinates, strict=True)
     )
     return x, y, z
 
@@ -126,7 +125,7 @@ def rounded_along(maps: AxisMaps, axis: int) -> AxisMaps:
     return x, y, z
 
 
-def moved_onto_centres(coordinates: FloatArray) -> FloatArray:
+def _on_centres(coordinates: FloatArray) -> FloatArray:
     """Return coordinates, those that miss a voxel centre by no more than a header's rounding moved onto it."""
     nearest = np.rint(coordinates)
     return np.where(np.abs(coordinates - nearest) < _ON_CENTRE_VOXELS, nearest, coordinates)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from pipeline.data.axes import AxisMap, AxisMaps, Indices, axis_maps, moved_onto_centres, rounded_along
+from pipeline.data.axes import AxisMap, AxisMaps, Indices, axis_maps, rounded_along
 from pipeline.data.volume import Volume
 from pipeline.geometry import FloatArray, Geometry
 
@@ -200,7 +200,7 @@ def _multiply_axis(array: Image, axis: int, matrix: FloatArray) -> Image:
 def _vote_parallel(array: Array, maps: AxisMaps) -> Array:
     """Resample a label map whose axes are those of `maps`, by the uniform-corner rule."""
     disputed = _unused_value(array)
-    result = array.astype(np.promote_types(array.dtype, disputed.dtype), copy=False)
+    result = array.astype(disputed.dtype, copy=False)
     for axis in sorted(range(3), key=lambda axis: maps[axis].growth):
         result = agreed(result, axis, maps[axis], disputed)
     flat = result.reshape(-1)
@@ -213,11 +213,13 @@ def _vote_parallel(array: Array, maps: AxisMaps) -> Array:
 
 
 def _unused_value(array: Array) -> Array:
-    """Return an integer that the array does not hold, as a scalar of the smallest type."""
-    above, below = int(array.max()) + 1, int(array.min()) - 1
-    # No integer type holds both a sign and 2^63.
-    fits = np.promote_types(array.dtype, np.min_scalar_type(above)).kind in "iu"
-    return np.asarray(above if fits else below, np.min_scalar_type(above if fits else below))
+    """Return an integer that the array does not hold, as a scalar of a type that holds both."""
+    lowest, highest = int(array.min()), int(array.max())
+    types = [array.dtype, *(np.dtype(name) for name in ("int16", "int32", "int64"))]
+    for value, dtype in itertools.product((highest + 1, lowest - 1), types):
+        if np.can_cast(array.dtype, dtype) and np.iinfo(dtype).min <= value <= np.iinfo(dtype).max:
+            return np.asarray(value, dtype)
+    raise ValueError(f"a label map cannot hold both {lowest} and {highest}: no integer is left beside them")
 
 
 def _vote(array: Array, maps: AxisMaps) -> Array:
@@ -256,7 +258,7 @@ def _oblique_maps(source: Geometry, onto: Geometry, rows: slice) -> AxisMaps:
     """Return, per axis of the source, the coordinates of all voxels in a slab of `onto`, flattened."""
     axes = [np.arange(rows.start, rows.stop), *(np.arange(n) for n in onto.shape[1:])]
     indices = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
-    coordinates = moved_onto_centres(source.to_index(onto.to_mm(indices)))
+    coordinates = source.to_index(onto.to_mm(indices))
     x, y, z = (AxisMap(axis, source.shape[axis], coordinates[:, axis]) for axis in range(3))
     return x, y, z
 
