@@ -94,7 +94,9 @@ def pairs_of(labels: Iterable[str]) -> tuple[tuple[str, str], ...]:
     """Return the labels whose names differ only by left and right (also L and R, lh and rh as words of their own)."""
     names = {tuple(re.split(r"[\s_.-]+", name.lower())): name for name in labels}
     pairs = ((name, names.get(tuple(_OTHER_SIDE.get(word, word) for word in words))) for words, name in names.items())
-    return tuple((name, other) for name, other in pairs if other is not None and other != name)
+    order = list(names.values())
+    # Each pair once: swapped twice it would not be swapped.
+    return tuple((name, other) for name, other in pairs if other is not None and order.index(name) < order.index(other))
 
 
 def patient_of(case_id: str) -> str:

@@ -1,0 +1,172 @@
+"""Manifests: written once, the same each time, and nothing in them leads out of their root."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.data.manifest import FORMAT_VERSION, load_manifest
+from pipeline.data.phantoms import write_phantom_dataset
+from pipeline.errors import ManifestError
+from pipeline.records import file_digest
+from pipeline.stages.manifest import named_labels, run
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_phantom_dataset(tmp_path_factory.mktemp("manifest") / "phantoms", cases=6, layout="csv")
+
+
+@pytest.fixture
+def written(phantoms: Path) -> Path:
+    out = phantoms.parents[1] / "phantoms.json"
+    run(phantoms, out, folds=2, force=True)
+    return out
+
+
+def changed(path: Path, **fields: Any) -> Path:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    return path
+
+
+def test_a_manifest_says_what_was_found(phantoms: Path, written: Path) -> None:
+    manifest = load_manifest(written)
+    assert manifest.name == "phantoms"
+    assert manifest.root == phantoms.parent
+    assert json.loads(written.read_text())["root"] == "phantoms"
+    assert manifest.labels == {"background": 0, "label_1": 1, "label_2": 2}
+    for case in manifest.cases:
+        for file in (*case.images.values(), case.label):
+            assert file is not None
+            assert file.sha256 == file_digest(manifest.path_of(file))
+    patients = [case.patient for case in manifest.cases]
+    visits = [case.fold for case in manifest.cases if patients.count(case.patient) == 2]
+    assert len(visits) == 2
+    assert visits[0] == visits[1]
+    assert manifest.folds == (0, 1)
+
+
+def test_it_is_written_once_and_the_same_each_time(phantoms: Path, written: Path) -> None:
+    text = written.read_text()
+    with pytest.raises(ManifestError, match=r"is there already.*--force"):
+        run(phantoms, written, folds=2)
+    assert written.read_text() == text
+    run(phantoms, written, folds=2, force=True)
+    assert written.read_text() == text
+    run(phantoms, written, folds=2, seed=1, force=True)
+    assert written.read_text() != text
+
+
+def test_held_out_patients_have_no_fold(phantoms: Path, tmp_path: Path) -> None:
+    manifest = run(phantoms, tmp_path / "held_out.json", folds=2, test_fraction=0.2)
+    assert len({case.patient for case in manifest.test_cases}) == 1
+    assert {case.patient for case in manifest.test_cases}.isdisjoint(c.patient for c in manifest.development_cases)
+    assert all("fold" in case for case in json.loads((tmp_path / "held_out.json").read_text())["cases"])
+
+
+def test_every_unreadable_file_is_named_at_once(tmp_path: Path) -> None:
+    source = write_phantom_dataset(tmp_path / "data", cases=4)
+    image, label = sorted(source.glob("imagesTr/*"))[0], sorted(source.glob("labelsTr/*"))[2]
+    image.unlink()
+    label.write_bytes(label.read_bytes()[:200])
+    with pytest.raises(ManifestError) as error:
+        run(source, tmp_path / "a.json", folds=2)
+    first, second = str(error.value).splitlines()
+    assert image.name in first
+    assert "No such file" in first
+    assert label.name in second
+    assert "cut short" in second
+    assert not (tmp_path / "a.json").exists()
+
+
+def test_a_data_set_without_labels_is_refused(tmp_path: Path) -> None:
+    source = write_phantom_dataset(tmp_path / "data", cases=2, layout="folder")
+    for label in source.glob("*/label.nii.gz"):
+        label.unlink()
+    with pytest.raises(ManifestError, match="labelled patients"):
+        run(source, tmp_path / "a.json", folds=2)
+
+
+def test_labels_are_named_by_their_values() -> None:
+    assert named_labels({0, 255}) == {"background": 0, "foreground": 255}
+    assert named_labels({1, 0, -3}) == {"background": 0, "label_minus_3": -3, "label_1": 1}
+
+
+@pytest.mark.parametrize("path", ["../outside.nii.gz", "/etc/passwd", "a/../../b.nii.gz", "a\\..\\b.nii.gz", ""])
+def test_a_path_that_leaves_the_root_is_refused(written: Path, path: str) -> None:
+    cases = json.loads(written.read_text())["cases"]
+    cases[0]["images"]["T1"]["path"] = path
+    with pytest.raises(ManifestError, match=r"cases\.0\.images\.T1\.path.*may not leave"):
+        load_manifest(changed(written, cases=cases))
+
+
+def test_a_link_that_leaves_the_root_is_refused(tmp_path: Path) -> None:
+    source = write_phantom_dataset(tmp_path / "data", cases=2)
+    run(source, tmp_path / "a.json", folds=2)
+    image = sorted(source.glob("imagesTr/*"))[0]
+    (source / "inside.nii.gz").write_bytes(image.read_bytes())
+    for target, leaves in ((source / "inside.nii.gz", False), (tmp_path / "outside.nii.gz", True)):
+        target.write_bytes((source / "inside.nii.gz").read_bytes())
+        image.unlink()
+        image.symlink_to(target)
+        manifest = load_manifest(tmp_path / "a.json")
+        file = manifest.cases[0].images["T1"]
+        if leaves:
+            with pytest.raises(ManifestError, match="leads out of the manifest's root"):
+                manifest.path_of(file)
+        else:
+            assert manifest.path_of(file) == image
+
+
+@pytest.mark.parametrize(
+    ("version", "todo"),
+    [(FORMAT_VERSION + 1, "update medseg"), (0, "write it anew with `medseg manifest"), (None, "write it anew")],
+)
+def test_another_format_version_says_what_to_do(written: Path, version: int | None, todo: str) -> None:
+    with pytest.raises(ManifestError, match=todo):
+        load_manifest(changed(written, format_version=version))
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"channels": {}}, "at least one is needed"),
+        ({"labels": {"background": 0}}, "at least one structure"),
+        ({"labels": {"background": 0, "a": 1, "b": 1}}, "two names share a value"),
+        ({"label_pairs": [["label_1", "nose"]]}, "'nose' is not a label"),
+        ({"colour": "red"}, "colour: Extra inputs"),
+        ({"channels": {"T2": "MR"}}, "channel 'T1' is not declared"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(written: Path, fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ManifestError, match=reason):
+        load_manifest(changed(written, **fields))
+
+
+def test_a_file_that_is_no_manifest_is_refused(tmp_path: Path) -> None:
+    for name, text in {"none.json": None, "text.json": "hello", "list.json": "[]"}.items():
+        if text:
+            (tmp_path / name).write_text(text)
+        with pytest.raises(ManifestError, match=name):
+            load_manifest(tmp_path / name)
+
+
+def test_the_committed_manifest_holds_no_path_of_a_machine() -> None:
+    path = REPOSITORY / "data_manifests" / "hippocampus.json"
+    content = json.loads(path.read_text())
+    assert content["root"] == "../../shared/data/Task04_Hippocampus"
+    manifest = load_manifest(path)
+    assert len(manifest.cases) == 200
+    assert [len(manifest.validation_cases(fold)) for fold in manifest.folds] == [40] * 5
+    assert manifest.licence
+    assert manifest.source
+    assert manifest.channels == {"MRI": "MR"}
+    assert manifest.labels == {"background": 0, "anterior": 1, "posterior": 2}
+
+
+def test_the_committed_manifest_is_what_the_data_give(shared_data: Path, tmp_path: Path) -> None:
+    again = run(shared_data / "Task04_Hippocampus", tmp_path / "hippocampus.json")
+    assert again.digest() == load_manifest(REPOSITORY / "data_manifests" / "hippocampus.json").digest()
