@@ -178,6 +178,18 @@ def test_a_broken_case_is_listed_and_the_rest_go_on(config: Config) -> None:
     assert "failed: a:" in report.as_text()
 
 
+def test_where_every_case_fails_each_is_listed_and_no_earlier_picture_stays(config: Config) -> None:
+    assert any((evaluate.run(best(config)).folder / "pictures").iterdir())
+    for case in "ab":
+        (load_manifest(config.data.manifest).root / f"{case}_label.nii.gz").unlink()
+    report = evaluate.run(best(config))
+    assert report.failures.keys() == {"a", "b"}
+    assert report.as_text().count("failed: ") == 2
+    assert json.loads((report.folder / "summary.json").read_text())["classes"] == {}
+    assert (report.folder / "report.html").is_file()
+    assert not list(report.folder.rglob("*.png"))
+
+
 def test_missed_and_spurious_are_counted_and_have_no_number(config: Config, tmp_path: Path) -> None:
     reference, nothing = structures(9), np.zeros(NATIVE.shape, np.uint8)
     cases = [

@@ -163,7 +163,7 @@ def pick_cases(cases: Sequence[ScoredCase], count: int) -> dict[str, Rank]:
 
 
 def draw_distributions(path: Path, evaluation: Evaluation) -> None:
-    """Draw how the main metrics are distributed over the cases, class by class, as a PNG."""
+    """Draw how the main metrics are distributed over the cases, at least one, class by class, as a PNG."""
     # Imported here: matplotlib costs 0.5 s. A Figure by itself needs no display and no global state.
     from matplotlib.figure import Figure
 
@@ -177,13 +177,13 @@ def draw_distributions(path: Path, evaluation: Evaluation) -> None:
         figure.savefig(temporary, format="png")
 
 
-def write_report(path: Path, evaluation: Evaluation, distributions: Path, pictures: Mapping[Path, str]) -> None:
+def write_report(path: Path, evaluation: Evaluation, distributions: Path | None, pictures: Mapping[Path, str]) -> None:
     """Write one page that needs no other file and asks for none.
 
     Args:
         path: the HTML.
         evaluation: what it shows.
-        distributions: the PNG of `draw_distributions`.
+        distributions: the PNG of `draw_distributions`; None where no case is scored.
         pictures: PNG -> caption.
     """
     # Imported here: only this page needs it.
@@ -196,7 +196,7 @@ def write_report(path: Path, evaluation: Evaluation, distributions: Path, pictur
         evaluation=evaluation,
         metrics=METRICS,
         mean=MEAN,
-        distributions=_data_uri(distributions),
+        distributions=distributions and _data_uri(distributions),
         pictures=[(_data_uri(picture), caption) for picture, caption in pictures.items()],
         format_estimate=format_estimate,
         format_value=_format_value,
@@ -214,11 +214,21 @@ def _place(case: ScoredCase) -> float:
 def _draw_panel(panel: Axes, metric: Metric, names: Sequence[str], columns: Sequence[Sequence[float]]) -> None:
     """Draw a box and a dot a case for each class, the first class on top."""
     known = [[value for value in column if not math.isnan(value)] for column in columns]
-    panel.boxplot(known, orientation="horizontal", widths=0.5, showfliers=False, medianprops={"color": "#b3261e"})
+    box = {"color": "#8a97a5", "linewidth": 1}
+    panel.boxplot(
+        known,
+        orientation="horizontal",
+        widths=0.55,
+        showfliers=False,
+        boxprops=box,
+        whiskerprops=box,
+        capprops=box,
+        medianprops={"color": "#b3261e", "linewidth": 1.5},
+    )
     for index, values in enumerate(known, start=1):
         # Spread by the golden ratio: even, and the same on each run.
         spread = [index + 0.36 * ((number * 0.618) % 1 - 0.5) for number in range(len(values))]
-        panel.plot(values, spread, "o", color="#2f6f9f", markersize=2.5, alpha=0.45, markeredgewidth=0)
+        panel.plot(values, spread, "o", color="#1f6391", markersize=4, alpha=0.55, markeredgewidth=0)
     panel.set_yticks(range(1, len(names) + 1), names)
     panel.set_ylim(len(names) + 0.5, 0.5)
     panel.set_title(_heading(metric), fontsize=9)

@@ -204,17 +204,21 @@ def _read_ahead(
 
 
 def _write(evaluation: Evaluation, manifest: Manifest, plan: Plan, settings: EvaluationSection, folder: Path) -> None:
-    """Write tables, pictures and the page."""
+    """Write tables, pictures and the page, in place of those of an earlier evaluation."""
+    for earlier in (folder / "distributions.png", *(folder / "pictures").glob("[0-9][0-9]_*.png")):
+        earlier.unlink(missing_ok=True)
     report.write_case_table(folder / "cases.csv", evaluation.cases)
     report.write_summary(folder / "summary.json", evaluation)
-    report.draw_distributions(folder / "distributions.png", evaluation)
+    distributions = folder / "distributions.png" if evaluation.cases else None
+    if distributions:
+        report.draw_distributions(distributions, evaluation)
     by_id = {case.id: case for case in manifest.cases}
     pictures = {}
     for number, (case, rank) in enumerate(report.pick_cases(evaluation.cases, settings.picture_cases).items()):
         path = folder / "pictures" / f"{number:02d}_{rank}_{case}.png"
         _draw(path, read_labelled(manifest, by_id[case], plan), read_label(_prediction_of(folder, case)), plan)
         pictures[path] = f"{rank}: {case}"
-    report.write_report(folder / "report.html", evaluation, folder / "distributions.png", pictures)
+    report.write_report(folder / "report.html", evaluation, distributions, pictures)
 
 
 def _draw(path: Path, labelled: LabelledCase, prediction: Volume, plan: Plan) -> None:
@@ -249,8 +253,9 @@ def _track(evaluation: Evaluation, tasks: Sequence[Task], manifest: Manifest, la
     run_log.dataset(manifest.name, manifest.digest(), manifest.source, ids, "evaluation")
     # The page that compares runs lists only what lies at the top of their artifacts.
     top = "" if label == "fold" else f"evaluation/{label}"
-    for name in ("report.html", "distributions.png"):
-        run_log.artifact(folder / name, top)
+    for path in (folder / "report.html", folder / "distributions.png"):
+        if path.exists():
+            run_log.artifact(path, top)
     for name in ("cases.csv", "summary.json"):
         run_log.artifact(folder / name, f"evaluation/{label}")
     if (folder / "pictures").is_dir():
