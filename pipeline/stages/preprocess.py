@@ -37,9 +37,10 @@ CASES, KEYS = "cases", "keys.json"
 
 State = Literal["fresh", "new", "stale", "damaged"]
 
-# Peak bytes per voxel of all channels on their own grids and on the plan's: stored and float32 voxels, a resample's
-# intermediate, a label's indices; measured at 21 on the four channels of OpenMS.
-BYTES_PER_VOXEL = 24
+# What making a case takes: per voxel of all channels on their own grids and on the plan's, twice the largest of six
+# measurements (3.4 to 11 bytes on OpenMS' four channels at 0.8 to 2 mm), and what small cases take whatever their size
+# (200 to 250 MB on STS: the slabs in which labels vote).
+BYTES_PER_VOXEL, BYTES_PER_CASE = 24, 256 * 2**20
 # Share of the free memory that cases may take together.
 MEMORY_SHARE = 0.7
 
@@ -253,7 +254,7 @@ def _needed_bytes(examination: CaseExamination, plan: Plan) -> int:
     native = examination.native
     target = prod(native.reoriented(plan.orientation).respaced(plan.spacing_mm).shape) if native else 0
     own = sum(prod(channel.grid.shape) for channel in examination.channels.values())
-    return BYTES_PER_VOXEL * (own + len(plan.channels) * target)
+    return BYTES_PER_CASE + BYTES_PER_VOXEL * (own + len(plan.channels) * target)
 
 
 def _free_bytes() -> int:
