@@ -9,7 +9,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from tiny_models import NEAREST_MEAN, make_model, make_plan, nearest_mean
+from tiny_models import NEAREST_MEAN, NearestMean, make_model, make_plan, nearest_mean
+from torch import Tensor
 from typer.testing import CliRunner
 
 from pipeline.cli import app
@@ -138,6 +139,49 @@ def test_journal_of_a_killed_run_is_gone_on_from(model: Path, scans: Path, tmp_p
     journal.write_text(journal.read_text() + '\n{"name": "b", "status": "do')
     assert statuses(run(model, scans, out=out)) == {"a": "skipped", "b": "done", "c": "done"}
     assert set(statuses(run(model, scans, out=out)).values()) == {"skipped"}
+
+
+class Faulty(NearestMean):
+    """Raises an error of its own at an intensity that only one case has."""
+
+    def __init__(self, error: type[BaseException]) -> None:
+        super().__init__(0.0, 100.0, 200.0)
+        self.error = error
+
+    def forward(self, image: Tensor) -> Tensor:
+        if (image == 999).any():
+            raise self.error("at 999")
+        return super().forward(image)
+
+
+def write_bad_scan(path: Path) -> None:
+    write_image(path, Volume(np.full((1, *SHAPE), 999, np.float32), Geometry(SHAPE, np.eye(4))))
+
+
+def test_interrupt_leaves_all_valid_and_is_gone_on_from(
+    model: Path, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_bad_scan(scans / "b.nrrd")
+    monkeypatch.setitem(NETWORKS, "nearest_mean", lambda task: Faulty(KeyboardInterrupt))
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run(model, scans, out=out)
+    assert [case["name"] for case in json.loads((out / "report.json").read_text())["cases"]] == ["a"]
+    assert sorted(path.name for path in out.iterdir()) == ["a.nii.gz", "report.csv", "report.json", "segmented.jsonl"]
+    assert np.array_equal(read_label(out / "a.nii.gz").array, np.array([0, 1, 7])[classes_of(0)])
+    monkeypatch.setitem(NETWORKS, "nearest_mean", nearest_mean)
+    assert statuses(run(model, scans, out=out)) == {"a": "skipped", "b": "done", "c": "done"}
+
+
+def test_a_bug_in_one_case_is_listed_with_its_traceback_logged(
+    model: Path, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_bad_scan(scans / "b.nrrd")
+    monkeypatch.setitem(NETWORKS, "nearest_mean", lambda task: Faulty(RuntimeError))
+    report = run(model, scans, out=tmp_path / "out")
+    assert statuses(report) == {"a": "done", "b": "failed", "c": "done"}
+    assert report.failures[0].reason == "RuntimeError: at 999"
+    assert "Traceback" in caplog.text
 
 
 def test_changed_voxels_behind_a_detached_header_are_seen(model: Path, tmp_path: Path) -> None:
