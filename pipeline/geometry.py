@@ -15,8 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import GeometryError
+from pipeline.records import Record
 
 FloatArray = NDArray[np.float64]
+Row = tuple[float, float, float, float]
 
 # Each anatomical letter as (axis of the world, sign): R is +x, L is -x.
 _LETTERS = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
@@ -177,6 +179,28 @@ class Geometry:
     def matches(self, other: Geometry, tolerance_voxels: float = 0.1) -> bool:
         """Tell whether both grids are one: same shape, and corners displaced by less than the tolerance."""
         return self.displacement_voxels(other) < tolerance_voxels
+
+
+class Grid(Record):
+    """A Geometry as it is written to a file; its numbers survive to the last bit.
+
+    Attributes:
+        shape: voxels along the three axes.
+        affine: the rows of the matrix from voxel index to RAS+ mm.
+    """
+
+    shape: tuple[int, int, int]
+    affine: tuple[Row, Row, Row, Row]
+
+    @classmethod
+    def of(cls, geometry: Geometry) -> Grid:
+        """Return a geometry as a record."""
+        return cls(shape=geometry.shape, affine=tuple(map(tuple, geometry.affine.tolist())))
+
+    @property
+    def geometry(self) -> Geometry:
+        """The record as a geometry."""
+        return Geometry(self.shape, np.array(self.affine))
 
 
 def _by(numbers: NDArray[np.generic] | tuple[float, ...]) -> str:

@@ -9,13 +9,12 @@ from pipeline.config import PreprocessingSection
 from pipeline.data.manifest import Case, ImageFile, Manifest
 from pipeline.data.plan import ChannelFingerprint, Fingerprint, Plan, read_plan, write_plan
 from pipeline.errors import ConfigError
-from pipeline.geometry import Geometry
+from pipeline.geometry import Geometry, Grid
 from pipeline.preparation.examination import (
     LEVELS,
     Box,
     CaseExamination,
     ChannelExamination,
-    Grid,
     Intensities,
     LabelExamination,
 )

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from pipeline.errors import StoreError
-from pipeline.geometry import Geometry
+from pipeline.geometry import Geometry, Grid
 from pipeline.records import Record, atomic_folder, digest_of
 
 STORE_FORMAT_VERSION = 1
@@ -63,23 +63,6 @@ class PreparedCase:
     native: Geometry
     class_voxels: dict[int, NDArray[np.int32]]
     channels_present: tuple[str, ...]
-
-
-class Grid(Record):
-    """A Geometry as JSON; floats survive to the last bit."""
-
-    shape: Index
-    affine: tuple[tuple[float, float, float, float], ...]
-
-    @classmethod
-    def of(cls, geometry: Geometry) -> Grid:
-        """Return the record of a geometry."""
-        return cls(shape=geometry.shape, affine=geometry.affine.tolist())
-
-    @property
-    def geometry(self) -> Geometry:
-        """The geometry itself."""
-        return Geometry(self.shape, np.array(self.affine))
 
 
 class CaseRecord(Record):

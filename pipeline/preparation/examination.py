@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from pipeline.data.plan import Size
-from pipeline.geometry import Geometry
+from pipeline.geometry import Geometry, Grid
 from pipeline.records import Record
 
 EXAMINATION_VERSION = 1
@@ -20,7 +20,6 @@ EXAMINATION_VERSION = 1
 LEVELS = (0.0, 0.001, 0.002, 0.005, *(n / 100 for n in range(1, 100)), 0.995, 0.998, 0.999, 1.0)
 
 Box = tuple[Size, Size]
-Row = tuple[float, float, float, float]
 
 
 class Problem(Record):
@@ -37,28 +36,6 @@ class Problem(Record):
     kind: str
     case_id: str
     message: str
-
-
-class Grid(Record):
-    """A geometry as a record.
-
-    Attributes:
-        shape: voxels along the three axes.
-        affine: the rows of the matrix from voxel index to RAS+ mm.
-    """
-
-    shape: Size
-    affine: tuple[Row, Row, Row, Row]
-
-    @classmethod
-    def of(cls, geometry: Geometry) -> Grid:
-        """Return a geometry as a record."""
-        return cls(shape=geometry.shape, affine=tuple(map(tuple, geometry.affine.tolist())))
-
-    @property
-    def geometry(self) -> Geometry:
-        """The record as a geometry."""
-        return Geometry(self.shape, np.array(self.affine))
 
 
 class Intensities(Record):

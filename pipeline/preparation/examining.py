@@ -15,7 +15,7 @@ from pipeline.data.manifest import Case, ImageFile, Manifest
 from pipeline.data.stored import Header, bytes_of, files_of, pick_channel, read_stored
 from pipeline.data.volume import count_values, whole_numbers
 from pipeline.errors import GeometryError, PipelineError
-from pipeline.geometry import FloatArray, Geometry
+from pipeline.geometry import FloatArray, Geometry, Grid
 from pipeline.preparation.examination import (
     EXAMINATION_VERSION,
     LEVELS,
@@ -23,7 +23,6 @@ from pipeline.preparation.examination import (
     CaseExamination,
     ChannelExamination,
     FileStamp,
-    Grid,
     Intensities,
     LabelExamination,
     Problem,
