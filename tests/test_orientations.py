@@ -137,5 +137,5 @@ def test_one_real_brain_in_twelve_axis_orders(
         bright = image.geometry.to_mm(np.argwhere(image.array[0] > 46)).mean(axis=0)
         found = centroid_mm(read_label(tmp_path / "out" / f"{result.name}.nii.gz"), 1)
         assert np.linalg.norm(found - first) < TOLERANCE_MM / 10
-        # A threshold before and after resampling a folded cortex differs: a tenth of a voxel, where a shift would be half.
+        # A threshold before and after resampling a folded cortex differs: a tenth of a voxel; a shift would be half.
         assert np.linalg.norm(found - bright) < 0.24
