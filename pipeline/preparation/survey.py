@@ -44,9 +44,8 @@ def examine_cases(manifest: Manifest, folder: Path, jobs: int | None = None) -> 
     Returns:
         One examination a case, in the manifest's order.
     """
-    kept_at = folder / f"{manifest.name}.jsonl"
-    kept = _read_kept(kept_at)
-    known = {case.id: kept[case.id] for case in manifest.cases if _is_fresh(manifest, case, kept.get(case.id))}
+    kept_at = _kept_at(manifest, folder)
+    known = known_examinations(manifest, folder)
     stale = [case for case in manifest.cases if case.id not in known]
     if stale:
         log.debug("%d of %d cases are examined, %d are known", len(stale), len(manifest.cases), len(known))
@@ -62,6 +61,12 @@ def examine_cases(manifest: Manifest, folder: Path, jobs: int | None = None) -> 
     return examinations
 
 
+def known_examinations(manifest: Manifest, folder: Path) -> dict[str, CaseExamination]:
+    """Return by case the kept examinations that still hold: sizes and times of all their files are what they were."""
+    kept = _read_kept(_kept_at(manifest, folder))
+    return {case.id: kept[case.id] for case in manifest.cases if _is_fresh(manifest, case, kept.get(case.id))}
+
+
 def compare_cases(manifest: Manifest, examinations: Sequence[CaseExamination]) -> list[Problem]:
     """Return what shows only when cases are compared with the manifest and with one another.
 
@@ -73,6 +78,11 @@ def compare_cases(manifest: Manifest, examinations: Sequence[CaseExamination]) -
         *_duplicates(manifest, examinations),
         *_outliers(manifest, examinations),
     ]
+
+
+def _kept_at(manifest: Manifest, folder: Path) -> Path:
+    """Return the file in which a data set's examinations are kept."""
+    return folder / f"{manifest.name}.jsonl"
 
 
 def _read_kept(path: Path) -> dict[str, CaseExamination]:
