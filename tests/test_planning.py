@@ -254,3 +254,11 @@ def test_held_out_cases_never_influence_the_plan() -> None:
 def test_nothing_to_plan_from_is_an_error() -> None:
     with pytest.raises(ConfigError, match="no case with a fold"):
         fingerprint([make_examination("case_0")], make_manifest(folds=(None,)), SECTION)
+
+
+def test_an_edited_ct_normalisation_must_be_complete(tmp_path: Path) -> None:
+    write_plan(tmp_path / "plan.yaml", plan_for(make_facts((1, 1, 1), (36, 50, 35)), modality="CT"))
+    text = (tmp_path / "plan.yaml").read_text()
+    (tmp_path / "plan.yaml").write_text(text.replace("high: 210.0", "high: null"))
+    with pytest.raises(ConfigError, match="ct needs low, high, mean and std"):
+        read_plan(tmp_path / "plan.yaml")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from pipeline.data.manifest import Modality
 from pipeline.errors import ConfigError
@@ -75,6 +75,12 @@ class Normalisation(Record):
     high: float | None = None
     mean: float | None = None
     std: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _ct_is_complete(self) -> Normalisation:
+        if self.scheme == "ct" and None in (self.low, self.high, self.mean, self.std):
+            raise ValueError("ct needs low, high, mean and std")
+        return self
 
 
 class Plan(Record):

@@ -182,7 +182,7 @@ def _prepare_channel(channel: str, image: Volume, target: Geometry, plan: Plan, 
     """Resample one channel onto the target and normalise it, into `out` (X, Y, Z)."""
     normalisation = plan.normalisation[channel]
     # Beyond a CT's field of view is air, and its lowest intensity says so; elsewhere air is zero.
-    outside = normalisation.low if normalisation.scheme == "ct" and normalisation.low is not None else 0.0
+    outside = (normalisation.low or 0.0) if normalisation.scheme == "ct" else 0.0
     out[...] = resample_image(image, target, thick_axis=plan.thick_axis, outside=outside).array[0]
     if not np.isfinite(out.sum(dtype=np.float64)):
         raise VolumeError(f"channel {channel!r} holds NaN or infinity; mend or drop the image")
