@@ -31,8 +31,9 @@ _ANTI_ALIAS_ABOVE = 1.5
 # as 0.27^distance, so that some 15 voxels on either side count.
 _BLOCK_ROWS = 64
 _NEGLIGIBLE_WEIGHT = 1e-8
-# Voxels whose coordinates are held at once where grids are not parallel, or whose corners vote.
-_SLAB_VOXELS = 1 << 19
+# Voxels whose coordinates are held at once where grids are not parallel, or whose corners vote: little enough that the
+# eight corners' values and weights stay in a core's cache.
+_SLAB_VOXELS = 1 << 15
 
 
 def resample_image(
@@ -199,6 +200,7 @@ def _multiply_axis(array: Image, axis: int, matrix: FloatArray) -> Image:
 
 def _vote_parallel(array: Array, maps: AxisMaps) -> Array:
     """Resample a label map whose axes are those of `maps`, by the uniform-corner rule."""
+    array = np.ascontiguousarray(array)
     disputed = _unused_value(array)
     result = array.astype(disputed.dtype, copy=False)
     for axis in sorted(range(3), key=lambda axis: maps[axis].growth):
@@ -224,28 +226,35 @@ def _unused_value(array: Array) -> Array:
 
 def _vote(array: Array, maps: AxisMaps) -> Array:
     """Return for n voxels, each with a coordinate per axis, the value of the largest weight; the smallest on a tie."""
-    corners = list(itertools.product((False, True), repeat=3))
-    values = np.stack([array[_corner(maps, corner)] for corner in corners])  # (8, n)
-    result: Array = values[0].copy()
-    undecided = np.flatnonzero((values != result).any(axis=0))
-    values = values[:, undecided]
-    weights = np.stack([_corner_weight(maps, corner)[undecided] for corner in corners])
-    # Rounded, so that a tie remains one whatever the order of the sum.
-    scores = np.stack([np.round((weights * (values == value)).sum(axis=0), 12) for value in values])
-    highest = np.iinfo(array.dtype).max
-    result[undecided] = np.where(scores == scores.max(axis=0), values, highest).min(axis=0)
-    return result
+    values, weights = _corners(np.ascontiguousarray(array), maps)
+    winner = values[0].copy()
+    disputed = np.flatnonzero((values != winner).any(axis=0))
+    values, weights = values[:, disputed], weights[:, disputed]
+    best = np.zeros(disputed.size)
+    rivals = np.arange(disputed.size)  # voxels of which no value has more than half the weight so far
+    for corner in range(8):
+        value = values[corner, rivals]
+        # Rounded, so that a tie remains one whatever the order of the sum; a value met before scores lower now.
+        score = np.round((weights[corner:, rivals] * (values[corner:, rivals] == value)).sum(axis=0), 12)
+        first = winner[disputed[rivals]]
+        better = (score > best[rivals]) | ((score == best[rivals]) & (value < first))
+        best[rivals] = np.where(better, score, best[rivals])
+        winner[disputed[rivals]] = np.where(better, value, first)
+        rivals = rivals[best[rivals] <= 0.5]
+    return winner
 
 
-def _corner(maps: AxisMaps, corner: tuple[bool, ...]) -> tuple[Indices, ...]:
-    """Return the indices of one corner around each voxel."""
-    return tuple(m.upper if upper else m.lower for m, upper in zip(maps, corner, strict=True))
-
-
-def _corner_weight(maps: AxisMaps, corner: tuple[bool, ...]) -> FloatArray:
-    """Return the trilinear weight of one corner around each voxel."""
-    x, y, z = (m.weight if upper else 1 - m.weight for m, upper in zip(maps, corner, strict=True))
-    return x * y * z
+def _corners(array: Array, maps: AxisMaps) -> tuple[Array, FloatArray]:
+    """Return values and trilinear weights, (8, n) each, of the corners around n voxels of a contiguous array."""
+    strides = (array.shape[1] * array.shape[2], array.shape[2], 1)
+    places = np.zeros((1, 1), np.intp)
+    weights = np.ones((1, 1))
+    for m, stride in zip(maps, strides, strict=True):
+        sides = np.stack([m.lower, m.upper]) * stride
+        places = (places[:, None] + sides).reshape(-1, m.coordinates.size)
+        weights = (weights[:, None] * np.stack([1 - m.weight, m.weight])).reshape(-1, m.coordinates.size)
+    values: Array = array.reshape(-1).take(places)
+    return values, weights
 
 
 def _slabs(onto: Geometry) -> Iterator[slice]:
