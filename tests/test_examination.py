@@ -101,7 +101,8 @@ def test_foreground_is_found_on_a_channels_own_grid(tmp_path: Path) -> None:
     expected = ndimage.map_coordinates(image.array[0], image.geometry.to_index(points).T, order=0)
     assert pet.foreground is not None
     assert pet.foreground.voxels == expected.size
-    assert pet.foreground.mean == pytest.approx(expected.mean(), rel=1e-3)
+    # Points half-way between two voxels may fall to either.
+    assert pet.foreground.mean == pytest.approx(expected.mean(), rel=0.02)
 
 
 def test_content_is_what_the_voxels_are_whatever_the_packing(tmp_path: Path) -> None:
