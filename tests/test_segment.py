@@ -89,10 +89,13 @@ def test_broken_files_are_listed_and_the_rest_go_on(model: Path, scans: Path, tm
     (scans / "aa_truncated.nii.gz").write_bytes(whole[: len(whole) // 2])
     (scans / "bb_text.nii").write_text("not a volume")
     nib.save(nib.Nifti1Image(np.zeros((4, 4, 4, 3), np.int16), np.eye(4)), scans / "cc_four.nii.gz")
+    nib.save(nib.Nifti1Pair(np.zeros((4, 4, 4), np.int16), np.eye(4)), scans / "dd_pair.hdr")
+    (scans / "dd_pair.img").unlink()
     out = tmp_path / "out"
     report = run(model, scans, scans / "missing.nii.gz", out=out)
     failed = {result.name: result.reason or "" for result in report.failures}
-    assert set(failed) == {"aa_truncated", "bb_text", "cc_four", "missing"}
+    assert set(failed) == {"aa_truncated", "bb_text", "cc_four", "dd_pair", "missing"}
+    assert not any("Error" in reason for reason in failed.values())
     assert all(name in reason for name, reason in failed.items())
     assert statuses(report)["c"] == "done"
     assert sorted(path.name for path in out.glob("*.nii.gz")) == ["a.nii.gz", "b.nii.gz", "c.nii.gz"]
@@ -103,7 +106,7 @@ def test_broken_files_are_listed_and_the_rest_go_on(model: Path, scans: Path, tm
     assert rows["missing"]["status"] == "failed"
     assert "no such file" in rows["missing"]["reason"]
     assert float(rows["a"]["left_ml"]) == pytest.approx(report.results[0].volumes_ml["left"], abs=1e-4)
-    assert "4 failed" in report.as_text()
+    assert "5 failed" in report.as_text()
 
 
 def test_command_line_exits_with_1_when_a_case_failed(model: Path, scans: Path, tmp_path: Path) -> None:
@@ -221,8 +224,8 @@ def test_unlike_the_training_cases(model: Path, tmp_path: Path) -> None:
     write_scan(tmp_path / "scans" / "usual.nii.gz")
     report = run(model, tmp_path / "scans", out=tmp_path / "out")
     warnings = {result.name: " | ".join(result.warnings) for result in report.results}
-    assert "voxels of 5.00 mm along x; in training 0.90 to 1.20 mm" in warnings["coarse"]
-    assert "130 mm long along y; in training 20 to 60 mm" in warnings["coarse"]
+    assert "voxels of 5.00x5.00x5.00 mm; in training 0.90x0.90x0.90 to 1.20x1.20x1.20 mm" in warnings["coarse"]
+    assert "an extent of 120x130x150 mm; in training 20x20x20 to 60x60x60 mm" in warnings["coarse"]
     assert "channel T1 has a median of" in warnings["bright"]
     assert warnings["usual"] == ""
 
@@ -298,3 +301,5 @@ def test_model_is_found_by_folder_or_run(model: Path, tmp_path: Path) -> None:
         resolve_model(str(tmp_path), workspace)
     with pytest.raises(ModelError, match="medseg train"):
         resolve_model(str(tmp_path), tmp_path / "nowhere")
+    with pytest.raises(ModelError, match=r"no MLflow database.*mlflow\.db"):
+        resolve_model("runs:/0123", tmp_path / "nowhere", "sqlite:///" + str(tmp_path / "mlflow.db"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -40,18 +40,26 @@ def unfamiliar(
 def _unlike_spacing(grid: Geometry, fingerprint: Fingerprint) -> Iterator[str]:
     """Compare the voxel size with the smallest and largest of training."""
     low, high = fingerprint.spacing_mm["0"], fingerprint.spacing_mm["100"]
-    for axis, mm in enumerate(grid.spacing_mm):
-        if not low[axis] / SPACING_SLACK <= mm <= high[axis] * SPACING_SLACK:
-            yield f"voxels of {mm:.2f} mm along {'xyz'[axis]}; in training {low[axis]:.2f} to {high[axis]:.2f} mm"
+    if _outside(grid.spacing_mm, low, high, SPACING_SLACK):
+        yield f"voxels of {_by(grid.spacing_mm, 2)} mm; in training {_by(low, 2)} to {_by(high, 2)} mm"
 
 
 def _unlike_extent(grid: Geometry, fingerprint: Fingerprint) -> Iterator[str]:
     """Compare the size of what the network sees with the smallest and largest of training."""
     low, high = fingerprint.extent_mm["0"], fingerprint.extent_mm["100"]
-    for axis, (voxels, step) in enumerate(zip(grid.shape, grid.spacing_mm, strict=True)):
-        mm = voxels * step
-        if not low[axis] / EXTENT_SLACK <= mm <= high[axis] * EXTENT_SLACK:
-            yield f"{mm:.0f} mm long along {'xyz'[axis]}; in training {low[axis]:.0f} to {high[axis]:.0f} mm"
+    extent = tuple(voxels * step for voxels, step in zip(grid.shape, grid.spacing_mm, strict=True))
+    if _outside(extent, low, high, EXTENT_SLACK):
+        yield f"an extent of {_by(extent, 0)} mm; in training {_by(low, 0)} to {_by(high, 0)} mm"
+
+
+def _outside(values: Sequence[float], low: Sequence[float], high: Sequence[float], slack: float) -> bool:
+    """Tell whether a value lies outside its axis' range, widened by a factor."""
+    return any(not a / slack <= value <= b * slack for value, a, b in zip(values, low, high, strict=True))
+
+
+def _by(values: Sequence[float], digits: int) -> str:
+    """Format as 0.70x0.70x5.00."""
+    return "x".join(f"{value:.{digits}f}" for value in values)
 
 
 def _unlike_intensity(images: Mapping[str, Volume], plan: Plan, fingerprint: Fingerprint) -> Iterator[str]:

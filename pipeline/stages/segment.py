@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pipeline.data.plan import Fingerprint
 from pipeline.data.stored import files_of
 from pipeline.data.volume import Volume, read_image, write_label
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, VolumeError
 from pipeline.geometry import Geometry
 from pipeline.hardware import Precision, keep_freed_memory
 from pipeline.model import FINGERPRINT, model_digest
@@ -126,10 +126,10 @@ class _Batch:
         start = time.perf_counter()
         try:
             action(case)
-        except PipelineError as error:
+        except (PipelineError, OSError) as error:
             self._fail(case, str(error))
         except Exception as error:
-            # A bug, or memory or disk at their end: its traceback is wanted, and so are the other cases.
+            # A bug, or memory at its end: the traceback is wanted, and so are the other cases.
             log.exception("%s: could not be segmented", case.source.name)
             self._fail(case, f"{type(error).__name__}: {error}")
         case.seconds[name] = time.perf_counter() - start
@@ -198,8 +198,9 @@ class _Batch:
 
 def _contents(path: Path) -> list[str]:
     """Return digests of all the files that a volume's name stands for."""
-    if not path.is_file():
-        raise PipelineError(f"{path}: no such file")
+    missing = [str(file) for file in files_of(path) if not file.is_file()]
+    if missing:
+        raise VolumeError(f"{' and '.join(missing)}: no such file")
     if path.name.lower().endswith(DETACHED_HEADERS):
         image = read_image(path)
         return [digest_of(image.geometry.affine.tolist()), hashlib.sha256(image.array.tobytes()).hexdigest()]

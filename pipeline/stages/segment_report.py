@@ -15,6 +15,8 @@ from pydantic import ValidationError
 from pipeline.records import Record, write_json, write_text
 
 JOURNAL, REPORT_JSON, REPORT_CSV = "segmented.jsonl", "report.json", "report.csv"
+# More would push the failures off the screen.
+WARNINGS_SHOWN = 10
 STEPS = ("read", "predict", "write")
 
 
@@ -88,7 +90,10 @@ class SegmentReport:
         spent = ", ".join(f"{step} {sum(r.seconds.get(step, 0.0) for r in done):.1f} s" for step in STEPS)
         lines = [", ".join(f"{n} {status}" for status, n in counts.items() if n) + (f" ({spent})" if done else "")]
         lines += [f"failed   {result.name}: {result.reason}" for result in self.failures]
-        lines += [f"warning  {result.name}: {text}" for result in self.results for text in result.warnings]
+        warnings = [f"warning  {result.name}: {text}" for result in self.results for text in result.warnings]
+        lines += warnings[:WARNINGS_SHOWN]
+        if len(warnings) > WARNINGS_SHOWN:
+            lines.append(f"and {len(warnings) - WARNINGS_SHOWN} more warnings in {REPORT_CSV}")
         return "\n".join([*lines, f"label maps and report: {self.folder}"])
 
     def write(self) -> None:
