@@ -9,16 +9,21 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
+from tiny_models import NEAREST_MEAN, make_model, make_plan, nearest_mean
 
+from pipeline.data.volume import Volume, write_image
 from pipeline.errors import ModelError, PipelineError
+from pipeline.geometry import Geometry
+from pipeline.model import save_model
+from pipeline.networks import NETWORKS
 from pipeline.stages import sync, ui
 from pipeline.tracking import RunLog, environment_tags, fetch_model, pending, read_state, send_pending, start_follower
 from pipeline.tracking.log import EVENTS, flatten, locked, read_events, safe_name, tracking_uri, write_state
 
-# MLflow's own, at import and where a database is opened.
-pytestmark = pytest.mark.filterwarnings("ignore:::mlflow", "ignore:::pydantic", "ignore::ResourceWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:::mlflow")  # what it says of its own dependencies
 
 
 @pytest.fixture(scope="session")
@@ -263,6 +268,33 @@ def test_a_model_comes_back_from_mlflow(workspace: Path) -> None:
             fetch_model(text, uri, into)
     with pytest.raises(ModelError, match="no MLflow database"):
         fetch_model("runs:/none", f"sqlite:///{workspace}/other.db", into)
+
+
+def test_mlflow_itself_loads_and_runs_a_model_without_a_pickle(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+    import pandas as pd
+
+    from pipeline.tracking.sending import send
+
+    monkeypatch.setitem(NETWORKS, "nearest_mean", nearest_mean)
+    run = new_run(workspace)
+    save_model(run.folder / "models" / "best", make_model(plan=make_plan(), network=NEAREST_MEAN))
+    run.model(run.folder / "models" / "best", register_as="phantoms", alias="best")
+    assert send(run.folder)
+    uri = f"sqlite:///{workspace}/mlflow.db"
+    assert not list(fetch_model("models:/phantoms@best", uri, workspace / "fetched").rglob("*.pkl"))
+    classes = np.random.default_rng(0).integers(0, 3, (10, 11, 12))
+    path = workspace / "image.nii.gz"
+    write_image(path, Volume((100.0 * classes[None]).astype(np.float32), Geometry((10, 11, 12), np.eye(4))))
+    monkeypatch.setattr(mlflow.tracking._tracking_service.utils, "_tracking_uri", None)
+    mlflow.set_tracking_uri(uri)
+    for name in ("models:/phantoms@best", f"runs:/{read_state(run.folder).run_id}/model"):
+        model = mlflow.pyfunc.load_model(name)
+        for cases in ([str(path)], [{"T1": str(path)}], pd.DataFrame({"T1": [str(path)]})):
+            (label,) = model.predict(cases)
+            assert np.array_equal(label, np.array([0, 1, 7])[classes])
 
 
 def test_what_mlflow_refuses_or_is_gone_holds_nothing_up(workspace: Path, caplog: pytest.LogCaptureFixture) -> None:

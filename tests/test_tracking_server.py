@@ -1,6 +1,7 @@
 """Tracking against a real MLflow server on loopback, and its pages in a real browser."""
 
 import math
+import os
 import shutil
 import socket
 import subprocess
@@ -17,10 +18,7 @@ from PIL import Image
 
 from pipeline.tracking import RunLog, compare_url, fetch_model, pending, read_state, send_pending, start_follower
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:::mlflow", "ignore:::pydantic", "ignore::ResourceWarning"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:::mlflow")]  # what it says of its dependencies
 
 CHROMIUM_FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
@@ -42,7 +40,8 @@ def server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", f"{folder}/files"]
     with (folder / "server.log").open("ab") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
     try:
         wait_for(lambda: is_healthy(port))
         yield process

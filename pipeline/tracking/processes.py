@@ -20,6 +20,13 @@ log = logging.getLogger(__name__)
 FOLLOWER_LOG = "tracking.log"
 HOST = "127.0.0.1"
 
+# Without job execution the server starts no queues of workers, which only MLflow's language-model features use.
+_SERVER_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    "PYTHONWARNINGS": "ignore",
+}
+
 
 class Follower:
     """The process that sends a run's events while the run goes on."""
@@ -90,7 +97,9 @@ def serve_ui(uri: str, artifacts: Path, port: int) -> None:
     _refuse_taken_port(port)
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", uri, "--artifacts-destination", str(artifacts.resolve())]
-    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    command += ["--uvicorn-opts", "--log-level warning"]
+    environment = {**os.environ, **_SERVER_ENVIRONMENT}
+    log.info("The server answers in some seconds; Ctrl-C ends it")
     try:
         status = subprocess.run(command, env=environment, check=False).returncode
     except KeyboardInterrupt:
