@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -194,8 +195,7 @@ class _Examiner:
         geometry = self._geometry(header)
         examined = {}
         for name in names:
-            index = self.case.images[name].index
-            picked = self._attempt("voxels", lambda index=index: pick_channel(header, voxels, index))  # type: ignore[misc]
+            picked = self._attempt("voxels", partial(pick_channel, header, voxels, self.case.images[name].index))
             if picked is not None:
                 self._judge_image(header.path, name, picked)
             if picked is not None and geometry is not None:
