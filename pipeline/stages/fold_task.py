@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ from pipeline.training.randomness import torch_seed
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT, FACTS = "checkpoint.safetensors", "facts.json"
+BEST, LAST = Path("models/best"), Path("models/last")
 
 # Share of the free memory that the store may take; above it patches are read from disk.
 MEMORY_SHARE = 0.25
@@ -110,6 +112,17 @@ class FoldTask:
         return self.folder / CHECKPOINT
 
     @property
+    def is_begun(self) -> bool:
+        """Whether the run folder holds a training of this configuration, plan and data."""
+        path = self.folder / FACTS
+        return path.exists() and json.loads(path.read_text(encoding="utf-8")) == self.facts
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether that training has ended; the last model is written at its end."""
+        return self.is_begun and (self.folder / LAST / "model.yaml").exists()
+
+    @property
     def batch_size(self) -> int:
         """Patches a step."""
         return self.config.training.batch_size or self.plan.batch_size
@@ -121,7 +134,7 @@ class FoldTask:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """What a resumed run must share with its checkpoint."""
+        """What a resumed run must share with the run that began; written beside it and into its checkpoint."""
         return {
             "configuration": configuration_digest(self.config),
             "plan": self.plan.digest(),

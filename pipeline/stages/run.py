@@ -6,10 +6,9 @@ import logging
 from pathlib import Path
 
 from pipeline.config import Config
-from pipeline.data.manifest import load_manifest
 from pipeline.errors import ManifestError
 from pipeline.stages import check, evaluate, preprocess, train
-from pipeline.stages.workspace import Workspace
+from pipeline.stages.fold_task import BEST, FoldTask
 
 log = logging.getLogger(__name__)
 
@@ -36,29 +35,23 @@ def run(config: Config, *, fold: str = "0", device: str = "auto", jobs: int | No
             f"{config.data.manifest}: the check found errors, named above; mend them, or drop the cases"
         )
     preprocess.run(config, jobs=jobs)
-    return [_train_and_evaluate(config, number, device) for number in _folds(config, fold)]
+    return [_train_and_evaluate(task) for task in train.fold_tasks(config, fold, device)]
 
 
-def _folds(config: Config, fold: str) -> tuple[int, ...]:
-    """Return the folds that are asked for."""
-    return load_manifest(config.data.manifest, config.data.root).folds if fold == "all" else (int(fold),)
-
-
-def _train_and_evaluate(config: Config, fold: int, device: str) -> Path:
+def _train_and_evaluate(task: FoldTask) -> Path:
     """Bring one fold's run folder up to date and return it."""
-    folder = Workspace(config.workspace).run(config.name, fold)
-    if train.is_finished(folder, config):
-        log.info("fold %d: trained already, in %s", fold, folder)
+    if task.is_finished:
+        log.info("fold %d: trained already, in %s", task.fold, task.folder)
     else:
-        train.run(config, fold=str(fold), resume=(folder / "checkpoint.safetensors").exists(), device=device)
-    if _is_evaluated(folder):
-        log.info("fold %d: evaluated already, in %s", fold, folder / "evaluation")
+        train.train_fold(task, resume=task.is_begun and task.checkpoint.exists())
+    if _is_evaluated(task.folder):
+        log.info("fold %d: evaluated already, in %s", task.fold, task.folder / "evaluation")
     else:
-        evaluate.run(str(folder / "models" / "best"), device=device, workspace=config.workspace)
-    return folder
+        evaluate.run(str(task.folder / BEST), device=str(task.device), workspace=task.config.workspace)
+    return task.folder
 
 
 def _is_evaluated(folder: Path) -> bool:
     """Tell whether the best model's scores are newer than the model."""
-    summary, model = folder / "evaluation" / "fold" / "summary.json", folder / "models" / "best" / "model.yaml"
+    summary, model = folder / "evaluation" / "fold" / "summary.json", folder / BEST / "model.yaml"
     return summary.exists() and model.exists() and summary.stat().st_mtime_ns >= model.stat().st_mtime_ns

@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline import __version__
 from pipeline.config import Config
 from pipeline.config_loading import dump_config
-from pipeline.data.manifest import Manifest, load_manifest
+from pipeline.data.manifest import load_manifest
 from pipeline.data.plan import write_plan
 from pipeline.data.store import PreparedCase
 from pipeline.errors import ConfigError, TrainingError
@@ -26,17 +26,15 @@ from pipeline.pictures import draw_learning_curves
 from pipeline.predictor import Predictor
 from pipeline.progress import counter
 from pipeline.records import atomic_path, write_json, write_text
-from pipeline.stages.fold_task import CHECKPOINT, FoldTask, configuration_digest
+from pipeline.stages.fold_task import BEST, FACTS, LAST, FoldTask
 from pipeline.stages.workspace import Workspace
 from pipeline.tracking import RunLog, environment_tags, metric_history, start_follower
 from pipeline.training.batches import Batches
 from pipeline.training.budget import Costs, seconds_per_step, steps_within
-from pipeline.training.checkpoints import load_checkpoint, recorded_facts, save_checkpoint
+from pipeline.training.checkpoints import load_checkpoint, save_checkpoint
 from pipeline.training.loop import SCHEDULES, TrainState, averaged_weights, train, train_step
 
 log = logging.getLogger(__name__)
-
-BEST, LAST = Path("models/best"), Path("models/last")
 
 # How long the end of training waits for MLflow; what has not arrived by then is sent by `medseg sync`.
 TRACKING_WAIT_S = 30.0
@@ -61,40 +59,30 @@ def run(config: Config, *, fold: str = "0", resume: bool = False, device: str = 
         TrainingError: nothing to resume, a checkpoint of another configuration, or a loss that is not finite.
         StoreError: a case is not preprocessed.
     """
-    keep_freed_memory()
-    manifest = load_manifest(config.data.manifest, config.data.root)
-    chosen = pick_device(device)
-    folds = choose_folds(manifest, fold)
-    tasks = [FoldTask.prepare(config, manifest, number, chosen) for number in folds]
+    tasks = fold_tasks(config, fold, device)
     if resume and not any(task.checkpoint.exists() for task in tasks):
         raise TrainingError(f"{tasks[0].checkpoint}: no checkpoint to resume from; start without --resume")
     for task in tasks:
-        if resume and is_finished(task.folder, config):
+        if resume and task.is_finished:
             log.info("fold %d: finished already, in %s", task.fold, task.folder)
         else:
-            _train_fold(task, resume=resume and task.checkpoint.exists())
+            train_fold(task, resume=resume and task.checkpoint.exists())
     return [task.folder for task in tasks]
 
 
-def choose_folds(manifest: Manifest, fold: str) -> tuple[int, ...]:
-    """Return the folds named by "all" or a number.
+def fold_tasks(config: Config, fold: str, device: str) -> list[FoldTask]:
+    """Return what there is to train.
 
     Raises:
-        ConfigError: the manifest has no such fold.
+        ConfigError: the manifest has no such fold, or the device is not there.
+        StoreError: a case is not preprocessed.
     """
-    if fold == "all":
-        return manifest.folds
-    if not fold.isdecimal() or int(fold) not in manifest.folds:
+    manifest = load_manifest(config.data.manifest, config.data.root)
+    if fold != "all" and (not fold.isdecimal() or int(fold) not in manifest.folds):
         raise ConfigError(f"--fold {fold}: the manifest has folds {', '.join(map(str, manifest.folds))}; or say all")
-    return (int(fold),)
-
-
-def is_finished(folder: Path, config: Config) -> bool:
-    """Tell whether a run folder holds a training that ended, under this very configuration."""
-    done, checkpoint = folder / LAST / "model.yaml", folder / CHECKPOINT
-    if not done.exists() or not checkpoint.exists():
-        return False
-    return bool(recorded_facts(checkpoint).get("configuration") == configuration_digest(config))
+    numbers = manifest.folds if fold == "all" else (int(fold),)
+    chosen = pick_device(device)
+    return [FoldTask.prepare(config, manifest, number, chosen) for number in numbers]
 
 
 class FoldRun:
@@ -167,8 +155,13 @@ class FoldRun:
         log.info("fold %d  step %d of %d  %s", self.task.fold, state.step, state.total_steps, shown)
 
 
-def _train_fold(task: FoldTask, *, resume: bool) -> None:
-    """Train one fold to the end of its budget."""
+def train_fold(task: FoldTask, *, resume: bool) -> None:
+    """Train one fold to the end of its budget, from its checkpoint or anew.
+
+    Raises:
+        TrainingError: the checkpoint is of another configuration, or the loss is not finite.
+    """
+    keep_freed_memory()
     began = time.monotonic()
     state, batches = task.new_state(), task.batches()
     if resume:
@@ -269,6 +262,7 @@ def _new_run(task: FoldTask) -> RunLog:
     write_text(folder / "config.yaml", dump_config(config))
     write_plan(folder / "plan.yaml", task.plan)
     write_json(folder / "fingerprint.json", task.fingerprint.model_dump(mode="json"))
+    write_json(folder / FACTS, task.facts)
     parent = Workspace(config.workspace).experiment(config.name)
     experiment = config.tracking.experiment or task.manifest.name
     uri = config.tracking.uri

@@ -77,13 +77,6 @@ def load_checkpoint(path: Path, state: TrainState, facts: dict[str, Any]) -> Non
         setattr(state, name, type(getattr(state, name))(metadata["numbers"][name]))
 
 
-def recorded_facts(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's facts without loading a tensor."""
-    with safe_open(path, framework="pt") as file:
-        facts: dict[str, Any] = json.loads(file.metadata()["medseg"])["facts"]
-    return facts
-
-
 def _refuse_other_run(path: Path, metadata: dict[str, Any], facts: dict[str, Any]) -> None:
     """Raise where the checkpoint is of another format or another run."""
     version = metadata["format_version"]

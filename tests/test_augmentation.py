@@ -1,0 +1,211 @@
+"""Augmentation: geometry by centroids, image and label together, draws keyed by the patch."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.config import AugmentationSection
+from pipeline.training.augmentation import Augmentation, _gaussian_blur, _rotation, _spline_weights
+
+PATCH = (24, 20, 16)
+NONE = {
+    "affine_probability": 0.0,
+    "elastic_probability": 0.0,
+    "noise_probability": 0.0,
+    "blur_probability": 0.0,
+    "brightness_probability": 0.0,
+    "contrast_probability": 0.0,
+    "gamma_probability": 0.0,
+    "low_resolution_probability": 0.0,
+}
+
+
+def augmentation(seed: int = 0, **changes: object) -> Augmentation:
+    return Augmentation(
+        AugmentationSection(**{**NONE, **changes}),  # type: ignore[arg-type]
+        patch_size=PATCH,
+        left_right_axis=0,
+        paired_classes=((1, 2),),
+        num_classes=4,
+        seed=seed,
+    )
+
+
+def batch(size: tuple[int, int, int], count: int = 3) -> tuple[Tensor, Tensor]:
+    """Two boxes, of classes 1 and 2, off the middle; the image is 1 + class, smooth noise-free."""
+    label = torch.zeros(count, *size, dtype=torch.uint8)
+    x, y, z = (n // 2 for n in size)
+    label[:, x - 7 : x - 2, y - 4 : y + 1, z - 3 : z + 4] = 1
+    label[:, x + 1 : x + 6, y - 2 : y + 6, z - 3 : z + 2] = 2
+    return 1 + label[:, None].float(), label
+
+
+def centroid(mask: Tensor) -> Tensor:
+    return torch.nonzero(mask).float().mean(0)
+
+
+def test_disabled_returns_the_patch_itself() -> None:
+    plain = augmentation(enabled=False)
+    assert plain.read_size == PATCH
+    image, label = batch(PATCH)
+    changed, target = plain(image, label, 0)
+    assert torch.equal(changed, image)
+    assert torch.equal(target, label.long())
+
+
+def test_with_nothing_drawn_the_middle_of_what_was_read_is_returned() -> None:
+    nothing = augmentation()
+    image, label = batch(nothing.read_size)
+    rim = [(r - p) // 2 for r, p in zip(nothing.read_size, PATCH, strict=True)]
+    assert min(rim) >= 1
+    inner = tuple(slice(m, m + p) for m, p in zip(rim, PATCH, strict=True))
+    changed, target = nothing(image, label, 0)
+    assert torch.equal(changed, image[:, :, *inner])
+    assert torch.equal(target, label[:, *inner].long())
+
+
+def test_an_identity_transform_through_the_grid_moves_nothing() -> None:
+    still = augmentation(
+        affine_probability=1.0, rotation_degrees=0.0, scale=(1.0, 1.0), scale_anisotropy=0.0, shift_voxels=0.0
+    )
+    image, label = batch(still.read_size)
+    changed, target = still(image, label, 0)
+    plain_image, plain_target = augmentation()(image, label, 0)
+    torch.testing.assert_close(changed, plain_image, atol=1e-4, rtol=0)
+    assert torch.equal(target, plain_target)
+
+
+def test_scale_above_one_enlarges_about_the_middle() -> None:
+    larger = augmentation(
+        affine_probability=1.0, rotation_degrees=0.0, scale=(1.2, 1.2), scale_anisotropy=0.0, shift_voxels=0.0
+    )
+    image, label = batch(larger.read_size)
+    _, target = larger(image, label, 0)
+    _, plain = augmentation()(image, label, 0)
+    middle = (torch.tensor(PATCH) - 1) / 2
+    for value in (1, 2):
+        expected = (centroid(plain[0] == value) - middle) * 1.2
+        torch.testing.assert_close(centroid(target[0] == value) - middle, expected, atol=0.5, rtol=0)
+        assert (target[0] == value).sum() == pytest.approx(1.2**3 * int((plain[0] == value).sum()), rel=0.12)
+
+
+def test_image_and_label_move_together() -> None:
+    moving = augmentation(affine_probability=1.0, elastic_probability=1.0, rotation_degrees=20.0)
+    image, label = batch(moving.read_size, count=6)
+    changed, target = moving(image, label, 0)
+    plain, _ = augmentation()(image, label, 0)
+    assert not torch.equal(changed, plain)
+    for value in (1, 2):
+        # Inside a box the interpolated image is 1 + class; only the blurred border may differ.
+        seen = (changed[:, 0] - 1 - value).abs() < 0.3
+        both = (seen & (target == value)).sum() / (target == value).sum()
+        assert both > 0.6
+    background = (changed[:, 0] - 1).abs() < 0.01
+    assert (target[background] == 0).float().mean() > 0.99
+
+
+def test_every_patch_of_a_batch_is_drawn_anew() -> None:
+    moving = augmentation(affine_probability=1.0)
+    image, label = batch(moving.read_size)
+    changed, _ = moving(image, label, 0)
+    assert not torch.equal(changed[0], changed[1])
+    assert not torch.equal(changed[1], changed[2])
+
+
+ALL = {name: 1.0 if name.endswith("probability") else value for name, value in NONE.items()}
+
+
+def test_a_patch_depends_on_seed_and_index_alone() -> None:
+    image, label = batch(augmentation().read_size, count=4)
+    settings = {**ALL, "flip_axes": ("x", "y", "z")}
+    together, targets = augmentation(**settings)(image, label, 8)
+    for i in range(4):
+        alone, target = augmentation(**settings)(image[i : i + 1], label[i : i + 1], 8 + i)
+        torch.testing.assert_close(alone[0], together[i], atol=1e-5, rtol=1e-5)
+        assert torch.equal(target[0], targets[i])
+    other, _ = augmentation(seed=1, **settings)(image, label, 8)
+    assert not torch.allclose(other, together)
+
+
+def test_only_the_left_right_flip_swaps_paired_classes() -> None:
+    image, label = batch(augmentation().read_size, count=16)
+    _, plain = augmentation()(image, label, 0)
+    for axis, name in enumerate("xyz"):
+        changed, target = augmentation(flip_axes=(name,))(image, label, 0)
+        flipped = [i for i in range(16) if not torch.equal(changed[i], augmentation()(image, label, 0)[0][i])]
+        assert 3 <= len(flipped) <= 13
+        for i in range(16):
+            mirrored = plain[i].flip(axis) if i in flipped else plain[i]
+            swapped = torch.tensor([0, 2, 1, 3])[mirrored] if i in flipped and axis == 0 else mirrored
+            assert torch.equal(target[i], swapped)
+
+
+@pytest.mark.parametrize("name", ["noise", "blur", "brightness", "contrast", "gamma", "low_resolution"])
+def test_each_intensity_change_changes_the_image_and_never_the_label(name: str) -> None:
+    changing = augmentation(**{f"{name}_probability": 1.0})
+    image, label = batch(changing.read_size)
+    image = image + 0.1 * torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
+    changed, target = changing(image, label, 0)
+    plain, plain_target = augmentation()(image, label, 0)
+    assert all(not torch.allclose(changed[i], plain[i], atol=1e-3) for i in range(3))
+    assert torch.equal(target, plain_target)
+    assert changed.isfinite().all()
+
+
+def test_gamma_keeps_mean_and_deviation() -> None:
+    bending = augmentation(gamma_probability=1.0, gamma=(2.0, 2.0))
+    image = torch.randn(1, 2, *bending.read_size, generator=torch.Generator().manual_seed(0)) + 3
+    changed, _ = bending(image, torch.zeros(1, *bending.read_size, dtype=torch.uint8), 0)
+    plain, _ = augmentation()(image, torch.zeros(1, *bending.read_size, dtype=torch.uint8), 0)
+    torch.testing.assert_close(changed.mean((2, 3, 4)), plain.mean((2, 3, 4)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(changed.std((2, 3, 4)), plain.std((2, 3, 4)), atol=1e-3, rtol=0)
+    # The order of intensities stays: bigger is still bigger.
+    order = plain[0, 0].flatten().argsort()
+    assert (changed[0, 0].flatten()[order].diff() > -1e-4).all()
+
+
+def test_contrast_stays_in_the_patch_own_range() -> None:
+    stretching = augmentation(contrast_probability=1.0, contrast=(1.5, 1.5))
+    image = torch.randn(1, 1, *stretching.read_size, generator=torch.Generator().manual_seed(0))
+    changed, _ = stretching(image, torch.zeros(1, *stretching.read_size, dtype=torch.uint8), 0)
+    plain, _ = augmentation()(image, torch.zeros(1, *stretching.read_size, dtype=torch.uint8), 0)
+    assert changed.max() <= plain.max()
+    assert changed.min() >= plain.min()
+    assert changed.std() > 1.2 * plain.std()
+
+
+def test_a_constant_image_survives_everything() -> None:
+    everything = augmentation(**ALL)
+    image = torch.full((2, 1, *everything.read_size), 5.0)
+    changed, _ = everything(image, torch.zeros(2, *everything.read_size, dtype=torch.uint8), 0)
+    assert changed.isfinite().all()
+
+
+def test_rotation_by_hand() -> None:
+    # A quarter turn about the third axis takes x to y.
+    turned = _rotation(np.array([0.0, 0.0, np.pi / 2])) @ [1.0, 0.0, 0.0]
+    assert turned == pytest.approx([0.0, 1.0, 0.0])
+    matrix = _rotation(np.array([0.3, -0.7, 1.1]))
+    assert matrix @ matrix.T == pytest.approx(np.eye(3))
+    assert np.linalg.det(matrix) == pytest.approx(1.0)
+
+
+def test_spline_weights_by_hand() -> None:
+    weights = _spline_weights(25, 6, 12.0)
+    assert weights.sum(1) == pytest.approx(np.ones(25))
+    # Voxel 0 lies on control point 1, where a cubic B-spline weighs 1/6, 2/3, 1/6.
+    assert weights[0] == pytest.approx([1 / 6, 2 / 3, 1 / 6, 0, 0, 0])
+    assert weights[24] == pytest.approx([0, 0, 1 / 6, 2 / 3, 1 / 6, 0])
+
+
+def test_blur_keeps_a_constant_and_spreads_a_point() -> None:
+    constant = torch.full((1, 9, 9, 9), 3.0)
+    torch.testing.assert_close(_gaussian_blur(constant, 1.0), constant)
+    point = torch.zeros(1, 15, 15, 15)
+    point[0, 7, 7, 7] = 1.0
+    blurred = _gaussian_blur(point, 1.0)
+    assert blurred.sum() == pytest.approx(1.0, abs=1e-5)
+    offsets = torch.arange(15.0) - 7
+    variance = (blurred.sum((0, 2, 3)) * offsets**2).sum()
+    assert variance == pytest.approx(1.0, abs=0.05)

@@ -1,0 +1,272 @@
+"""The training loop on a tiny network: what it does at each turning point, and that a checkpoint forgets nothing."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from pipeline.errors import TrainingError
+from pipeline.networks import Network
+from pipeline.training.budget import Costs, steps_within
+from pipeline.training.checkpoints import load_checkpoint, save_checkpoint
+from pipeline.training.loop import (
+    SCHEDULES,
+    LoopSettings,
+    TrainState,
+    averaged_tensors,
+    averaged_weights,
+    cosine_schedule,
+    train,
+)
+from pipeline.training.losses import Objective, build_loss
+
+
+class Tiny(Network):
+    """A convolution, a norm with running buffers, dropout and a head: all kinds of state that training has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv3d(1, 4, 3, padding=1), nn.BatchNorm3d(4), nn.ReLU(), nn.Dropout3d(0.3), nn.Conv3d(4, 2, 1)
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        result: Tensor = self.body(image)
+        return result
+
+
+def settings(**changes: object) -> LoopSettings:
+    values: dict[str, object] = {
+        "steps_per_epoch": 4,
+        "validation_every_epochs": 1,
+        "early_stop_validations": None,
+        "checkpoint_s": 1e9,
+        "gradient_clip": 1.0,
+        "ema_decay": 0.9,
+        "dtype": torch.float32,
+        "device": torch.device("cpu"),
+        "seed": 0,
+        **changes,
+    }
+    return LoopSettings(**values)  # type: ignore[arg-type]
+
+
+def new_state(total_steps: int = 10, optimiser: str = "adamw", ema: bool = True) -> TrainState:
+    torch.manual_seed(0)
+    network = Tiny().to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    if optimiser == "adamw":
+        chosen: torch.optim.Optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+    else:
+        chosen = torch.optim.SGD(network.parameters(), lr=1e-2, momentum=0.99, nesterov=True, fused=True)
+    return TrainState(
+        objective=Objective(network, build_loss("dice_ce", {}), deep_supervision=False),
+        optimiser=chosen,
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        average=[t.clone() for t in averaged_tensors(network)] if ema else None,
+        step=0,
+        total_steps=total_steps,
+        best_score=-math.inf,
+        best_step=0,
+        stale_validations=0,
+        loss_sum=torch.zeros(()),
+    )
+
+
+def batches(step: int) -> tuple[Tensor, Tensor]:
+    image = torch.randn(2, 1, 6, 6, 6, generator=torch.Generator().manual_seed(step))
+    return image.contiguous(memory_format=torch.channels_last_3d), (image[:, 0] > 0.5).long()
+
+
+@dataclass
+class Recorder:
+    """Hooks that write down what happened, and give the scores they were told to."""
+
+    scores: list[float] = field(default_factory=list)
+    validated: list[int] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
+    checkpoints: list[int] = field(default_factory=list)
+    epochs: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    path: Path | None = None
+
+    def validate(self, state: TrainState) -> dict[str, float]:
+        self.validated.append(state.step)
+        return {"score": self.scores[len(self.validated) - 1] if self.scores else float(state.step)}
+
+    def improved(self, state: TrainState, scores: dict[str, float]) -> None:
+        self.kept.append(state.step)
+
+    def checkpoint(self, state: TrainState) -> None:
+        self.checkpoints.append(state.step)
+        if self.path is not None:
+            save_checkpoint(self.path.with_name(f"{state.step}.safetensors"), state, {"fold": 0})
+
+    def epoch_ended(self, state: TrainState, metrics: dict[str, float]) -> None:
+        self.epochs.append((state.step, metrics))
+
+
+SCHEDULE = cosine_schedule(1e-2, 0.1)
+
+
+def test_turning_points_of_a_training_that_ends_within_an_epoch() -> None:
+    hooks = Recorder()
+    train(new_state(10), batches, SCHEDULE, settings(validation_every_epochs=2), hooks)
+    assert [step for step, _ in hooks.epochs] == [4, 8, 10]
+    assert hooks.validated == [8, 10]
+    assert hooks.checkpoints == [4, 8, 10]
+    assert "val/score" not in hooks.epochs[0][1]
+    assert hooks.epochs[1][1]["val/score"] == 8.0
+
+
+def test_the_epoch_loss_is_the_mean_of_its_steps() -> None:
+    hooks, state = Recorder(), new_state(6, ema=False)
+    losses = []
+
+    def watched(step: int) -> tuple[Tensor, Tensor]:
+        losses.append(state.loss_sum.item())
+        return batches(step)
+
+    train(state, watched, SCHEDULE, settings(), hooks)
+    # The sum is set to zero at each epoch's end; before step 4 it holds three losses.
+    first = hooks.epochs[0][1]["train/loss"]
+    assert losses[0] == 0.0
+    assert losses[4] == 0.0
+    assert losses[3] / 3 == pytest.approx(first, rel=0.5)
+    assert 4 * first > losses[3]
+
+
+def test_only_a_better_model_is_kept_and_training_stops_when_none_comes() -> None:
+    hooks, state = Recorder(scores=[0.5, 0.7, 0.6, 0.7, 0.9]), new_state(40)
+    train(state, batches, SCHEDULE, settings(early_stop_validations=2), hooks)
+    assert hooks.kept == [4, 8]
+    assert hooks.validated == [4, 8, 12, 16]
+    assert state.step == 16
+    assert (state.best_score, state.best_step) == (0.7, 8)
+
+
+def test_checkpoints_come_by_the_clock_too() -> None:
+    hooks = Recorder()
+    train(new_state(5), batches, SCHEDULE, settings(checkpoint_s=0.0), hooks)
+    assert hooks.checkpoints == [1, 2, 3, 4, 5]
+
+
+def test_a_loss_that_is_not_finite_stops_training_and_says_what_to_do() -> None:
+    def poisoned(step: int) -> tuple[Tensor, Tensor]:
+        image, target = batches(step)
+        return image * (math.nan if step == 2 else 1.0), target
+
+    with pytest.raises(TrainingError, match=r"loss is nan by step 4; lower training\.learning_rate"):
+        train(new_state(8), poisoned, SCHEDULE, settings(), Recorder())
+
+
+def test_training_learns() -> None:
+    hooks = Recorder()
+    train(new_state(200, ema=False), batches, cosine_schedule(5e-2, 0.1), settings(steps_per_epoch=20), hooks)
+    assert hooks.epochs[-1][1]["train/loss"] < 0.7 * hooks.epochs[0][1]["train/loss"]
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
+@pytest.mark.parametrize("ema", [True, False])
+@pytest.mark.parametrize("at", [4, 7])
+def test_a_resumed_training_has_the_weights_of_the_uninterrupted_one(
+    tmp_path: Path, optimiser: str, ema: bool, at: int
+) -> None:
+    changed = settings(checkpoint_s=0.0, ema_decay=0.9 if ema else None)
+    whole, hooks = new_state(10, optimiser, ema), Recorder(path=tmp_path / "x")
+    train(whole, batches, SCHEDULE, changed, hooks)
+    resumed, later = new_state(0, optimiser, ema), Recorder()
+    load_checkpoint(tmp_path / f"{at}.safetensors", resumed, {"fold": 0})
+    assert (resumed.step, resumed.total_steps) == (at, 10)
+    train(resumed, batches, SCHEDULE, changed, later)
+    for name, tensor in whole.network.state_dict().items():
+        assert torch.equal(tensor, resumed.network.state_dict()[name]), name
+    for mine, other in zip(whole.average or [], resumed.average or [], strict=True):
+        assert torch.equal(mine, other)
+    assert (whole.best_score, whole.best_step) == (resumed.best_score, resumed.best_step)
+    # The epoch in which it was cut has the same loss too: what was summed before is in the checkpoint.
+    losses = [[m["train/loss"] for step, m in run.epochs if step > at] for run in (hooks, later)]
+    assert losses[0] == losses[1]
+
+
+def test_a_fresh_start_differs_so_that_the_resume_test_can_fail(tmp_path: Path) -> None:
+    whole, cut = new_state(10), new_state(10)
+    train(whole, batches, SCHEDULE, settings(), Recorder())
+    cut.step = 4  # the position alone, without what the checkpoint remembers
+    train(cut, batches, SCHEDULE, settings(), Recorder())
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(whole.network.state_dict().values(), cut.network.state_dict().values(), strict=True)
+    )
+
+
+class TestCheckpointsAreRefused:
+    @pytest.fixture
+    def path(self, tmp_path: Path) -> Path:
+        save_checkpoint(tmp_path / "c.safetensors", new_state(), {"fold": 0, "plan": "a"})
+        return tmp_path / "c.safetensors"
+
+    def test_missing(self, tmp_path: Path) -> None:
+        with pytest.raises(TrainingError, match="no checkpoint to resume from; start without --resume"):
+            load_checkpoint(tmp_path / "none", new_state(), {})
+
+    def test_cut_short(self, path: Path) -> None:
+        path.write_bytes(path.read_bytes()[:-10])
+        with pytest.raises(TrainingError, match="damaged"):
+            load_checkpoint(path, new_state(), {"fold": 0, "plan": "a"})
+
+    def test_of_another_run(self, path: Path) -> None:
+        with pytest.raises(TrainingError, match="another plan; put back what was changed"):
+            load_checkpoint(path, new_state(), {"fold": 0, "plan": "b"})
+
+    def test_of_another_format(self, path: Path) -> None:
+        with safe_open(path, framework="pt") as file:
+            assert json.loads(file.metadata()["medseg"])["format_version"] == 1
+        path.write_bytes(path.read_bytes().replace(b'\\"format_version\\": 1', b'\\"format_version\\": 7'))
+        with pytest.raises(TrainingError, match="format 7, this medseg reads 1"):
+            load_checkpoint(path, new_state(), {"fold": 0, "plan": "a"})
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_rise_to_the_peak_and_never_above(name: str) -> None:
+    rate = SCHEDULES[name](0.5, 0.1)
+    rates = [rate(step, 100) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.05 * (i + 1) for i in range(10)])
+    assert max(rates) == pytest.approx(0.5)
+    assert all(a >= b for a, b in pairwise(rates[10:]))
+
+
+def test_schedules_by_hand() -> None:
+    assert SCHEDULES["cosine"](1.0, 0.0)(50, 100) == pytest.approx(0.5)
+    assert SCHEDULES["poly"](1.0, 0.0)(50, 100) == pytest.approx(0.5**0.9)
+    assert SCHEDULES["constant"](1.0, 0.0)(99, 100) == 1.0
+    assert SCHEDULES["cosine"](1.0, 0.0)(99, 100) < 1e-3
+
+
+def test_the_average_follows_by_hand_and_is_lent_to_the_network() -> None:
+    state = new_state(1)
+    before = [t.clone() for t in averaged_tensors(state.network)]
+    train(state, batches, SCHEDULE, settings(), Recorder())
+    after = [t.clone() for t in averaged_tensors(state.network)]
+    # After the first step the decay is (1 + 1) / (10 + 1), the smaller of it and 0.9.
+    decay = 2 / 11
+    for mean, old, new in zip(state.average or [], before, after, strict=True):
+        torch.testing.assert_close(mean, decay * old + (1 - decay) * new)
+    with averaged_weights(state):
+        for own, mean in zip(averaged_tensors(state.network), state.average or [], strict=True):
+            assert torch.equal(own, mean)
+    for own, new in zip(averaged_tensors(state.network), after, strict=True):
+        assert torch.equal(own, new)
+
+
+def test_minutes_become_steps_by_hand() -> None:
+    # 100 s, less a last validation of 10 s and a last checkpoint of 1 s: 89 s. An epoch of 10 steps takes 10 x 0.5 s and
+    # 1 s for the checkpoint, every second one 10 s of validation: 0.5 + 0.1 + 0.5 = 1.1 s a step.
+    costs = Costs(step_s=0.5, epoch_end_s=1.0, validation_s=10.0)
+    assert steps_within(100.0, costs, steps_per_epoch=10, validation_every_epochs=2) == int(89 / 1.1)
+    with pytest.raises(TrainingError, match="allow more minutes"):
+        steps_within(11.0, costs, steps_per_epoch=10, validation_every_epochs=2)
