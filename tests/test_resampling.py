@@ -18,7 +18,6 @@ CODES = [
     for axes, flips in itertools.product(itertools.permutations("RAS"), itertools.product((False, True), repeat=3))
 ]
 # A left-handed, anisotropic grid, turned in space.
-ANGLES = (0.35, -0.2)
 TURN = np.array([[np.cos(0.35), -np.sin(0.35), 0], [np.sin(0.35), np.cos(0.35), 0], [0, 0, 1]]) @ np.array(
     [[1, 0, 0], [0, np.cos(0.2), np.sin(0.2)], [0, -np.sin(0.2), np.cos(0.2)]]
 )

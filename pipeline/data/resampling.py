@@ -83,6 +83,9 @@ def resample_label(label: Volume, onto: Geometry, *, thick_axis: int | None = No
 
     Returns:
         onto.shape, the label's own type, on `onto`.
+
+    Raises:
+        ValueError: the label map holds both ends of the widest integer type.
     """
     maps = axis_maps(label.geometry, onto)
     if maps is None:
@@ -227,7 +230,7 @@ def _unused_value(array: Array) -> Array:
 def _vote(array: Array, maps: AxisMaps) -> Array:
     """Return for n voxels, each with a coordinate per axis, the value of the largest weight; the smallest on a tie."""
     values, weights = _corners(np.ascontiguousarray(array), maps)
-    winner = values[0].copy()
+    winner: Array = values[0].copy()
     disputed = np.flatnonzero((values != winner).any(axis=0))
     values, weights = values[:, disputed], weights[:, disputed]
     best = np.zeros(disputed.size)
