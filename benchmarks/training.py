@@ -1,7 +1,7 @@
 """Training steps per second beside the bare network's, in interleaved pairs on one machine.
 
-Ours: patches, augmentation, the step, the running mean, and the run's log. Bare: forward, loss, backward and optimiser of
-the same network on one fixed batch. Validation, checkpoints and start-up are apart. Wanted: at least 0.92.
+Ours: patches, augmentation, the step, the running mean, and the run's log. Bare: forward, loss, backward and optimiser
+of the same network on one fixed batch. Validation, checkpoints and start-up are apart. Wanted: at least 0.92.
 
     python benchmarks/training.py configs/hippocampus_unet.yaml [--pairs 9] [--steps 10] [--device cuda]
 """
@@ -76,14 +76,11 @@ def main() -> None:
             run()
         pairs = [tuple(seconds(run) / chosen.steps for run in runs) for _ in range(chosen.pairs)]
     ratios = sorted(plain / full for full, plain in pairs)
-    print(
-        f"{task.device}, {torch.get_num_threads()} threads, {task.dtype}, batch {task.batch_size} of {task.plan.patch_size}"
-    )
+    threads, median = torch.get_num_threads(), statistics.median(ratios)
+    print(f"{task.device}, {threads} threads, {task.dtype}, batch {task.batch_size} of {task.plan.patch_size}")
     print(f"ours  {1 / statistics.median(full for full, _ in pairs):.2f} steps/s")
     print(f"bare  {1 / statistics.median(plain for _, plain in pairs):.2f} steps/s")
-    print(
-        f"ours / bare: median {statistics.median(ratios):.3f}, from {ratios[0]:.3f} to {ratios[-1]:.3f}; wanted: 0.92"
-    )
+    print(f"ours / bare: median {median:.3f}, from {ratios[0]:.3f} to {ratios[-1]:.3f}; wanted: 0.92")
 
 
 if __name__ == "__main__":

@@ -26,13 +26,13 @@ def draw_overlay(
 ) -> Figure:
     """Draw three orthogonal slices of an image with the outlines of label maps.
 
-    The slices go through the largest section of the first label map that has a foreground, else through the middle. Axes
-    grow to the right and upwards: an array in RAS order shows the patient's left on the left.
+    The slices go through the largest section of the first label map that has a foreground, else through the middle.
+    Axes grow to the right and upwards: an array in RAS order shows the patient's left on the left.
 
     Args:
         image: (X, Y, Z), any real type; shown from its 1st to its 99th percentile.
         spacing_mm: of the three axes.
-        outlines: name ("reference", "prediction") -> (X, Y, Z) class indices, 0 the background; each has its line style.
+        outlines: name ("reference", "prediction") -> (X, Y, Z) class indices, 0 the background; each has its line.
         class_names: by class index, the background first; each class has its own colour.
         title: above the picture.
 
@@ -65,7 +65,7 @@ def draw_overlay(
 
 
 def slices_of(outlines: Mapping[str, NDArray[Any]], shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return for each axis the slice with the largest section of the first label map with a foreground, else the middle."""
+    """Return for each axis the slice with the largest section of the first label map that is not empty, or the middle."""
     drawn = next((classes for classes in outlines.values() if classes.any()), None)
     if drawn is None:
         return tuple(n // 2 for n in shape)

@@ -264,8 +264,8 @@ def test_the_average_follows_by_hand_and_is_lent_to_the_network() -> None:
 
 
 def test_minutes_become_steps_by_hand() -> None:
-    # 100 s, less a last validation of 10 s and a last checkpoint of 1 s: 89 s. An epoch of 10 steps takes 10 x 0.5 s and
-    # 1 s for the checkpoint, every second one 10 s of validation: 0.5 + 0.1 + 0.5 = 1.1 s a step.
+    # 100 s, less a last validation of 10 s and a last checkpoint of 1 s: 89 s. An epoch of 10 steps takes 10 x 0.5 s,
+    # and 1 s for the checkpoint; every second one 10 s of validation: 0.5 + 0.1 + 0.5 = 1.1 s a step.
     costs = Costs(step_s=0.5, epoch_end_s=1.0, validation_s=10.0)
     assert steps_within(100.0, costs, steps_per_epoch=10, validation_every_epochs=2) == int(89 / 1.1)
     with pytest.raises(TrainingError, match="allow more minutes"):

@@ -93,7 +93,7 @@ def test_topology_of_the_hippocampus_is_nnunets() -> None:
 
 
 def test_a_thick_axis_waits_until_the_others_are_as_coarse() -> None:
-    # 1 x 1 x 4 mm: two halvings in plane bring the voxels to 4 mm; until they are within a factor of 2, kernels are flat.
+    # 1 x 1 x 4 mm: two halvings in plane bring the voxels to 4 mm; until then kernels are flat.
     kernels, strides = topology((64, 64, 16), (1.0, 1.0, 4.0), None)
     assert kernels[:3] == ((3, 3, 1), (3, 3, 3), (3, 3, 3))
     assert strides == ((2, 2, 1), (2, 2, 2), (2, 2, 2), (2, 2, 1))

@@ -10,7 +10,7 @@ from pipeline.training.patches import CaseInMemory, PatchSampler, Size
 
 
 def coded_case(shape: Size, number: int, foreground: tuple[int, int, int] | None = None) -> CaseInMemory:
-    """A case whose voxel (x, y, z) holds 1 + x + 16 y + 256 z, exact in float16 up to 2048; its second channel, its number."""
+    """A case whose voxel (x, y, z) holds 1 + x + 16 y + 256 z, exact in float16; its second channel its number."""
     x, y, z = np.indices(shape)
     image = np.stack([1 + x + 16 * y + 256 * z, np.full(shape, number + 1)]).astype(np.float16)
     label = np.zeros(shape, np.uint8)

@@ -17,7 +17,7 @@ READ_AHEAD = 4
 class Batches:
     """Step -> image (N, C, *patch) float32 and target (N, *patch) int64, augmented, on the device.
 
-    Ahead of a GPU, threads read the next steps' patches into pinned memory; which thread reads what changes nothing, for
+    Ahead of a GPU, threads read the next steps' patches into pinned memory; which thread reads what changes nothing:
     a batch is a function of its step.
     """
 
