@@ -65,7 +65,7 @@ def draw_overlay(
 
 
 def slices_of(outlines: Mapping[str, NDArray[Any]], shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return for each axis the slice with the largest section of the first label map that is not empty, or the middle."""
+    """Return for each axis the slice with the largest section of the first label map that is not empty."""
     drawn = next((classes for classes in outlines.values() if classes.any()), None)
     if drawn is None:
         return tuple(n // 2 for n in shape)
