@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from torch import Tensor, nn
@@ -53,8 +53,9 @@ class ConvBlock(nn.Sequential):
 
 
 class ResidualUnit(nn.Module):
-    """Convolution blocks with a short skip around them (He et al. 2016); the skip is a 1^3 convolution where shapes
-    differ.
+    """Convolution blocks with a short skip around them (He et al. 2016); a 1^3 convolution where the shapes differ.
+
+    (N, in_channels, X, Y, Z) -> (N, out_channels, X / stride, ...).
     """
 
     def __init__(
@@ -69,29 +70,15 @@ class ResidualUnit(nn.Module):
         activation: Activation,
     ) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            *(
-                ConvBlock(
-                    in_channels if i == 0 else out_channels,
-                    out_channels,
-                    kernel=kernel,
-                    stride=stride if i == 0 else (1, 1, 1),
-                    norm=norm,
-                    activation=activation if i < convs - 1 else None,
-                )
-                for i in range(convs)
-            )
-        )
-        same = in_channels == out_channels and stride == (1, 1, 1)
-        self.skip: nn.Module = (
-            nn.Identity()
-            if same
-            else ConvBlock(in_channels, out_channels, kernel=(1, 1, 1), stride=stride, norm=norm, activation=None)
-        )
+        activations = (*[activation] * (convs - 1), None)
+        self.body = _blocks(in_channels, out_channels, activations, kernel=kernel, stride=stride, norm=norm)
+        self.skip: nn.Module = nn.Identity()
+        if in_channels != out_channels or stride != (1, 1, 1):
+            self.skip = _blocks(in_channels, out_channels, (None,), kernel=(1, 1, 1), stride=stride, norm=norm)
         self.activation = _ACTIVATIONS[activation]()
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map (N, in_channels, X, Y, Z) to (N, out_channels, X / stride, ...)."""
+        """Add the blocks' features to their input, then activate."""
         return self.activation(self.body(features) + self.skip(features))  # type: ignore[no-any-return]
 
 
@@ -111,15 +98,26 @@ def conv_stage(
         return ResidualUnit(
             in_channels, out_channels, convs=convs, kernel=kernel, stride=stride, norm=norm, activation=activation
         )
-    blocks = (
-        ConvBlock(
-            in_channels if i == 0 else out_channels,
-            out_channels,
-            kernel=kernel,
-            stride=stride if i == 0 else (1, 1, 1),
-            norm=norm,
-            activation=activation,
+    return _blocks(in_channels, out_channels, (activation,) * convs, kernel=kernel, stride=stride, norm=norm)
+
+
+def _blocks(
+    in_channels: int,
+    out_channels: int,
+    activations: Sequence[Activation | None],
+    *,
+    kernel: Size,
+    stride: Size,
+    norm: Norm,
+) -> nn.Sequential:
+    """Return a block for each activation, the first of them strided."""
+    channels, strides = [in_channels], [stride]
+    for _ in activations[1:]:
+        channels.append(out_channels)
+        strides.append((1, 1, 1))
+    return nn.Sequential(
+        *(
+            ConvBlock(inputs, out_channels, kernel=kernel, stride=step, norm=norm, activation=activation)
+            for inputs, step, activation in zip(channels, strides, activations, strict=True)
         )
-        for i in range(convs)
     )
-    return nn.Sequential(*blocks)
