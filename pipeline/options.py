@@ -47,8 +47,9 @@ def _schema(builder: Builder) -> type[BaseModel]:
     """Return a model whose fields are the builder's keyword-only parameters."""
     parameters = inspect.signature(builder, eval_str=True).parameters.values()
     fields: dict[str, Any] = {
-        p.name: (p.annotation, ... if p.default is p.empty else p.default) for p in parameters if p.kind is
-        p.KEYWORD_ONLY
+        p.name: (p.annotation, ... if p.default is p.empty else p.default)
+        for p in parameters
+        if p.kind is p.KEYWORD_ONLY
     }
     return create_model(builder.__name__, __config__=ConfigDict(extra="forbid"), **fields)
 
