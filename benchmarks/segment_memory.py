@@ -114,7 +114,8 @@ def segment_in_this_process(folder: Path) -> None:
 def measure_memory(slices: int, classes: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_ct(folder / "scans" / "ct.nii.gz", slices)
+        # Each in a process of its own: a child begins with its parent's peak.
+        subprocess.run([sys.executable, __file__, "--write", str(folder), "--slices", str(slices)], check=True)
         save_model(folder / "model", make_model(classes))
         voxels_mb = 512 * 512 * slices / 2**20
         print(f"512x512x{slices}, {classes} classes: input {4 * voxels_mb:.0f} MB as float32, label {voxels_mb:.0f} MB")
@@ -125,7 +126,7 @@ def measure_memory(slices: int, classes: int) -> None:
 def measure_share(classes: int, repeats: int) -> None:
     keep_freed_memory()
     network, dtype = make_network(classes), pick_dtype("auto", CPU)
-    image = torch.randn(1, 200, 180, 150)
+    image = torch.randn(1, 144, 120, 110)
     stream = stream_logits(network, image, Windowing(PATCH), batch=1, dtype=dtype)
     batch = torch.randn(1, 1, *PATCH)
 
@@ -159,8 +160,12 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", choices=["memory", "windows"])
+    parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--segment", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.write:
+        write_ct(arguments.write / "scans" / "ct.nii.gz", arguments.slices)
+        return
     if arguments.segment:
         segment_in_this_process(arguments.segment)
         return
