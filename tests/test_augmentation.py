@@ -21,13 +21,13 @@ NONE = {
 }
 
 
-def augmentation(seed: int = 0, **changes: object) -> Augmentation:
+def augmentation(seed: int = 0, num_classes: int = 4, **changes: object) -> Augmentation:
     return Augmentation(
         AugmentationSection(**{**NONE, **changes}),  # type: ignore[arg-type]
         patch_size=PATCH,
         left_right_axis=0,
         paired_classes=((1, 2),),
-        num_classes=4,
+        num_classes=num_classes,
         seed=seed,
     )
 
@@ -90,8 +90,11 @@ def test_scale_above_one_enlarges_about_the_middle() -> None:
         assert (target[0] == value).sum() == pytest.approx(1.2**3 * int((plain[0] == value).sum()), rel=0.12)
 
 
-def test_image_and_label_move_together() -> None:
-    moving = augmentation(affine_probability=1.0, elastic_probability=1.0, rotation_degrees=20.0)
+@pytest.mark.parametrize("num_classes", [4, 20])
+def test_image_and_label_move_together(num_classes: int) -> None:
+    moving = augmentation(
+        num_classes=num_classes, affine_probability=1.0, elastic_probability=1.0, rotation_degrees=20.0
+    )
     image, label = batch(moving.read_size, count=6)
     changed, target = moving(image, label, 0)
     plain, _ = augmentation()(image, label, 0)
@@ -209,3 +212,19 @@ def test_blur_keeps_a_constant_and_spreads_a_point() -> None:
     offsets = torch.arange(15.0) - 7
     variance = (blurred.sum((0, 2, 3)) * offsets**2).sum()
     assert variance == pytest.approx(1.0, abs=0.05)
+
+
+def test_a_deformed_label_is_the_class_with_the_largest_share() -> None:
+    # Planes of two classes in turn, scaled by two about the middle: between planes the shares are 3/4 and 1/4, so that each
+    # plane is doubled and none becomes background.
+    doubled = augmentation(
+        affine_probability=1.0, rotation_degrees=0.0, scale=(2.0, 2.0), scale_anisotropy=0.0, shift_voxels=0.0
+    )
+    size = doubled.read_size
+    label = (1 + torch.arange(size[0]) % 2).to(torch.uint8)[None, :, None, None].expand(1, *size).contiguous()
+    _, target = doubled(label[:, None].float(), label, 0)
+    column = target[0, :, 10, 8]
+    assert set(column.tolist()) == {1, 2}
+    assert (target == column[None, :, None, None]).all()
+    assert torch.equal(column[::2], column[1::2])
+    assert (column[1:-1:2] != column[2::2]).all()

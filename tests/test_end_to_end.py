@@ -107,25 +107,31 @@ def test_after_a_kill_resume_gives_the_weights_of_the_uninterrupted_run(tmp_path
     medseg(tmp_path, "train", config, *settings, "--set", "name=whole")
     killed = [*settings, "--set", "name=killed"]
     medseg(tmp_path, "train", config, *killed, "--resume", code=2)  # nothing to resume
-    process = subprocess.Popen(command("train", config, *killed), cwd=tmp_path, start_new_session=True)
-    runs = tmp_path / "work" / "runs"
-    wait_for(runs / "killed" / "fold_0" / "checkpoint.safetensors", process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (runs / "killed" / "fold_0" / "models" / "last").exists()
+    folder, resume = tmp_path / "work" / "runs" / "killed" / "fold_0", []
+    # Killed at its first sign of life, about the first validation, and some epochs later.
+    for sign in ("training.total_steps", '"step": 10', '"step": 25'):
+        process = subprocess.Popen(command("train", config, *killed, *resume), cwd=tmp_path, start_new_session=True)
+        wait_for(folder, sign, process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (folder / "models" / "last").exists()
+        resume = ["--resume"]
     medseg(tmp_path, "train", config, *killed, "--resume")
     whole, resumed = (
-        load_file(runs / name / "fold_0" / "models" / "last" / "weights.safetensors") for name in ("whole", "killed")
+        load_file(tmp_path / "work" / "runs" / name / "fold_0" / "models" / "last" / "weights.safetensors")
+        for name in ("whole", "killed")
     )
     assert whole.keys() == resumed.keys()
     assert all(np.array_equal(whole[key], resumed[key]) for key in whole)
 
 
-def wait_for(path: Path, process: "subprocess.Popen[bytes]", seconds: float = 120) -> None:
+def wait_for(run: Path, sign: str, process: "subprocess.Popen[bytes]", seconds: float = 120) -> None:
+    """Wait until a run has logged something and has a checkpoint."""
     deadline = time.monotonic() + seconds
-    while not path.exists():
+    events, checkpoint = run / "events.jsonl", run / "checkpoint.safetensors"
+    while not (checkpoint.exists() and sign in events.read_text()):
         assert process.poll() is None, "training ended before it could be killed"
-        assert time.monotonic() < deadline, f"{path} was not written in {seconds} s"
+        assert time.monotonic() < deadline, f"{sign} was not logged in {seconds} s"
         time.sleep(0.02)
 
 
