@@ -92,6 +92,6 @@ def _segment_new(model: Path, workspace: Path, name: str) -> float:
         prediction = read_label(workspace / name / f"{patient}.nii.gz")
         reference = read_label(workspace / "new_labels" / f"{patient}.nii.gz")
         for value in list(LABELS.values())[1:]:
-            masks = (volume.array == value for volume in (prediction, reference))
-            scores.append(dice(Comparison(*masks, prediction.geometry.spacing_mm, tolerance_mm=1.0)))
+            found, there = prediction.array == value, reference.array == value
+            scores.append(dice(Comparison(found, there, prediction.geometry.spacing_mm, tolerance_mm=1.0)))
     return float(np.mean(scores))
