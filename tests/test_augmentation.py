@@ -215,8 +215,8 @@ def test_blur_keeps_a_constant_and_spreads_a_point() -> None:
 
 
 def test_a_deformed_label_is_the_class_with_the_largest_share() -> None:
-    # Planes of two classes in turn, scaled by two about the middle: between planes the shares are 3/4 and 1/4, so each plane
-    # is doubled and none becomes background.
+    # Planes of two classes in turn, scaled by two about the middle: between planes the shares are 3/4 and 1/4, so that
+    # each plane is doubled and none becomes background.
     doubled = augmentation(
         affine_probability=1.0, rotation_degrees=0.0, scale=(2.0, 2.0), scale_anisotropy=0.0, shift_voxels=0.0
     )
