@@ -48,7 +48,8 @@ def main() -> None:
     for name, (anterior, posterior) in PUBLISHED.items():
         print(f"{name:28} anterior {anterior:.4f}  posterior {posterior:.4f}")
     print(
-        f"{'this run, fold ' + str(chosen.fold):28} anterior {scores['anterior']:.4f}  posterior {scores['posterior']:.4f}"
+    this = f"this run, fold {chosen.fold}"
+    print(f"{this:28} anterior {scores['anterior']:.4f}  posterior {scores['posterior']:.4f}")
     )
     print(f"all of it: {run / 'evaluation' / 'fold' / 'report.html'}")
 
