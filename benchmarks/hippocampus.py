@@ -47,10 +47,8 @@ def main() -> None:
     print("  ".join(f"{stage} {took:.0f} s" for stage, took in seconds.items()))
     for name, (anterior, posterior) in PUBLISHED.items():
         print(f"{name:28} anterior {anterior:.4f}  posterior {posterior:.4f}")
-    print(
     this = f"this run, fold {chosen.fold}"
     print(f"{this:28} anterior {scores['anterior']:.4f}  posterior {scores['posterior']:.4f}")
-    )
     print(f"all of it: {run / 'evaluation' / 'fold' / 'report.html'}")
 
 
