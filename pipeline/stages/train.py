@@ -162,6 +162,7 @@ def train_fold(task: FoldTask, *, resume: bool) -> None:
         TrainingError: the checkpoint is of another configuration, or the loss is not finite.
     """
     keep_freed_memory()
+    _warn_of_unpaired_sides(task)
     began = time.monotonic()
     state, batches = task.new_state(), task.batches()
     if resume:
@@ -195,6 +196,17 @@ def train_fold(task: FoldTask, *, resume: bool) -> None:
         state.best_step,
         task.folder / BEST,
     )
+
+
+def _warn_of_unpaired_sides(task: FoldTask) -> None:
+    """Say so where left and right are flipped but no labels swap: right for one organ, wrong for a pair of them."""
+    section, plan = task.config.training.augmentation, task.plan
+    if section.enabled and "xyz"[plan.left_right_axis] in section.flip_axes and not plan.label_pairs:
+        log.warning(
+            "training.augmentation.flip_axes flips left and right, and the manifest has no label_pairs: if two of %s "
+            "are left and right of one structure, name them there",
+            ", ".join(list(plan.labels)[1:]),
+        )
 
 
 def _budgeted_steps(hooks: FoldRun, batches: Batches, began: float) -> int:
