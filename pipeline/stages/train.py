@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,9 +15,8 @@ from torch import Tensor
 from pipeline import __version__
 from pipeline.config import Config
 from pipeline.config_loading import dump_config
-from pipeline.data.manifest import load_manifest
+from pipeline.data.manifest import Case, load_manifest
 from pipeline.data.plan import write_plan
-from pipeline.data.store import PreparedCase
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.evaluation.metrics import score_case
 from pipeline.hardware import keep_freed_memory, pick_device
@@ -60,7 +59,7 @@ def run(config: Config, *, fold: str = "0", resume: bool = False, device: str = 
         StoreError: a case is not preprocessed.
     """
     tasks = fold_tasks(config, fold, device)
-    if resume and not any(task.checkpoint.exists() for task in tasks):
+    if resume and not any(task.checkpoint.exists() or task.is_finished for task in tasks):
         raise TrainingError(f"{tasks[0].checkpoint}: no checkpoint to resume from; start without --resume")
     for task in tasks:
         if resume and task.is_finished:
@@ -91,7 +90,6 @@ class FoldRun:
     def __init__(self, task: FoldTask, state: TrainState, tracked: RunLog) -> None:
         self.task = task
         self.tracked = tracked
-        self.cases: dict[str, PreparedCase] = {case.id: task.store.read(case.id) for case in task.validation_cases}
         self.predictor = Predictor(
             state.network, task.plan, task.config.inference, device=task.device, dtype=task.dtype
         )
@@ -99,17 +97,17 @@ class FoldRun:
     def validate(self, state: TrainState) -> dict[str, float]:
         """Return the mean Dice per class over full volumes on their native grids, and their mean, the "score"."""
         with averaged_weights(state):
-            return self.scores(list(self.cases.values()))
+            return self.scores(self.task.validation_cases)
 
-    def scores(self, cases: list[PreparedCase]) -> dict[str, float]:
-        """Score cases with the network as it is.
+    def scores(self, cases: Sequence[Case]) -> dict[str, float]:
+        """Score cases with the network as it is, one after another from the store.
 
         A structure that is missed, or found where there is none, counts as 0 here, for what is chosen by this score
         must not gain from missing a structure; `evaluate` lists such cases apart.
         """
         names = list(self.task.plan.labels)
         found: dict[str, list[float]] = {name: [] for name in names[1:]}
-        for case in cases:
+        for case in map(self.task.store.read, (case.id for case in cases)):
             if case.reference is None:
                 continue
             classes = self.predictor.predict_prepared(case.image, case.geometry, case.native)
@@ -173,12 +171,13 @@ def train_fold(task: FoldTask, *, resume: bool) -> None:
         _set_aside(task.folder)
         tracked = _new_run(task)
     hooks = FoldRun(task, state, tracked)
-    if not resume:
-        state.total_steps = _budgeted_steps(hooks, batches, began)
-        tracked.params({"training.total_steps": state.total_steps})
-        hooks.checkpoint(state)
-    follower = start_follower(task.folder)
     try:
+        if not resume:
+            state.total_steps = _budgeted_steps(hooks, batches, began)
+            tracked.params({"training.total_steps": state.total_steps})
+            hooks.checkpoint(state)
+        # Only now: MLflow's imports beside the probe would make the steps look dear.
+        follower = start_follower(task.folder)
         with counter(f"fold {task.fold}", state.total_steps, state.step) as advance:
             section = task.config.training
             schedule = SCHEDULES[section.schedule](section.learning_rate, section.warmup_fraction)
@@ -189,13 +188,8 @@ def train_fold(task: FoldTask, *, resume: bool) -> None:
         raise
     tracked.finish("FINISHED")
     follower.wait(TRACKING_WAIT_S)
-    log.info(
-        "fold %d: best score %.4f at step %d; model in %s",
-        task.fold,
-        state.best_score,
-        state.best_step,
-        task.folder / BEST,
-    )
+    best = task.folder / BEST
+    log.info("fold %d: best score %.4f at step %d; model in %s", task.fold, state.best_score, state.best_step, best)
 
 
 def _warn_of_unpaired_sides(task: FoldTask) -> None:
@@ -237,10 +231,11 @@ def _probe(hooks: FoldRun, batches: Batches) -> Costs:
         state.loss_sum.item()  # waits for the device
 
     step_s = seconds_per_step(step)
-    some = list(hooks.cases.values())[:PROBE_CASES]
+    every = task.validation_cases
+    some = every[:PROBE_CASES]
     start = time.monotonic()
     hooks.scores(some)
-    validation_s = (time.monotonic() - start) * len(hooks.cases) / max(1, len(some))
+    validation_s = (time.monotonic() - start) * len(every) / max(1, len(some))
     start = time.monotonic()
     unused = task.folder / "probe.safetensors"
     save_checkpoint(unused, state, task.facts)
