@@ -43,7 +43,7 @@ def main() -> None:
     run = workspace / "runs" / yaml.safe_load(chosen.config.read_text())["name"] / f"fold_{chosen.fold}"
     seconds["evaluate"] = medseg("evaluate", run / "models" / "best", "--workspace", workspace)
     summary = json.loads((run / "evaluation" / "fold" / "summary.json").read_text())
-    scores = {name: found["metrics"]["dice"]["value"] for name, found in summary["classes"].items()}
+    scores = {name: found["metrics"]["dice"]["mean"] for name, found in summary["classes"].items()}
     print("  ".join(f"{stage} {took:.0f} s" for stage, took in seconds.items()))
     for name, (anterior, posterior) in PUBLISHED.items():
         print(f"{name:28} anterior {anterior:.4f}  posterior {posterior:.4f}")

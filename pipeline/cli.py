@@ -1,4 +1,4 @@
-"""The `medseg` command: one function a command, logging, and the only place that catches PipelineError.
+"""The `medseg` command: one function a command, logging, and where a PipelineError becomes an exit code.
 
 Commands import their stage when called, so that help and a wrong YAML answer at once. Exit codes: 0 done; 1 some cases
 of a batch failed, the rest is done; 2 nothing could be done, or errors were found.
@@ -39,6 +39,9 @@ Workspace = Annotated[
 ]
 Jobs = Annotated[
     int | None, typer.Option("--jobs", min=1, help="Processes; default: as many as cores and memory admit.")
+]
+TrackingUri = Annotated[
+    str | None, typer.Option("--tracking-uri", help="MLflow server or database of runs:/ and models:/ names.")
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 
@@ -148,12 +151,22 @@ def evaluate(
     device: Device = "auto",
     overrides: Overrides = None,
     workspace: Workspace = None,
+    tracking_uri: TrackingUri = None,
 ) -> None:
     """Segment labelled cases and score them on their native grids."""
     loaded = _load(Path(target), overrides, workspace) if target.endswith((".yaml", ".yml")) else None
     from pipeline.stages import evaluate as stage
 
-    report = stage.run(loaded or target, cases=cases, manifest=manifest, out=out, device=device, workspace=workspace)
+    report = stage.run(
+        loaded or target,
+        cases=cases,
+        manifest=manifest,
+        out=out,
+        device=device,
+        workspace=workspace,
+        overrides=overrides or (),
+        tracking_uri=tracking_uri,
+    )
     typer.echo(report.as_text())
     if report.failures:
         raise typer.Exit(1)
@@ -171,11 +184,14 @@ def segment(
     workspace: Annotated[Path, typer.Option("--workspace", help="Where runs:/ and models:/ are looked up.")] = Path(
         "work"
     ),
+    tracking_uri: TrackingUri = None,
 ) -> None:
     """Segment new volumes: one label map each, in its input's own geometry."""
     from pipeline.stages import segment as stage
 
-    report = stage.run(model, inputs, out, overwrite=overwrite, device=device, workspace=workspace)
+    report = stage.run(
+        model, inputs, out, overwrite=overwrite, device=device, workspace=workspace, tracking_uri=tracking_uri
+    )
     typer.echo(report.as_text())
     if report.failures:
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""What the machine can do: device, precision, memory allocator, workers that fit into memory."""
+"""What the machine can do: device, precision, memory allocator."""
 
 from __future__ import annotations
 
@@ -71,8 +71,7 @@ def keep_freed_memory() -> None:
     """Ask glibc to keep freed memory in the process instead of giving every large block back to the kernel.
 
     Without it each forward pass faults its activations in again: about a third of the CPU time at 96^3 voxels. It holds
-        for the
-    process, and does nothing where the C library is another.
+    for the process, and does nothing where the C library is another.
     """
     if sys.platform != "linux":
         return

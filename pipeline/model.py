@@ -23,6 +23,7 @@ from safetensors.torch import save_model as save_weights
 from pipeline.config import InferenceSection, NetworkSection
 from pipeline.data.plan import Fingerprint, Plan, read_plan, write_plan
 from pipeline.errors import ConfigError, ModelError
+from pipeline.hardware import Precision
 from pipeline.networks import Network, NetworkTask, build_network
 from pipeline.records import Record, atomic_folder, digest_of, file_digest, write_json
 
@@ -46,6 +47,7 @@ class ModelDescription(Record):
         network: its name in the NETWORKS table and its options.
         in_channels: channels of the image.
         num_classes: channels of the logits, background included.
+        precision: in which the network was trained and computes: auto, fp32, bf16 or fp16.
         inference: how a whole volume is predicted.
         manifest_name, manifest_digest: the data set it was trained on.
         fold: the fold it has not seen; None where it has seen all.
@@ -60,6 +62,7 @@ class ModelDescription(Record):
     network: NetworkSection
     in_channels: int
     num_classes: int
+    precision: Precision
     inference: InferenceSection
     manifest_name: str
     manifest_digest: str

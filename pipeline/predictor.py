@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from pipeline.config import InferenceSection
 from pipeline.data.plan import Plan
 from pipeline.data.volume import Volume, smallest_type
-from pipeline.errors import VolumeError
+from pipeline.errors import ModelError, VolumeError
 from pipeline.geometry import Geometry
 from pipeline.hardware import Precision, pick_device, pick_dtype
 from pipeline.inference.labelling import label_from_planes
+from pipeline.inference.planes import LogitPlanes
 from pipeline.inference.postprocessing import postprocess
 from pipeline.inference.tiling import Windowing
 from pipeline.inference.windows import stream_logits
@@ -74,13 +75,13 @@ class Predictor:
         )
 
     @classmethod
-    def load(cls, folder: Path, device: str = "auto", precision: Precision = "auto") -> Predictor:
+    def load(cls, folder: Path, device: str = "auto", precision: Precision | None = None) -> Predictor:
         """Load a model's folder.
 
         Args:
             folder: of the model, as `medseg train` writes it.
             device: auto, cpu, cuda or cuda:N.
-            precision: auto, fp32, bf16 or fp16.
+            precision: auto, fp32, bf16 or fp16; None: as the model was trained.
 
         Raises:
             ModelError: the folder is no whole model.
@@ -88,7 +89,7 @@ class Predictor:
         """
         chosen = pick_device(device)
         model = load_model(folder, chosen)
-        dtype = pick_dtype(precision, chosen)
+        dtype = pick_dtype(precision or model.description.precision, chosen)
         return cls(model.network, model.plan, model.description.inference, device=chosen, dtype=dtype)
 
     def predict(self, images: Mapping[str, Volume] | Volume, native: Geometry | None = None) -> Volume:
@@ -129,6 +130,9 @@ class Predictor:
 
         Returns:
             native.shape, class indices of the smallest unsigned type.
+
+        Raises:
+            ModelError: the network's logits are infinite or not a number.
         """
         was_training = self._network.training
         self._network.eval()
@@ -136,7 +140,7 @@ class Predictor:
             voxels = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))
             stream = stream_logits(self._network, voxels, self._windowing, batch=self.batch, dtype=self.dtype)
             classes = label_from_planes(
-                stream, axis=stream.axis, prepared=geometry, native=native, thick_axis=self.plan.thick_axis
+                _finite(stream), axis=stream.axis, prepared=geometry, native=native, thick_axis=self.plan.thick_axis
             )
             self.batch = stream.batch
         finally:
@@ -174,6 +178,20 @@ class Predictor:
         return {
             name: Volume(one[None], image.geometry) for name, one in zip(self.plan.channels, image.array, strict=True)
         }
+
+
+def _finite(planes: Iterable[LogitPlanes]) -> Iterator[LogitPlanes]:
+    """Yield the planes; where a logit is not a number, a label map would be background without a word.
+
+    Raises:
+        ModelError: a logit is infinite or not a number.
+    """
+    for some in planes:
+        if not torch.isfinite(some.logits).all():
+            raise ModelError(
+                "the network's logits are infinite or not a number; train it with training.precision: fp32"
+            )
+        yield some
 
 
 def _all_flips(inference: InferenceSection) -> tuple[tuple[int, ...], ...]:

@@ -37,7 +37,8 @@ def workspace(tmp_path: Path) -> Path:
     for case_id, key in (("fresh", "a"), ("stale", "old"), ("foreign", "c"), ("damaged", "d")):
         store.write(case_id, CASE, key)
     (store.folder / "damaged" / "case.json").write_text("{")
-    write_json(store.folder.parent / "keys.json", {"fresh": "a", "stale": "b", "damaged": "d"})
+    keys = {"fresh": "a", "stale": "b", "damaged": "d"}
+    write_json(store.folder.parent / "keys.json", {"sources": "", "cases": keys})
     (store.folder / ".tmp-fresh-x1").mkdir()
     write_text(store.folder / ".tmp-fresh-x1" / "image.b2nd", "half")
     add_run(tmp_path, "done", finished=True)

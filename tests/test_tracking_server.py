@@ -124,7 +124,7 @@ def test_a_server_killed_in_the_midst_gets_everything_once_it_is_back(tmp_path: 
         assert all(point.value == 1 / (point.step + 1) for point in points)
         folder = fetch_model("models:/phantoms@best", uri, tmp_path / "fetched")
         assert (folder / "weights.safetensors").read_bytes() == b"weights"
-    assert slowest_s < 0.1
+    assert slowest_s < 1.0  # far below any time-out, far above a busy machine's pauses
 
 
 def test_the_compare_pages_show_two_runs_side_by_side(tmp_path: Path, port: int) -> None:

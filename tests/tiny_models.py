@@ -83,6 +83,7 @@ def make_model(
         network=network,
         in_channels=len(plan.channels),
         num_classes=len(plan.labels),
+        precision="fp32",
         inference=inference or InferenceSection(),
         manifest_name="phantoms",
         manifest_digest="0" * 64,

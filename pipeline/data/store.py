@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from pydantic import ValidationError
 
 from pipeline.errors import StoreError
 from pipeline.geometry import Geometry, Grid
-from pipeline.records import Record, atomic_folder, digest_of
+from pipeline.records import Record, atomic_folder, digest_of, exclusively
 
 STORE_FORMAT_VERSION = 1
 
@@ -181,15 +180,8 @@ class CaseStore:
         Raises:
             StoreError: another process holds it.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / ".lock").open("w") as file:
-            if sys.platform != "win32":
-                import fcntl
-
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError:
-                    raise StoreError(f"{self.folder}: another medseg is writing here; wait until it is done") from None
+        busy = StoreError(f"{self.folder}: another medseg is writing here; wait until it is done")
+        with exclusively(self.folder / ".lock", busy):
             yield
 
     def write(self, case_id: str, prepared: PreparedCase, key: str) -> None:

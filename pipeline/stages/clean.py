@@ -14,7 +14,7 @@ from pathlib import Path
 from pipeline.data.store import CaseStore
 from pipeline.errors import StoreError
 from pipeline.stages.preprocess import CASES, KEYS
-from pipeline.stages.workspace import Workspace
+from pipeline.stages.workspace import EARLIER, Workspace
 from pipeline.tracking.log import read_events
 
 log = logging.getLogger(__name__)
@@ -67,6 +67,8 @@ def _find(workspace: Workspace, held: ExitStack) -> Iterator[tuple[Path, str]]:
     for checkpoint in sorted(workspace.runs.rglob("checkpoint.safetensors")):
         if _is_finished(checkpoint.parent):
             yield checkpoint, "checkpoint of a finished run; its models stay"
+    for run in sorted(workspace.runs.glob(f"*/{EARLIER}*")):
+        yield run, "an earlier run, set aside when its fold was trained anew"
     for model in sorted(workspace.fetched.glob("*")):
         yield model, "fetched from MLflow, and can be again"
     for root in (workspace.checks, workspace.runs):
@@ -87,7 +89,9 @@ def _find_in_store(folder: Path, held: ExitStack) -> Iterator[tuple[Path, str]]:
         return
     yield from ((path, "unfinished write") for path in store.leftovers())
     record = folder / KEYS
-    keys = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    if not record.exists():
+        return
+    keys = json.loads(record.read_text(encoding="utf-8"))["cases"]
     for case_id in store.case_ids():
         if case_id not in keys:
             yield store.folder / case_id, "no longer a case of the manifest with a fold"

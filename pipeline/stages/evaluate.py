@@ -86,6 +86,9 @@ def run(
     out: Path | None = None,
     device: str = "auto",
     workspace: Path | None = None,
+    overrides: Sequence[str] = (),
+    config: Config | None = None,
+    tracking_uri: str | None = None,
 ) -> EvaluationReport:
     """Segment labelled cases and score them against their labels on their native grids.
 
@@ -97,6 +100,9 @@ def run(
         out: folder of the results; None: in the run's folder, or in the workspace for a model from elsewhere.
         device: auto, cpu, cuda or cuda:N.
         workspace: where runs and fetched models are; None: the configuration's.
+        overrides: SECTION.KEY=VALUE each, over the configuration that a model was trained with.
+        config: data and evaluation settings in place of those that a model was trained with.
+        tracking_uri: server or database of runs:/ and models:/; None: MLFLOW_TRACKING_URI, else the workspace's.
 
     Returns:
         The scores. A case that cannot be scored is among the failures; the others are done.
@@ -107,8 +113,9 @@ def run(
     if cases not in CHOICES:
         raise PipelineError(f"--cases {cases}: unknown; use {', '.join(CHOICES)}")
     places = Workspace(workspace or (target.workspace if isinstance(target, Config) else Path("work")))
-    models = models_of(target, places)
-    config = target if isinstance(target, Config) else load_config(models[0] / CONFIG)
+    models = models_of(target, places, tracking_uri)
+    if config is None:
+        config = target if isinstance(target, Config) else load_config(models[0] / CONFIG, overrides)
     chosen_from = load_manifest(manifest) if manifest else own_manifest(config)
     tasks = choose(models, chosen_from, config, cases)
     label = cases if is_own(chosen_from, tasks[0].description) else chosen_from.name
@@ -171,9 +178,15 @@ def _outcomes(
     predictor = Predictor.load(task.model, device)
     for case, reading in _read_ahead(task.cases, lambda case: read_labelled(manifest, case, task.plan)):
         try:
-            yield case, _score(predictor, case, reading.result(), task.description.fold, tolerance_mm, folder)
+            outcome = _score(predictor, case, reading.result(), task.description.fold, tolerance_mm, folder)
         except (PipelineError, OSError) as error:
             yield case, error
+        except Exception as error:
+            # A bug, or memory at its end: the traceback is wanted, and so are the other cases.
+            log.exception("case %s: could not be scored", case.id)
+            yield case, error
+        else:
+            yield case, outcome
 
 
 def _score(

@@ -43,14 +43,14 @@ class Task:
         return folder if self.model.parent.name == "models" and (folder / CONFIG).is_file() else None
 
 
-def models_of(target: str | Config, workspace: Workspace) -> list[Path]:
+def models_of(target: str | Config, workspace: Workspace, uri: str | None = None) -> list[Path]:
     """Return the folder of the model that is named, or of the best model of each fold that an experiment has trained.
 
     Raises:
         ModelError: there is none.
     """
     if isinstance(target, str):
-        return [resolve_model(target, workspace.root).resolve()]
+        return [resolve_model(target, workspace.root, uri).resolve()]
     experiment = workspace.experiment(target.name).resolve()
     found = sorted(path.parent for path in experiment.glob(f"fold_*/models/best/{DESCRIPTION}"))
     if not found:

@@ -21,6 +21,8 @@ from pipeline.errors import ConfigError, StoreError
 from pipeline.hardware import pick_dtype
 from pipeline.networks import Network, NetworkTask, build_network
 from pipeline.records import digest_of
+from pipeline.stages.models import LAST
+from pipeline.stages.preprocess import CASES, KEYS, sources_digest
 from pipeline.stages.workspace import Workspace
 from pipeline.training.augmentation import Augmentation
 from pipeline.training.batches import Batches
@@ -32,7 +34,6 @@ from pipeline.training.randomness import torch_seed
 log = logging.getLogger(__name__)
 
 CHECKPOINT, FACTS = "checkpoint.safetensors", "facts.json"
-BEST, LAST = Path("models/best"), Path("models/last")
 
 # Share of the free memory that the store may take; above it patches are read from disk.
 MEMORY_SHARE = 0.25
@@ -71,12 +72,10 @@ class FoldTask:
         """
         workspace = Workspace(config.workspace)
         folder = workspace.store(config, manifest.name)
-        if not (folder / "plan.yaml").exists():
-            raise StoreError(
-                f"{folder}: {manifest.name} is not preprocessed for this configuration; run `medseg preprocess`"
-            )
+        if not (folder / KEYS).exists():
+            raise StoreError(f"{folder}: {manifest.name} is not preprocessed so; run `medseg preprocess`")
         fingerprint = Fingerprint.model_validate_json((folder / "fingerprint.json").read_bytes())
-        store = CaseStore(folder / "cases")
+        store = CaseStore(folder / CASES)
         task = cls(
             config,
             manifest,
@@ -87,14 +86,26 @@ class FoldTask:
             fold,
             device,
         )
-        wanted = [case.id for case in (*task.training_cases, *task.validation_cases)]
-        missing = sorted(set(wanted) - set(store.case_ids()))
-        if missing:
-            raise StoreError(
-                f"{store.folder}: {len(missing)} of {len(wanted)} cases are missing, {', '.join(missing[:5])} first; "
-                "run `medseg preprocess`"
-            )
+        task.refuse_stale_store(folder / KEYS)
         return task
+
+    def refuse_stale_store(self, record: Path) -> None:
+        """See that the store was made from this manifest and plan, and that each case came out.
+
+        Raises:
+            StoreError: it was not; names the first cases.
+        """
+        made_from = json.loads(record.read_text(encoding="utf-8"))
+        if made_from["sources"] != sources_digest(self.manifest, self.plan):
+            raise StoreError(f"{record.parent}: manifest or plan has changed since; run `medseg preprocess`")
+        keys = made_from["cases"]
+        wanted = [case.id for case in (*self.training_cases, *self.validation_cases)]
+        stale = [case_id for case_id in wanted if self.store.key_of(case_id) != keys.get(case_id, "none")]
+        if stale:
+            raise StoreError(
+                f"{self.store.folder}: {len(stale)} of {len(wanted)} cases are missing or stale, "
+                f"{', '.join(stale[:5])} first; run `medseg preprocess`"
+            )
 
     @property
     def training_cases(self) -> tuple[Case, ...]:
@@ -168,6 +179,7 @@ class FoldTask:
             loss = build_loss(section.loss, section.loss_options)
         except ValueError as error:
             raise ConfigError(f"network {config.network.name}, loss {section.loss}: {error}") from error
+        self._refuse_unfit(network)
         # Channels last is the layout that convolution kernels want; without it each of them rearranges its input.
         network.to(self.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         return TrainState(
@@ -182,6 +194,21 @@ class FoldTask:
             stale_validations=0,
             loss_sum=torch.zeros((), device=self.device),
         )
+
+    def _refuse_unfit(self, network: Network) -> None:
+        """See that the network takes the plan's patch and gives what training asks of it.
+
+        Raises:
+            ConfigError: it does not; says what would.
+        """
+        name, patch, legal = self.config.network.name, self.plan.patch_size, network.input_size(self.plan.patch_size)
+        if legal != patch:
+            raise ConfigError(
+                f"network {name}: takes no patch of {patch} voxels; set preprocessing.patch_size: {list(legal)} and "
+                "run `medseg preprocess`"
+            )
+        if self.config.training.deep_supervision and type(network).deep_supervision is Network.deep_supervision:
+            raise ConfigError(f"training.deep_supervision: network {name} has no coarser outputs; leave it false")
 
     def batches(self) -> Batches:
         """Build the way from the store to augmented batches."""
@@ -205,11 +232,10 @@ class FoldTask:
 
     def _patch_cases(self) -> list[PatchCase]:
         """Return the training cases, in memory where they take a small share of it."""
-        opened = [self.store.open(case.id) for case in self.training_cases]
-        voxels = sum(math.prod(case.shape) for case in opened)
+        voxels = sum(math.prod(self.store.open(case.id).shape) for case in self.training_cases)
         if voxels * 3 > MEMORY_SHARE * psutil.virtual_memory().available:  # 2 bytes of image, about 1 of label
             log.info("patches are read from disk: %.1f GB of prepared cases are too many for memory", voxels * 3 / 1e9)
-            return list(opened)
+            return [self.store.open(case.id) for case in self.training_cases]
         prepared = (self.store.read(case.id) for case in self.training_cases)
         return [CaseInMemory(p.image, p.label, p.class_voxels) for p in prepared if p.label is not None]
 

@@ -8,8 +8,8 @@ from pipeline.errors import ModelError
 from pipeline.model import DESCRIPTION
 from pipeline.stages.workspace import Workspace
 
-# Where a run keeps the model that is meant when the run itself is named.
-BEST = Path("models") / "best"
+# Where a run keeps its models; the best is meant when the run itself is named.
+BEST, LAST = Path("models/best"), Path("models/last")
 
 
 def resolve_model(text: str, workspace: Path, uri: str | None = None) -> Path:

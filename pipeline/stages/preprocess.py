@@ -84,7 +84,7 @@ def run(config: Config, *, jobs: int | None = None, replan: bool = False) -> Pre
         facts = fingerprint(examinations.values(), manifest, config.preprocessing)
         plan = settle_plan(folder, facts, manifest, config.preprocessing, replan=replan)
         keys = {case.id: case_key(case, examinations[case.id], plan) for case in manifest.development_cases}
-        write_json(folder / KEYS, keys)
+        write_json(folder / KEYS, {"sources": sources_digest(manifest, plan), "cases": keys})
         _drop_leftovers(store)
         with ThreadPoolExecutor(jobs or _cores()) as pool:
             states = dict(zip(keys, pool.map(lambda case_id: _state(store, case_id, keys[case_id]), keys), strict=True))
@@ -123,6 +123,11 @@ def settle_plan(
     write_plan(path, plan)
     write_text(record, plan.digest() + "\n")
     return plan
+
+
+def sources_digest(manifest: Manifest, plan: Plan) -> str:
+    """Return the digest of what a store is made from: with another, its cases may be stale."""
+    return digest_of([manifest.digest(), plan.preprocessing_digest()])
 
 
 def case_key(case: Case, examination: CaseExamination, plan: Plan) -> str:

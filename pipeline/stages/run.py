@@ -7,10 +7,16 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.errors import ManifestError
+from pipeline.model import model_digest
+from pipeline.records import digest_of, write_text
 from pipeline.stages import check, evaluate, preprocess, train
-from pipeline.stages.fold_task import BEST, FoldTask
+from pipeline.stages.fold_task import FoldTask
+from pipeline.stages.models import BEST
 
 log = logging.getLogger(__name__)
+
+# Beside an evaluation: the digest of what it was made from.
+MADE_FROM = "made_from.sha256"
 
 
 def run(config: Config, *, fold: str = "0", device: str = "auto", jobs: int | None = None) -> list[Path]:
@@ -44,14 +50,18 @@ def _train_and_evaluate(task: FoldTask) -> Path:
         log.info("fold %d: trained already, in %s", task.fold, task.folder)
     else:
         train.train_fold(task, resume=task.is_begun and task.checkpoint.exists())
-    if _is_evaluated(task.folder):
-        log.info("fold %d: evaluated already, in %s", task.fold, task.folder / "evaluation")
+    record, made_from = task.folder / "evaluation" / "fold" / MADE_FROM, _evaluation_digest(task)
+    if record.exists() and record.read_text(encoding="utf-8").strip() == made_from:
+        log.info("fold %d: evaluated already, in %s", task.fold, record.parent)
     else:
-        evaluate.run(str(task.folder / BEST), device=str(task.device), workspace=task.config.workspace)
+        best = str(task.folder / BEST)
+        report = evaluate.run(best, config=task.config, device=str(task.device), workspace=task.config.workspace)
+        if not report.failures:
+            write_text(record, made_from + "\n")
     return task.folder
 
 
-def _is_evaluated(folder: Path) -> bool:
-    """Tell whether the best model's scores are newer than the model."""
-    summary, model = folder / "evaluation" / "fold" / "summary.json", folder / BEST / "model.yaml"
-    return summary.exists() and model.exists() and summary.stat().st_mtime_ns >= model.stat().st_mtime_ns
+def _evaluation_digest(task: FoldTask) -> str:
+    """Return the digest of what the scores of the best model depend on."""
+    section = task.config.evaluation.model_dump(mode="json")
+    return digest_of([model_digest(task.folder / BEST), section, task.manifest.digest()])

@@ -44,7 +44,8 @@ def run(
     overwrite: bool = False,
     device: str = "auto",
     workspace: Path = Path("work"),
-    precision: Precision = "auto",
+    precision: Precision | None = None,
+    tracking_uri: str | None = None,
 ) -> SegmentReport:
     """Segment volumes: the next is read and the last written while one is predicted.
 
@@ -55,7 +56,8 @@ def run(
         overwrite: segment also what is done and unchanged, by the contents of inputs and model.
         device: auto, cpu, cuda or cuda:N.
         workspace: where runs:/ and models:/ are looked up.
-        precision: auto, fp32, bf16 or fp16.
+        precision: auto, fp32, bf16 or fp16; None: as the model was trained.
+        tracking_uri: server or database of runs:/ and models:/; None: MLFLOW_TRACKING_URI, else the workspace's.
 
     Returns:
         What became of each case; a case that cannot be read or segmented is listed with the reason, the rest go on.
@@ -63,7 +65,7 @@ def run(
     Raises:
         PipelineError: nothing can be done: no model, no input, or outputs that would fall on one another or on inputs.
     """
-    folder = resolve_model(model, workspace)
+    folder = resolve_model(model, workspace, tracking_uri)
     keep_freed_memory()
     predictor = Predictor.load(folder, device, precision)
     cases = find_inputs(inputs, tuple(predictor.plan.channels), out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -21,12 +22,13 @@ from pipeline.errors import ConfigError, TrainingError
 from pipeline.evaluation.metrics import score_case
 from pipeline.hardware import keep_freed_memory, pick_device
 from pipeline.model import Model, ModelDescription, save_model
-from pipeline.pictures import draw_learning_curves
+from pipeline.pictures import draw_learning_curves, draw_overlay
 from pipeline.predictor import Predictor
 from pipeline.progress import counter
-from pipeline.records import atomic_path, write_json, write_text
-from pipeline.stages.fold_task import BEST, FACTS, LAST, FoldTask
-from pipeline.stages.workspace import Workspace
+from pipeline.records import atomic_path, exclusively, write_json, write_text
+from pipeline.stages.fold_task import FACTS, FoldTask
+from pipeline.stages.models import BEST, LAST
+from pipeline.stages.workspace import EARLIER, Workspace
 from pipeline.tracking import RunLog, environment_tags, metric_history, start_follower
 from pipeline.training.batches import Batches
 from pipeline.training.budget import Costs, seconds_per_step, steps_within
@@ -97,6 +99,8 @@ class FoldRun:
     def validate(self, state: TrainState) -> dict[str, float]:
         """Return the mean Dice per class over full volumes on their native grids, and their mean, the "score"."""
         with averaged_weights(state):
+            for case in self.task.validation_cases[:1]:
+                self.draw(case, state.step)
             return self.scores(self.task.validation_cases)
 
     def scores(self, cases: Sequence[Case]) -> dict[str, float]:
@@ -117,6 +121,19 @@ class FoldRun:
         means = {f"dice/{name}": float(np.mean(values)) for name, values in found.items() if values}
         return {**means, "score": float(np.mean(list(means.values()))) if means else 0.0}
 
+    def draw(self, case: Case, step: int) -> None:
+        """Log a picture of a case on the plan's grid: MLflow shows how the prediction changes over the steps."""
+        prepared = self.task.store.read(case.id)
+        prediction = self.predictor.predict_prepared(prepared.image, prepared.geometry, prepared.geometry)
+        outlines = {"prediction": prediction}
+        if prepared.label is not None:
+            outlines = {"reference": prepared.label, **outlines}
+        names, spacing_mm = list(self.task.plan.labels), prepared.geometry.spacing_mm
+        path = self.task.folder / "pictures" / f"step_{step:07d}.png"
+        with atomic_path(path) as temporary:
+            draw_overlay(prepared.image[0], spacing_mm, outlines, names, f"step {step}").savefig(temporary)
+        self.tracked.image("validation", path, step)
+
     def improved(self, state: TrainState, scores: dict[str, float]) -> None:
         """Write the best model."""
         self.save_model(state, BEST, scores)
@@ -129,6 +146,7 @@ class FoldRun:
             network=task.config.network,
             in_channels=len(plan.channels),
             num_classes=len(plan.labels),
+            precision=task.config.training.precision,
             inference=task.config.inference,
             manifest_name=task.manifest.name,
             manifest_digest=task.manifest.digest(),
@@ -139,7 +157,7 @@ class FoldRun:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         with averaged_weights(state):
-            model = Model(description, state.network, plan, task.fingerprint, dump_config(task.config))
+            model = Model(description, state.network, plan, task.fingerprint, _shareable(task.config))
             save_model(task.folder / to, model)
 
     def checkpoint(self, state: TrainState) -> None:
@@ -157,10 +175,18 @@ def train_fold(task: FoldTask, *, resume: bool) -> None:
     """Train one fold to the end of its budget, from its checkpoint or anew.
 
     Raises:
-        TrainingError: the checkpoint is of another configuration, or the loss is not finite.
+        TrainingError: the checkpoint is of another configuration, the loss is not finite, or another process
+            trains here.
     """
     keep_freed_memory()
     _warn_of_unpaired_sides(task)
+    busy = TrainingError(f"{task.folder}: is being trained by another process; wait until it is done")
+    with exclusively(task.folder.with_name(f".{task.folder.name}.lock"), busy):
+        _train_locked(task, resume=resume)
+
+
+def _train_locked(task: FoldTask, *, resume: bool) -> None:
+    """Train one fold while no other process does."""
     began = time.monotonic()
     state, batches = task.new_state(), task.batches()
     if resume:
@@ -234,8 +260,11 @@ def _probe(hooks: FoldRun, batches: Batches) -> Costs:
     every = task.validation_cases
     some = every[:PROBE_CASES]
     start = time.monotonic()
+    for case in some[:1]:
+        hooks.draw(case, 0)
+    drawn_s = time.monotonic() - start
     hooks.scores(some)
-    validation_s = (time.monotonic() - start) * len(every) / max(1, len(some))
+    validation_s = drawn_s + (time.monotonic() - start - drawn_s) * len(every) / max(1, len(some))
     start = time.monotonic()
     unused = task.folder / "probe.safetensors"
     save_checkpoint(unused, state, task.facts)
@@ -257,8 +286,8 @@ def _set_aside(folder: Path) -> None:
     """Rename an earlier run's folder: hours of training are not overwritten by a command typed twice."""
     if not folder.exists():
         return
-    number = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
-    aside = folder.with_name(f"{folder.name}.{number}")
+    names = (folder.with_name(f"{EARLIER}{number}_{folder.name}") for number in itertools.count(1))
+    aside = next(name for name in names if not name.exists())
     folder.rename(aside)
     log.info("the earlier run is kept as %s (`medseg train --resume` would have gone on with it)", aside)
 
@@ -266,7 +295,7 @@ def _set_aside(folder: Path) -> None:
 def _new_run(task: FoldTask) -> RunLog:
     """Make the run folder, write down what is trained on what, and begin the run in MLflow."""
     config, folder = task.config, task.folder
-    write_text(folder / "config.yaml", dump_config(config))
+    write_text(folder / "config.yaml", _shareable(config))
     write_plan(folder / "plan.yaml", task.plan)
     write_json(folder / "fingerprint.json", task.fingerprint.model_dump(mode="json"))
     write_json(folder / FACTS, task.facts)
@@ -281,7 +310,7 @@ def _new_run(task: FoldTask) -> RunLog:
         experiment=experiment,
         name=f"{config.name} fold {task.fold}",
         parent=parent,
-        tags={**environment_tags(config.data.manifest), "medseg.manifest_digest": task.manifest.digest()},
+        tags={**environment_tags(), "medseg.manifest_digest": task.manifest.digest()},
     )
     tracked.params(config.model_dump(mode="json", exclude={"tracking", "workspace"}))
     tracked.params({"fold": task.fold, "plan": task.plan.model_dump(mode="json", exclude={"reasons"})})
@@ -294,15 +323,21 @@ def _new_run(task: FoldTask) -> RunLog:
 
 
 def _finish(hooks: FoldRun, state: TrainState) -> None:
-    """Write the last model and the learning curves, and hand the models to tracking."""
+    """Draw the learning curves, hand the best model to tracking, and write the last one."""
     task, tracked = hooks.task, hooks.tracked
-    hooks.save_model(state, LAST, {})
     picture = task.folder / "learning_curves.png"
     with atomic_path(picture) as temporary:
         draw_learning_curves(metric_history(task.folder)).savefig(temporary)
     tracked.artifact(picture)
     tracked.metrics({"best/score": state.best_score, "best/step": state.best_step}, state.step)
     tracked.model(task.folder / BEST, task.config.tracking.register_as, task.config.tracking.alias)
+    # Last of all: where it is, the training is over.
+    hooks.save_model(state, LAST, {})
+
+
+def _shareable(config: Config) -> str:
+    """Return the configuration as text without the tracking server's address, which may hold a password."""
+    return dump_config(config.changed(tracking=config.tracking.changed(uri=None)))
 
 
 def _versions() -> dict[str, str]:

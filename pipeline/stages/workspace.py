@@ -7,6 +7,9 @@ from pathlib import Path
 
 from pipeline.config import Config
 
+# How the folder of a run begins that was set aside when its fold was trained anew.
+EARLIER = "earlier_"
+
 
 @dataclass(frozen=True)
 class Workspace:

@@ -54,7 +54,7 @@ def start_follower(folder: Path) -> Follower:
 
     The follower lives in a session of its own, so that Ctrl-C ends the training first and its last words still arrive.
     """
-    if importlib.util.find_spec("mlflow") is None:
+    if not _has_mlflow():
         log.info("MLflow is not installed here: %s keeps all that is logged, `medseg sync` sends it later", folder)
         return Follower(folder, None)
     command = [*_command(folder), "--follow", "--parent-pid", str(os.getpid())]
@@ -75,6 +75,9 @@ def send_pending(*folders: Path, limit_s: float | None = None) -> bool:
     waiting = [folder for folder in folders if pending(folder)]
     if not waiting:
         return True
+    if not _has_mlflow():
+        log.info("MLflow is not installed here: `medseg sync` sends what is logged, from where it is")
+        return False
     try:
         done = subprocess.run(_command(*waiting), env=_environment(), timeout=limit_s, check=False)
     except subprocess.TimeoutExpired:
@@ -132,6 +135,11 @@ def compare_url(base: str, experiment_id: str, page: Literal["CHART", "ARTIFACT"
 def is_remote(uri: str) -> bool:
     """Tell whether runs are tracked by a server that has a UI of its own."""
     return uri.startswith(("http://", "https://"))
+
+
+def _has_mlflow() -> bool:
+    """Tell whether MLflow is installed, without importing it."""
+    return importlib.util.find_spec("mlflow") is not None
 
 
 def _command(*folders: Path) -> list[str]:

@@ -129,7 +129,7 @@ def train(state: TrainState, batches: Batches, schedule: Schedule, settings: Loo
         TrainingError: the loss is not finite.
     """
     epoch_start = saved = time.monotonic()
-    while state.step < state.total_steps:
+    while state.step < state.total_steps and not _stopped_early(state, settings):
         train_step(state, batches(state.step), schedule(state.step, state.total_steps), settings)
         ended = state.step % settings.steps_per_epoch == 0 or state.step == state.total_steps
         if ended:
@@ -141,9 +141,8 @@ def train(state: TrainState, batches: Batches, schedule: Schedule, settings: Loo
         if ended or time.monotonic() - saved > settings.checkpoint_s:
             hooks.checkpoint(state)
             saved = time.monotonic()
-        if ended and settings.early_stop_validations and state.stale_validations >= settings.early_stop_validations:
-            log.info("stopped early: %d validations without a better one", state.stale_validations)
-            break
+    if _stopped_early(state, settings):
+        log.info("stopped early: %d validations without a better one", state.stale_validations)
 
 
 def train_step(state: TrainState, batch: tuple[Tensor, Tensor], learning_rate: float, settings: LoopSettings) -> None:
@@ -229,6 +228,11 @@ def _update_average(average: list[Tensor], current: list[Tensor], decay: float, 
     """
     weight = 1 - min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(average, current, weight)
+
+
+def _stopped_early(state: TrainState, settings: LoopSettings) -> bool:
+    """Tell whether validation has not got better for long enough; also of a run resumed at that point."""
+    return settings.early_stop_validations is not None and state.stale_validations >= settings.early_stop_validations
 
 
 def _validation_due(state: TrainState, settings: LoopSettings) -> bool:
