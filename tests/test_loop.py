@@ -149,6 +149,15 @@ def test_only_a_better_model_is_kept_and_training_stops_when_none_comes() -> Non
     assert (state.best_score, state.best_step) == (0.7, 8)
 
 
+def test_a_run_resumed_after_its_early_stop_trains_no_further() -> None:
+    state = new_state(40)
+    state.step, state.stale_validations = 16, 2
+    hooks = Recorder()
+    train(state, batches, SCHEDULE, settings(early_stop_validations=2), hooks)
+    assert state.step == 16
+    assert hooks.checkpoints == []
+
+
 def test_checkpoints_come_by_the_clock_too() -> None:
     hooks = Recorder()
     train(new_state(5), batches, SCHEDULE, settings(checkpoint_s=0.0), hooks)

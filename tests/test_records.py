@@ -1,7 +1,6 @@
 """Records and atomic writes: what is interrupted leaves what was there."""
 
 import json
-import os
 import signal
 import stat
 import subprocess
@@ -11,7 +10,17 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from pipeline.records import Record, atomic_folder, atomic_path, digest_of, file_digest, write_json, write_text
+from pipeline.errors import PipelineError
+from pipeline.records import (
+    Record,
+    atomic_folder,
+    atomic_path,
+    digest_of,
+    exclusively,
+    file_digest,
+    write_json,
+    write_text,
+)
 
 
 class Box(Record):
@@ -68,12 +77,21 @@ def test_the_temporary_path_keeps_the_suffixes_that_writers_look_at(tmp_path: Pa
 
 
 def test_a_written_file_has_the_permissions_of_an_ordinary_one(tmp_path: Path) -> None:
-    before = os.umask(0o027)
-    try:
-        write_text(tmp_path / "a", "x")
-    finally:
-        os.umask(before)
+    code = "import sys, pathlib; from pipeline.records import write_text; write_text(pathlib.Path(sys.argv[1]), 'x')"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], umask=0o027, check=True)
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
+
+
+def test_a_lock_is_held_by_one_and_freed_at_the_end(tmp_path: Path) -> None:
+    busy = PipelineError("busy")
+    with (
+        exclusively(tmp_path / ".lock", busy),
+        pytest.raises(PipelineError, match="busy"),
+        exclusively(tmp_path / ".lock", busy),
+    ):
+        pass
+    with exclusively(tmp_path / ".lock", busy):
+        pass
 
 
 def test_an_exception_leaves_the_old_file(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ from pipeline.training.loop import SCHEDULES, TrainState, averaged_weights, trai
 log = logging.getLogger(__name__)
 
 # How long the end of training waits for MLflow; what has not arrived by then is sent by `medseg sync`.
-TRACKING_WAIT_S = 30.0
+TRACKING_WAIT_S = 15.0
 
 # Validation cases that the probe of a minutes budget looks at.
 PROBE_CASES = 3
@@ -157,7 +157,7 @@ class FoldRun:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         with averaged_weights(state):
-            model = Model(description, state.network, plan, task.fingerprint, _shareable(task.config))
+            model = Model(description, state.network, plan, task.fingerprint, shareable(task.config))
             save_model(task.folder / to, model)
 
     def checkpoint(self, state: TrainState) -> None:
@@ -295,7 +295,7 @@ def _set_aside(folder: Path) -> None:
 def _new_run(task: FoldTask) -> RunLog:
     """Make the run folder, write down what is trained on what, and begin the run in MLflow."""
     config, folder = task.config, task.folder
-    write_text(folder / "config.yaml", _shareable(config))
+    write_text(folder / "config.yaml", shareable(config))
     write_plan(folder / "plan.yaml", task.plan)
     write_json(folder / "fingerprint.json", task.fingerprint.model_dump(mode="json"))
     write_json(folder / FACTS, task.facts)
@@ -335,7 +335,7 @@ def _finish(hooks: FoldRun, state: TrainState) -> None:
     hooks.save_model(state, LAST, {})
 
 
-def _shareable(config: Config) -> str:
+def shareable(config: Config) -> str:
     """Return the configuration as text without the tracking server's address, which may hold a password."""
     return dump_config(config.changed(tracking=config.tracking.changed(uri=None)))
 

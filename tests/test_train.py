@@ -1,0 +1,108 @@
+"""The train stage in one process: what it refuses, what it keeps, and what evaluate makes of it."""
+
+import json
+
+import pytest
+
+from pipeline.config import Config
+from pipeline.config_loading import load_config, packaged
+from pipeline.data.phantoms import write_phantom_dataset
+from pipeline.data.plan import read_plan, write_plan
+from pipeline.errors import ConfigError, StoreError, TrainingError
+from pipeline.records import exclusively
+from pipeline.stages import evaluate, manifest, preprocess, train
+from pipeline.stages.workspace import Workspace
+
+SETTINGS = (
+    "preprocessing.patch_size=[16, 16, 16]",
+    "training.budget.steps=2",
+    "training.steps_per_epoch=1",
+    "training.validation_every_epochs=2",
+)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """An experiment on preprocessed phantoms, two steps long."""
+    folder = tmp_path_factory.mktemp("train")
+    manifest.run(write_phantom_dataset(folder / "set", cases=6), folder / "mine.json", folds=3)
+    config = load_config(packaged("demo.yaml"), [f"data.manifest={folder / 'mine.json'}", *SETTINGS])
+    config = config.changed(workspace=folder / "work")
+    preprocess.run(config)
+    return config
+
+
+def changed(config: Config, section: str, **values: object) -> Config:
+    return config.changed(**{section: getattr(config, section).changed(**values)})
+
+
+def test_nothing_to_resume_is_an_error(prepared: Config) -> None:
+    with pytest.raises(TrainingError, match="no checkpoint to resume from; start without --resume"):
+        train.run(prepared.changed(name="new"), resume=True)
+
+
+def test_a_fold_that_is_not_there_is_named(prepared: Config) -> None:
+    with pytest.raises(ConfigError, match=r"--fold 7: the manifest has folds 0, 1, 2"):
+        train.run(prepared, fold="7")
+
+
+def test_deep_supervision_of_a_network_without_it_is_refused(prepared: Config) -> None:
+    config = changed(prepared.changed(name="deep"), "training", deep_supervision=True)
+    config = changed(config, "network", name="segresnet", options={"blocks_down": (1, 1, 1), "blocks_up": (1, 1)})
+    with pytest.raises(ConfigError, match="segresnet has no coarser outputs"):
+        train.run(config)
+    assert not Workspace(config.workspace).run("deep", 0).exists()
+
+
+def test_a_patch_that_the_network_cannot_halve_is_refused_with_the_next_that_it_can(prepared: Config) -> None:
+    options = {"blocks_down": (1,) * 6, "blocks_up": (1,) * 5}
+    config = changed(prepared.changed(name="odd"), "network", name="segresnet", options=options)
+    with pytest.raises(ConfigError, match=r"set preprocessing\.patch_size: \[32, 32, 32\]"):
+        train.run(config)
+
+
+def test_one_process_at_a_time_trains_a_fold(prepared: Config) -> None:
+    folder = Workspace(prepared.workspace).run("busy", 0)
+    with (
+        exclusively(folder.with_name(".fold_0.lock"), TrainingError("held")),
+        pytest.raises(TrainingError, match="is being trained by another process"),
+    ):
+        train.run(prepared.changed(name="busy"))
+
+
+def test_a_plan_edited_after_preprocessing_is_not_trained_on(prepared: Config) -> None:
+    path = Workspace(prepared.workspace).store(prepared, "mine") / "plan.yaml"
+    plan = read_plan(path)
+    write_plan(path, plan.changed(spacing_mm=(3.0, 3.0, 3.0)))
+    try:
+        with pytest.raises(StoreError, match="manifest or plan has changed since; run `medseg preprocess`"):
+            train.run(prepared.changed(name="stale"))
+    finally:
+        write_plan(path, plan)
+
+
+@pytest.mark.slow
+def test_a_fold_trained_twice_keeps_the_earlier_run_apart(prepared: Config) -> None:
+    config = prepared.changed(name="twice")
+    (folder,) = train.run(config)
+    first = (folder / "facts.json").read_text()
+    train.run(config, resume=True)  # finished already: nothing happens
+    assert not list(folder.parent.glob("earlier_*"))
+    train.run(config)
+    (earlier,) = folder.parent.glob("earlier_*")
+    assert (earlier / "facts.json").read_text() == first
+    assert (folder / "models" / "last" / "model.yaml").exists()
+    report = evaluate.run(config)
+    assert len(report.evaluation.cases) == 2
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    kinds = {event["kind"] for event in events}
+    assert {"params", "tags", "dataset", "metrics", "image", "artifact", "model", "finish"} <= kinds
+    logged = json.dumps([event for event in events if event["kind"] == "params"])
+    assert "tracking" not in logged
+
+
+def test_a_password_in_the_servers_address_stays_out_of_what_is_shared(prepared: Config) -> None:
+    config = changed(prepared, "tracking", uri="http://user:secret@127.0.0.1:5000", experiment="mine")
+    text = train.shareable(config)
+    assert "secret" not in text
+    assert "experiment: mine" in text
