@@ -73,6 +73,7 @@ def make_model(classes: int) -> Model:
         network=NETWORK,
         in_channels=1,
         num_classes=classes,
+        precision="auto",
         inference=InferenceSection(),
         manifest_name="none",
         manifest_digest="0" * 64,
