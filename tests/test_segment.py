@@ -104,7 +104,7 @@ def test_broken_files_are_listed_and_the_rest_go_on(model: Path, scans: Path, tm
     with (out / "report.csv").open() as file:
         rows = {row["case"]: row for row in csv.DictReader(file)}
     assert rows["missing"]["status"] == "failed"
-    assert "no such file" in rows["missing"]["reason"]
+    assert "No such file" in rows["missing"]["reason"]
     assert float(rows["a"]["left_ml"]) == pytest.approx(report.results[0].volumes_ml["left"], abs=1e-4)
     assert "5 failed" in report.as_text()
 

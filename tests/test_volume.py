@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline.data.manifest import Case, ImageFile, Manifest
+from pipeline.data.stored import content_digest, files_of
 from pipeline.data.volume import (
     Volume,
     count_values,
@@ -25,6 +26,7 @@ from pipeline.data.volume import (
 )
 from pipeline.errors import GeometryError, VolumeError
 from pipeline.geometry import Geometry
+from pipeline.records import file_digest
 
 AFFINE = np.array([[-2.0, 0, 0, 40], [0, 1.5, 0, -30], [0, 0, 3, 10], [0, 0, 0, 1]])
 AXIS_ORDERS = [
@@ -385,3 +387,34 @@ def test_names() -> None:
     assert {name: stem_of(Path(name)) for name in names} == names
     assert all(is_volume(Path(name)) for name in names)
     assert not is_volume(Path("a.txt"))
+
+
+def detached(folder: Path, name: str = "scan.raw") -> Path:
+    """Write a MetaImage header and its voxels, 2x2x2 bytes, in a file of their own."""
+    (folder / "scan.raw").write_bytes(bytes(range(8)))
+    header = "ObjectType = Image\nNDims = 3\nDimSize = 2 2 2\nElementType = MET_UCHAR\nElementDataFile = "
+    (folder / "scan.mhd").write_text(f"{header}{name}\n")
+    return folder / "scan.mhd"
+
+
+def test_a_header_with_voxels_of_its_own_stands_for_both_files(tmp_path: Path) -> None:
+    path = detached(tmp_path)
+    assert files_of(path) == (path, tmp_path / "scan.raw")
+    assert read_image(path).array.ravel(order="F").tolist() == list(range(8))
+    before = content_digest(path)
+    (tmp_path / "scan.raw").write_bytes(bytes(8))
+    assert content_digest(path) != before
+
+
+@pytest.mark.parametrize("name", ["../scan.raw", "/etc/hostname", "LIST", "slice%03d.raw 0 3 1"])
+def test_voxels_elsewhere_or_in_pieces_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(VolumeError, match=r"outside its own folder|in several files"):
+        read_image(detached(tmp_path, name))
+
+
+def test_the_digest_of_one_file_is_that_of_its_bytes(shared_data: Path) -> None:
+    nrrd = shared_data / "nasty" / "nifti" / "FLAIR.nrrd"
+    assert content_digest(nrrd) == file_digest(nrrd)
+    pair = shared_data / "nasty" / "nifti" / "ras.hdr"
+    assert content_digest(pair) not in (file_digest(pair), file_digest(pair.with_suffix(".img")))
+    assert content_digest(pair) == content_digest(pair, pair.read_bytes())

@@ -7,6 +7,8 @@ by name, with the reason.
 from __future__ import annotations
 
 import gzip
+import hashlib
+import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import GeometryError, VolumeError
 from pipeline.geometry import FloatArray, Geometry
+from pipeline.records import digest_of
 
 Array = NDArray[Any]
 
@@ -30,6 +33,10 @@ SUFFIXES = NIFTI_SUFFIXES + ITK_SUFFIXES
 LARGEST_SHEAR = 1e-3
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # It is its own inverse.
+
+# How MetaImage and NRRD headers name a file of their own for the voxels.
+_VOXEL_FILE = re.compile(rb"^(?:ElementDataFile\s*=|data ?file\s*:)\s*(\S.*?)\s*$", re.IGNORECASE | re.MULTILINE)
+_LONGEST_ITK_HEADER = 2**16
 
 _NIFTI_HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 _LONGEST_HEADER = max(_NIFTI_HEADERS)
@@ -163,8 +170,48 @@ def _kind_of(dtype: np.dtype[Any]) -> Literal["scalar", "colour", "complex"]:
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
-    """Return the files that a volume's name stands for: two for a NIfTI pair."""
-    return (path,) if _is_itk(path) else tuple(dict.fromkeys(_pair_of(path)))
+    """Return the files that a volume's name stands for: two for a NIfTI pair or a header that names its voxels' file.
+
+    Raises:
+        VolumeError: the header cannot be read, or names several files, or one outside its own folder.
+    """
+    if not _is_itk(path):
+        return tuple(dict.fromkeys(_pair_of(path)))
+    named = _voxel_file(path)
+    return (path,) if named is None else (path, named)
+
+
+def content_digest(path: Path, content: bytes | None = None) -> str:
+    """Return the SHA-256 hex digest of a volume: of its file's bytes, or of the digests of its several files.
+
+    Args:
+        path: the file that names the volume.
+        content: its bytes, where they have been read already.
+
+    Raises:
+        VolumeError: a file cannot be read.
+    """
+    digests = [
+        hashlib.sha256(content if content is not None and file == path else bytes_of(file)).hexdigest()
+        for file in files_of(path)
+    ]
+    return digests[0] if len(digests) == 1 else digest_of(digests)
+
+
+def _voxel_file(path: Path) -> Path | None:
+    """Return the file that a NRRD or MetaImage header names for its voxels; None where they stand behind the header."""
+    header = _first_bytes(path, _LONGEST_ITK_HEADER)
+    if path.suffix.lower() in (".nrrd", ".nhdr"):
+        header = header.replace(b"\r\n", b"\n").split(b"\n\n", 1)[0]
+    found = _VOXEL_FILE.search(header)
+    name = found.group(1).decode(errors="replace") if found else "LOCAL"
+    if name.upper() == "LOCAL":
+        return None
+    if name.upper().startswith("LIST") or "%" in name:
+        raise VolumeError(f"{path}: its voxels stand in several files ({name}); write it as one .nrrd, .mha or .nii.gz")
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise VolumeError(f"{path}: names voxels outside its own folder ({name}); put both files into one folder")
+    return path.parent / name
 
 
 def bytes_of(path: Path) -> bytes:
@@ -175,6 +222,19 @@ def bytes_of(path: Path) -> bytes:
     """
     try:
         return path.read_bytes()
+    except OSError as error:
+        raise VolumeError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _first_bytes(path: Path, count: int) -> bytes:
+    """Return a file's first bytes.
+
+    Raises:
+        VolumeError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(count)
     except OSError as error:
         raise VolumeError(f"{path}: cannot be read ({error.strerror})") from error
 
@@ -299,8 +359,7 @@ def _itk_reader(path: Path) -> Any:
     """Return SimpleITK's reader with the file's information read."""
     import SimpleITK as sitk
 
-    if not path.is_file():
-        raise VolumeError(f"{path}: cannot be read (No such file or directory)")
+    files_of(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.manifest import Case, ImageFile, Manifest
-from pipeline.data.stored import Header, bytes_of, files_of, pick_channel, read_stored
+from pipeline.data.stored import Header, bytes_of, content_digest, files_of, pick_channel, read_stored
 from pipeline.data.volume import count_values, whole_numbers
-from pipeline.errors import GeometryError, PipelineError
+from pipeline.errors import GeometryError, PipelineError, VolumeError
 from pipeline.geometry import FloatArray, Geometry, Grid
 from pipeline.preparation.examination import (
     EXAMINATION_VERSION,
@@ -65,7 +65,7 @@ def state_of(path: Path) -> tuple[int, int] | None:
     """Return the size in bytes and the time of change in ns of a volume's files together; None where one is missing."""
     try:
         states = [file.stat() for file in files_of(path)]
-    except OSError:
+    except (OSError, VolumeError):
         return None
     return sum(state.st_size for state in states), max(state.st_mtime_ns for state in states)
 
@@ -129,7 +129,7 @@ class _Examiner:
         state = state_of(path)
         content = bytes_of(path)
         if state:
-            sha256 = hashlib.sha256(content).hexdigest()
+            sha256 = content_digest(path, content)
             self.files[file.path] = FileStamp(size_bytes=state[0], mtime_ns=state[1], sha256=sha256)
         return read_stored(path, content)
 

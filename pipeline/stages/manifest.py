@@ -12,10 +12,10 @@ from pydantic import ValidationError
 from pipeline.data.formats import Found, find_cases, pairs_of
 from pipeline.data.manifest import Case, ImageFile, Manifest, save_manifest
 from pipeline.data.splitting import assign_folds
+from pipeline.data.stored import content_digest
 from pipeline.data.volume import count_values, read_label
 from pipeline.errors import ManifestError, PipelineError
 from pipeline.progress import track
-from pipeline.records import file_digest
 
 log = logging.getLogger(__name__)
 
@@ -93,10 +93,7 @@ def _read_all(found: Found) -> tuple[list[Case], dict[str, set[int]]]:
 
 def _hashed(root: Path, file: ImageFile) -> ImageFile:
     """Return a file with the digest of its bytes."""
-    try:
-        return file.changed(sha256=file_digest(root / file.path))
-    except OSError as error:
-        raise ManifestError(f"{root / file.path}: cannot be read ({error.strerror})") from error
+    return file.changed(sha256=content_digest(root / file.path))
 
 
 def _label_values(root: Path, file: ImageFile) -> set[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -15,25 +14,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.plan import Fingerprint
-from pipeline.data.stored import files_of
+from pipeline.data.stored import content_digest
 from pipeline.data.volume import Volume, read_image, write_label
-from pipeline.errors import PipelineError, VolumeError
+from pipeline.errors import PipelineError
 from pipeline.geometry import Geometry
 from pipeline.hardware import Precision, keep_freed_memory
 from pipeline.model import FINGERPRINT, model_digest
 from pipeline.predictor import Predictor
 from pipeline.preparation.preprocessing import PreparedImage
 from pipeline.progress import track
-from pipeline.records import digest_of, file_digest
+from pipeline.records import digest_of
 from pipeline.stages.familiarity import unfamiliar
 from pipeline.stages.models import resolve_model
 from pipeline.stages.segment_inputs import SUFFIX, SegmentInput, find_inputs
 from pipeline.stages.segment_report import CaseResult, SegmentReport, add_to_journal, read_journal
 
 log = logging.getLogger(__name__)
-
-# Their voxels stand in a file that only the header names: it is the voxels that are compared.
-DETACHED_HEADERS = (".mhd", ".nhdr")
 
 
 def run(
@@ -164,7 +160,7 @@ class _Batch:
 
     def _key(self, source: SegmentInput) -> str:
         """Return a digest of the contents of a case's files and of the model."""
-        contents = {channel: [_contents(file.path), file.index] for channel, file in source.files.items()}
+        contents = {channel: [content_digest(file.path), file.index] for channel, file in source.files.items()}
         return digest_of({"model": self._model_digest, "files": contents})
 
     def _predict(self, case: _CaseInHand) -> None:
@@ -196,14 +192,3 @@ class _Batch:
         ml = np.sum(counts, axis=0) * case.native.voxel_volume_ml
         volumes = dict(list(zip(plan.labels, ml.round(6).tolist(), strict=True))[1:])
         case.result = case.result.changed(output=output, volumes_ml=volumes)
-
-
-def _contents(path: Path) -> list[str]:
-    """Return digests of all the files that a volume's name stands for."""
-    missing = [str(file) for file in files_of(path) if not file.is_file()]
-    if missing:
-        raise VolumeError(f"{' and '.join(missing)}: no such file")
-    if path.name.lower().endswith(DETACHED_HEADERS):
-        image = read_image(path)
-        return [digest_of(image.geometry.affine.tolist()), hashlib.sha256(image.array.tobytes()).hexdigest()]
-    return [file_digest(file) for file in files_of(path)]
