@@ -10,11 +10,11 @@ from pipeline.data.plan import Normalisation, Plan
 from pipeline.data.volume import Volume
 from pipeline.errors import VolumeError
 from pipeline.geometry import Geometry
+from pipeline.preparation.examination import nonzero_box
 from pipeline.preparation.preprocessing import (
     CLASS_VOXELS,
     class_indices,
     cropped_to,
-    nonzero_box,
     normalise,
     prepare_case,
     prepare_images,
@@ -170,9 +170,10 @@ def test_a_box_beyond_the_grid_is_clipped() -> None:
 
 
 def test_box_around_the_nonzero_voxels() -> None:
-    image = np.zeros((2, 5, 6, 7), np.float32)
-    image[0, 1, 2, 3] = image[1, 3, 2, 6] = -1
-    assert nonzero_box(image) == ((1, 2, 3), (4, 3, 7))
+    mask = np.zeros((5, 6, 7), bool)
+    assert nonzero_box(mask) is None
+    mask[1, 2, 3] = mask[3, 2, 6] = True
+    assert nonzero_box(mask) == ((1, 2, 3), (4, 3, 7))
 
 
 @pytest.mark.parametrize("scheme", ["zscore", "zscore_nonzero"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.data.plan import Size
 from pipeline.geometry import Geometry, Grid
@@ -153,3 +154,12 @@ def pooled(parts: list[Intensities]) -> Intensities:
         std=variance**0.5,
         quantiles=tuple(float(value) for value in np.interp(LEVELS, below, values)),
     )
+
+
+def nonzero_box(mask: NDArray[np.bool_]) -> Box | None:
+    """Return (start, stop) of the smallest box around the true voxels of (X, Y, Z); None where there is none."""
+    lines = [np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
+    if not lines[0].size:
+        return None
+    (x, u), (y, v), (z, w) = ((int(line[0]), int(line[-1]) + 1) for line in lines)
+    return (x, y, z), (u, v, w)

@@ -20,13 +20,13 @@ from pipeline.geometry import FloatArray, Geometry, Grid
 from pipeline.preparation.examination import (
     EXAMINATION_VERSION,
     LEVELS,
-    Box,
     CaseExamination,
     ChannelExamination,
     FileStamp,
     Intensities,
     LabelExamination,
     Problem,
+    nonzero_box,
 )
 from pipeline.records import digest_of
 
@@ -260,7 +260,7 @@ def _examine_channel(voxels: Array, geometry: Geometry, modality: str, points: F
     return ChannelExamination(
         grid=Grid.of(geometry),
         content=_content_digest(voxels),
-        nonzero_box=_nonzero_box(voxels),
+        nonzero_box=nonzero_box(voxels != 0),
         body=_intensities(body, voxels.size / sample.size),
         foreground=None if points is None else _intensities(_values_at(voxels, geometry, points), 1.0),
     )
@@ -292,19 +292,6 @@ def _intensities(sample: Array, weight: float) -> Intensities | None:
         std=float(ordered.std()),
         quantiles=tuple((below + (places % 1) * (above - below)).tolist()),
     )
-
-
-def _nonzero_box(voxels: Array) -> Box | None:
-    """Return (start, stop) of the smallest box around all voxels that are not zero."""
-    nonzero: NDArray[np.bool_] = voxels != 0
-    start, stop = [], []
-    for axis in range(3):
-        along = np.flatnonzero(nonzero.any(axis=tuple(other for other in range(3) if other != axis)))
-        if not along.size:
-            return None
-        start.append(int(along[0]))
-        stop.append(int(along[-1]) + 1)
-    return tuple(start), tuple(stop)  # type: ignore[return-value]
 
 
 def _content_digest(voxels: Array) -> str:

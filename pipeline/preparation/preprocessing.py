@@ -20,6 +20,7 @@ from pipeline.data.store import Index, Labels, PreparedCase
 from pipeline.data.volume import Volume
 from pipeline.errors import VolumeError
 from pipeline.geometry import Geometry
+from pipeline.preparation.examination import nonzero_box
 
 # Coordinates kept per class: enough that patches centred on them look drawn from all voxels, small enough to keep.
 CLASS_VOXELS = 10_000
@@ -98,8 +99,8 @@ def target_geometry(images: Mapping[str, Volume], plan: Plan, native: Geometry) 
     """Return the plan's grid of a case: the native one oriented, cropped to what is not zero, and respaced."""
     grid = native.reoriented(plan.orientation)
     if plan.crop == "nonzero":
-        present = [image for image in images.values() if image.array.any()]
-        grid = cropped_to(grid, [image.geometry.cropped(*nonzero_box(image.array)) for image in present])
+        boxes = ((image.geometry, nonzero_box(image.array[0] != 0)) for image in images.values())
+        grid = cropped_to(grid, [geometry.cropped(*box) for geometry, box in boxes if box])
     return grid.respaced(plan.spacing_mm)
 
 
@@ -163,13 +164,6 @@ def _refuse_unknown(images: Mapping[str, Volume], plan: Plan) -> None:
     unknown = [channel for channel in images if channel not in plan.channels]
     if unknown or not images:
         raise VolumeError(f"channels {', '.join(images) or '(none)'}: the plan's are {', '.join(plan.channels)}")
-
-
-def nonzero_box(image: NDArray[Any]) -> tuple[Index, Index]:
-    """Return start and stop of the box around the non-zero voxels of (C, X, Y, Z); there must be one."""
-    nonzero = (image != 0).any(axis=0)
-    lines = [np.flatnonzero(nonzero.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
-    return _as_index([line[0] for line in lines]), _as_index([line[-1] + 1 for line in lines])
 
 
 def _as_index(numbers: Iterable[SupportsInt]) -> Index:

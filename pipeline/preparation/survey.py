@@ -125,13 +125,17 @@ def _examine(manifest: Manifest, cases: Sequence[Case], jobs: int | None) -> Ite
         executor.shutdown(cancel_futures=True)
 
 
+def cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _admitted(manifest: Manifest, cases: Iterable[Case]) -> int:
     """Return how many cases can be examined at once with the cores and the free memory there are."""
     import psutil
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     largest = max(_memory_bytes(manifest, case) for case in cases)
-    return max(1, min(cores, int(psutil.virtual_memory().available // max(largest, 1))))
+    return max(1, min(cores(), int(psutil.virtual_memory().available // max(largest, 1))))
 
 
 def _memory_bytes(manifest: Manifest, case: Case) -> int:

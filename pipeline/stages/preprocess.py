@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
@@ -25,7 +24,7 @@ from pipeline.errors import ConfigError, ManifestError, PipelineError, StoreErro
 from pipeline.preparation.examination import CaseExamination
 from pipeline.preparation.planning import fingerprint, make_plan
 from pipeline.preparation.preprocessing import prepare_case
-from pipeline.preparation.survey import compare_cases, examine_cases
+from pipeline.preparation.survey import compare_cases, cores, examine_cases
 from pipeline.progress import track
 from pipeline.records import digest_of, write_json, write_text
 from pipeline.stages.workspace import Workspace
@@ -86,7 +85,7 @@ def run(config: Config, *, jobs: int | None = None, replan: bool = False) -> Pre
         keys = {case.id: case_key(case, examinations[case.id], plan) for case in manifest.development_cases}
         write_json(folder / KEYS, {"sources": sources_digest(manifest, plan), "cases": keys})
         _drop_leftovers(store)
-        with ThreadPoolExecutor(jobs or _cores()) as pool:
+        with ThreadPoolExecutor(jobs or cores()) as pool:
             states = dict(zip(keys, pool.map(lambda case_id: _state(store, case_id, keys[case_id]), keys), strict=True))
             _say(store, states)
             stale = [case for case in manifest.development_cases if states[case.id] != "fresh"]
@@ -265,8 +264,3 @@ def _needed_bytes(examination: CaseExamination, plan: Plan) -> int:
 def _free_bytes() -> int:
     """Return what cases may take together."""
     return int(MEMORY_SHARE * psutil.virtual_memory().available)
-
-
-def _cores() -> int:
-    """Return the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
