@@ -244,7 +244,7 @@ def _budgeted_steps(hooks: FoldRun, batches: Batches, began: float) -> int:
         steps_per_epoch=settings.steps_per_epoch,
         validation_every_epochs=settings.validation_every_epochs,
     )
-    log.info("fold %d: %d steps fit into %g minutes; %s", task.fold, steps, budget.minutes, costs)
+    log.info("fold %d: %d steps fit into %g minutes, at %.3f s each", task.fold, steps, budget.minutes, costs.step_s)
     return steps
 
 
