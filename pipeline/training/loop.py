@@ -43,7 +43,7 @@ class TrainState:
         stale_validations: validations since then.
         loss_sum: sum of the losses of the epoch so far, on the device: reading it every step would make the device
             wait.
-        seconds: time spent training, over all sessions.
+        seconds: time spent training, restarts included.
     """
 
     objective: Objective
@@ -103,7 +103,7 @@ class Hooks(Protocol):
         ...
 
     def checkpoint(self, state: TrainState) -> None:
-        """Write the state where a later session finds it."""
+        """Write the state where a resumed run finds it."""
         ...
 
     def epoch_ended(self, state: TrainState, metrics: dict[str, float]) -> None:
