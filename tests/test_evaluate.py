@@ -120,6 +120,14 @@ def test_scores_are_those_of_the_known_prediction_on_the_native_grid(config: Con
         assert read_header(kept).geometry.matches(NATIVE, 1e-6)
 
 
+def test_settings_can_be_overridden_for_a_model_too(config: Config) -> None:
+    narrow = evaluate.run(best(config))
+    wide = evaluate.run(best(config), overrides=["evaluation.surface_tolerance_mm=3"])
+    assert (narrow.evaluation.tolerance_mm, wide.evaluation.tolerance_mm) == (0.5, 3.0)
+    rows = [report.evaluation.cases[0].rows[0].values["nsd"] for report in (narrow, wide)]
+    assert rows[0] < rows[1]
+
+
 def test_results_lie_in_the_run_folder(config: Config) -> None:
     report = evaluate.run(best(config))
     assert report.folder == Path(best(config)).parents[1] / "evaluation" / "fold"

@@ -148,3 +148,18 @@ def test_gpu_labels_as_the_cpu_does(tmp_path: Path) -> None:
     image = make_image(Geometry((40, 30, 20), np.eye(4)), random_classes(40, 30, 20))
     on_cpu, on_gpu = (Predictor.load(tmp_path / "best", device, "fp32").predict(image) for device in ("cpu", "cuda"))
     assert (on_cpu.array != on_gpu.array).mean() < 1e-3
+
+
+def test_logits_that_are_no_numbers_are_an_error_and_not_a_background() -> None:
+    model = make_model(plan=make_plan(), network=NEAREST_MEAN)
+    for tensor in (*model.network.parameters(), *model.network.buffers()):
+        tensor.data.fill_(float("nan"))
+    predictor = Predictor(model.network, model.plan, InferenceSection(), device=CPU, dtype=torch.float32)
+    with pytest.raises(ModelError, match=r"logits are infinite or not a number"):
+        predictor.predict(make_image(Geometry((10, 11, 12), np.eye(4)), random_classes(10, 11, 12)))
+
+
+def test_a_model_computes_in_the_precision_it_was_trained_in_unless_told_otherwise(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", make_model(plan=make_plan(), network=NEAREST_MEAN))
+    assert Predictor.load(tmp_path / "model", "cpu").dtype == torch.float32
+    assert Predictor.load(tmp_path / "model", "cpu", "bf16").dtype == torch.bfloat16
