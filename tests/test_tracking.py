@@ -284,7 +284,9 @@ def test_mlflow_itself_loads_and_runs_a_model_without_a_pickle(
     run.model(run.folder / "models" / "best", register_as="phantoms", alias="best")
     assert send(run.folder)
     uri = f"sqlite:///{workspace}/mlflow.db"
-    assert not list(fetch_model("models:/phantoms@best", uri, workspace / "fetched").rglob("*.pkl"))
+    fetched = fetch_model("models:/phantoms@best", uri, workspace / "fetched")
+    assert not list(fetched.rglob("*.pkl"))
+    assert "torch==" in (fetched / "requirements.txt").read_text()
     classes = np.random.default_rng(0).integers(0, 3, (10, 11, 12))
     path = workspace / "image.nii.gz"
     write_image(path, Volume((100.0 * classes[None]).astype(np.float32), Geometry((10, 11, 12), np.eye(4))))

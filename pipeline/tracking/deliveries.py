@@ -145,10 +145,22 @@ def deliver_model(to: Destination, event: Event) -> None:
         description = Path(scratch) / "MLmodel"
         description.write_text(yaml.safe_dump(_mlmodel(to.run_id, event["time_ms"]), sort_keys=False))
         to.client.log_artifact(to.run_id, str(description), "model")
+        card = folder / "model.yaml"
+        if card.exists():
+            requirements = Path(scratch) / "requirements.txt"
+            requirements.write_text(_requirements(card))
+            to.client.log_artifact(to.run_id, str(requirements), "model")
     digest = digest_of({path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.is_file()})
     to.set_tags({"medseg.model_digest": digest})
     if event["register_as"]:
         _register(to, event["register_as"], event["alias"], digest)
+
+
+def _requirements(card: Path) -> str:
+    """Return what reloading a model takes, as pip reads it; medseg itself comes from its checkout."""
+    versions = dict(yaml.safe_load(card.read_text(encoding="utf-8"))["versions"])
+    own = versions.pop("medseg", "")
+    return "".join([f"# medseg {own}\n", *(f"{name}=={str(v).split('+')[0]}\n" for name, v in versions.items())])
 
 
 def _mlmodel(run_id: str, time_ms: int) -> dict[str, Any]:
