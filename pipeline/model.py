@@ -25,7 +25,7 @@ from pipeline.data.plan import Fingerprint, Plan, read_plan, write_plan
 from pipeline.errors import ConfigError, ModelError
 from pipeline.hardware import Precision
 from pipeline.networks import Network, NetworkTask, build_network
-from pipeline.records import Record, atomic_folder, digest_of, file_digest, write_json
+from pipeline.records import Record, atomic_folder, digest_of, file_digest, refuse_other_format, write_json
 
 MODEL_FORMAT_VERSION = 1
 
@@ -142,10 +142,7 @@ def read_description(path: Path) -> ModelDescription:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise _damaged(path, error) from error
     version = content.get("format_version") if isinstance(content, dict) else None
-    if version != MODEL_FORMAT_VERSION:
-        newer = isinstance(version, int) and version > MODEL_FORMAT_VERSION
-        todo = "update medseg" if newer else "train it anew with `medseg train`"
-        raise ModelError(f"{path}: format version {version}, this medseg reads {MODEL_FORMAT_VERSION}; {todo}")
+    refuse_other_format(ModelError, path, version, MODEL_FORMAT_VERSION, "train it anew with `medseg train`")
     try:
         return ModelDescription.model_validate(content)
     except ValidationError as error:

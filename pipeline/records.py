@@ -38,6 +38,21 @@ class Record(BaseModel):
         return digest_of(self.model_dump(mode="json"))
 
 
+def refuse_other_format(error: type[PipelineError], path: Path, version: Any, reads: int, remake: str) -> None:
+    """Raise where a file's format version is not the one that is read.
+
+    Args:
+        error: what to raise.
+        path: the file.
+        version: what it says.
+        reads: the version that this medseg reads.
+        remake: what makes an older file anew, as an imperative.
+    """
+    if version != reads:
+        todo = "update medseg" if isinstance(version, int) and version > reads else remake
+        raise error(f"{path}: format version {version}, this medseg reads {reads}; {todo}")
+
+
 def digest_of(value: Any) -> str:
     """Return the SHA-256 hex digest of a JSON-serialisable value; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

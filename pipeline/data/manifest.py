@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import ManifestError
-from pipeline.records import Record, digest_of, write_text
+from pipeline.records import Record, digest_of, refuse_other_format, write_text
 
 FORMAT_VERSION = 1
 
@@ -185,11 +185,8 @@ def load_manifest(path: Path, root: Path | None = None) -> Manifest:
         raise ManifestError(f"{path}: is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ManifestError(f"{path}: a manifest is a JSON object, got {type(content).__name__}")
-    version = content.get("format_version")
-    if version != FORMAT_VERSION:
-        newer = isinstance(version, int) and version > FORMAT_VERSION
-        todo = "update medseg" if newer else "write it anew with `medseg manifest SOURCE --out NAME.json`"
-        raise ManifestError(f"{path}: format version {version}, this medseg reads {FORMAT_VERSION}; {todo}")
+    remake = "write it anew with `medseg manifest SOURCE --out NAME.json`"
+    refuse_other_format(ManifestError, path, content.get("format_version"), FORMAT_VERSION, remake)
     try:
         manifest = Manifest.model_validate(content)
     except ValidationError as error:

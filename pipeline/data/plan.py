@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from pipeline.data.manifest import Modality
 from pipeline.errors import ConfigError
-from pipeline.records import Record, write_text
+from pipeline.records import Record, refuse_other_format, write_text
 
 PLAN_FORMAT_VERSION = 1
 
@@ -175,11 +175,8 @@ def read_plan(path: Path) -> Plan:
         raise ConfigError(f"{path}: is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: a plan is a mapping of names to values, got {type(content).__name__}")
-    version = content.get("format_version")
-    if version != PLAN_FORMAT_VERSION:
-        newer = isinstance(version, int) and version > PLAN_FORMAT_VERSION
-        todo = "update medseg" if newer else "plan anew with `medseg preprocess CONFIG --replan`"
-        raise ConfigError(f"{path}: format version {version}, this medseg reads {PLAN_FORMAT_VERSION}; {todo}")
+    remake = "plan anew with `medseg preprocess CONFIG --replan`"
+    refuse_other_format(ConfigError, path, content.get("format_version"), PLAN_FORMAT_VERSION, remake)
     try:
         return Plan.model_validate(content)
     except ValidationError as error:
