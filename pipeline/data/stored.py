@@ -200,7 +200,7 @@ def content_digest(path: Path, content: bytes | None = None) -> str:
 
 def _voxel_file(path: Path) -> Path | None:
     """Return the file that a NRRD or MetaImage header names for its voxels; None where they stand behind the header."""
-    header = _first_bytes(path, _LONGEST_ITK_HEADER)
+    header = bytes_of(path, _LONGEST_ITK_HEADER)
     if path.suffix.lower() in (".nrrd", ".nhdr"):
         header = header.replace(b"\r\n", b"\n").split(b"\n\n", 1)[0]
     found = _VOXEL_FILE.search(header)
@@ -214,20 +214,8 @@ def _voxel_file(path: Path) -> Path | None:
     return path.parent / name
 
 
-def bytes_of(path: Path) -> bytes:
-    """Return a file's bytes.
-
-    Raises:
-        VolumeError: the file cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise VolumeError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def _first_bytes(path: Path, count: int) -> bytes:
-    """Return a file's first bytes.
+def bytes_of(path: Path, count: int = -1) -> bytes:
+    """Return a file's bytes, or its first `count`.
 
     Raises:
         VolumeError: the file cannot be read.
