@@ -32,6 +32,17 @@ def augmentation(seed: int = 0, num_classes: int = 4, **changes: object) -> Augm
     )
 
 
+def scaling(factor: float) -> Augmentation:
+    """Every patch goes through the sampling grid, scaled about its middle and nothing else."""
+    return augmentation(
+        affine_probability=1.0,
+        rotation_degrees=0.0,
+        scale=(factor, factor),
+        scale_anisotropy=0.0,
+        shift_voxels=0.0,
+    )
+
+
 def batch(size: tuple[int, int, int], count: int = 3) -> tuple[Tensor, Tensor]:
     """Two boxes, of classes 1 and 2, off the middle; the image is 1 + class, smooth noise-free."""
     label = torch.zeros(count, *size, dtype=torch.uint8)
@@ -66,9 +77,7 @@ def test_with_nothing_drawn_the_middle_of_what_was_read_is_returned() -> None:
 
 
 def test_an_identity_transform_through_the_grid_moves_nothing() -> None:
-    still = augmentation(
-        affine_probability=1.0, rotation_degrees=0.0, scale=(1.0, 1.0), scale_anisotropy=0.0, shift_voxels=0.0
-    )
+    still = scaling(1.0)
     image, label = batch(still.read_size)
     changed, target = still(image, label, 0)
     plain_image, plain_target = augmentation()(image, label, 0)
@@ -77,9 +86,7 @@ def test_an_identity_transform_through_the_grid_moves_nothing() -> None:
 
 
 def test_scale_above_one_enlarges_about_the_middle() -> None:
-    larger = augmentation(
-        affine_probability=1.0, rotation_degrees=0.0, scale=(1.2, 1.2), scale_anisotropy=0.0, shift_voxels=0.0
-    )
+    larger = scaling(1.2)
     image, label = batch(larger.read_size)
     _, target = larger(image, label, 0)
     _, plain = augmentation()(image, label, 0)
@@ -217,9 +224,7 @@ def test_blur_keeps_a_constant_and_spreads_a_point() -> None:
 def test_a_deformed_label_is_the_class_with_the_largest_share() -> None:
     # Planes of two classes in turn, scaled by two about the middle: between planes the shares are 3/4 and 1/4, so that
     # each plane is doubled and none becomes background.
-    doubled = augmentation(
-        affine_probability=1.0, rotation_degrees=0.0, scale=(2.0, 2.0), scale_anisotropy=0.0, shift_voxels=0.0
-    )
+    doubled = scaling(2.0)
     size = doubled.read_size
     label = (1 + torch.arange(size[0]) % 2).to(torch.uint8)[None, :, None, None].expand(1, *size).contiguous()
     _, target = doubled(label[:, None].float(), label, 0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 
 from torch import Tensor, nn
 
@@ -53,3 +55,9 @@ class Network(nn.Module):
             image: (N, C, *input).
         """
         return (self(image),)
+
+
+def total_stride(strides: Iterable[Size]) -> Size:
+    """Return the product of the strides of all levels, axis by axis: what an input must be a multiple of."""
+    x, y, z = (prod(along) for along in zip(*strides, strict=True))
+    return x, y, z

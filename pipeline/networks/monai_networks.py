@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.networks.contract import Network, NetworkTask, Size
+from pipeline.networks.contract import Network, NetworkTask, Size, total_stride
 from pipeline.networks.unet import topology
 
 Width = Annotated[int, Field(ge=1)]
@@ -53,10 +53,7 @@ def dynunet(
         norm_name=(norm, {"affine": True}),
         res_block=residual,
     )
-    total = [1, 1, 1]
-    for stride in strides:
-        total = [a * b for a, b in zip(total, stride, strict=True)]
-    return MonaiNetwork(network, (total[0], total[1], total[2]))
+    return MonaiNetwork(network, total_stride(strides))
 
 
 def segresnet(

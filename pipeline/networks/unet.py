@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.networks.blocks import Activation, Norm, conv_stage
-from pipeline.networks.contract import Network, NetworkTask, Size
+from pipeline.networks.contract import Network, NetworkTask, Size, total_stride
 
 # nnU-Net stops pooling an axis below this many voxels (experiment_planning, `UNet_featuremap_min_edge_length`).
 SMALLEST_FEATURE_MAP = 4
@@ -49,7 +49,7 @@ class UNet(Network):
         residual: bool,
     ) -> None:
         super().__init__()
-        self.stride = _product(strides)
+        self.stride = total_stride(strides)
 
         def stage(inputs: int, level: int, stride: Size = (1, 1, 1)) -> nn.Module:
             return conv_stage(
@@ -180,11 +180,3 @@ def _size(values: Iterable[int]) -> Size:
     """Return three numbers as a size."""
     x, y, z = values
     return x, y, z
-
-
-def _product(strides: tuple[Size, ...]) -> Size:
-    """Multiply strides axis by axis."""
-    total = [1, 1, 1]
-    for stride in strides:
-        total = [a * b for a, b in zip(total, stride, strict=True)]
-    return _size(total)

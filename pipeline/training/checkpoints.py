@@ -21,7 +21,7 @@ from pipeline.training.loop import TrainState
 
 CHECKPOINT_FORMAT_VERSION = 1
 
-_NUMBERS = ("step", "total_steps", "best_score", "best_step", "stale_validations", "seconds")
+_NUMBERS = ("step", "total_steps", "best_score", "best_step", "stale_validations")
 
 
 def save_checkpoint(path: Path, state: TrainState, facts: dict[str, Any]) -> None:

@@ -43,7 +43,6 @@ class TrainState:
         stale_validations: validations since then.
         loss_sum: sum of the losses of the epoch so far, on the device: reading it every step would make the device
             wait.
-        seconds: time spent training, restarts included.
     """
 
     objective: Objective
@@ -56,7 +55,6 @@ class TrainState:
     best_step: int
     stale_validations: int
     loss_sum: Tensor
-    seconds: float = 0.0
 
     @property
     def network(self) -> Network:
@@ -262,7 +260,6 @@ def _epoch_metrics(state: TrainState, settings: LoopSettings, seconds: float, sc
             f"the training loss is {loss} by step {state.step}; lower training.learning_rate, or set "
             "training.precision: fp32 to see whether it is the half precision"
         )
-    state.seconds += seconds
     return {
         "train/loss": loss,
         "train/learning_rate": schedule(state.step - 1, state.total_steps),
