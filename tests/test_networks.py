@@ -4,20 +4,11 @@ import copy
 
 import pytest
 import torch
+from network_variants import ALL, TASK, VARIANTS
 from torch import Tensor
 
-from pipeline.networks import NETWORKS, Network, NetworkTask, build_network, check_options
+from pipeline.networks import NETWORKS, Network, build_network, check_options
 from pipeline.networks.unet import topology
-
-TASK = NetworkTask(in_channels=2, num_classes=3, patch_size=(16, 24, 16), spacing_mm=(1.0, 1.0, 1.0))
-
-# Narrow variants: the contract does not depend on the width.
-NARROW = {"unet": {"width": 4}, "dynunet": {"width": 4}, "segresnet": {"width": 8}}
-VARIANTS = [
-    *((name, options) for name, options in NARROW.items()),
-    ("unet", {"width": 4, "norm": "batch", "residual": True, "activation": "silu", "dropout": 0.3}),
-    ("unet", {"width": 4, "norm": "none", "convs": 1, "activation": "prelu", "levels": 2}),
-]
 
 
 def build(name: str, options: dict[str, object]) -> Network:
@@ -30,10 +21,10 @@ def image(network: Network, output: tuple[int, int, int] = (16, 24, 16), batch: 
 
 
 def test_every_network_stands_in_the_contract_test() -> None:
-    assert {name for name, _ in VARIANTS} == set(NETWORKS)
+    assert set(VARIANTS) == set(NETWORKS)
 
 
-@pytest.mark.parametrize(("name", "options"), VARIANTS)
+@pytest.mark.parametrize(("name", "options"), ALL)
 class TestContract:
     @pytest.mark.parametrize("wanted", [(16, 24, 16), (17, 9, 30)])
     def test_output_is_the_input_less_the_margins_alike_in_train_and_eval(

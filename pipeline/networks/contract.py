@@ -18,14 +18,22 @@ class NetworkTask:
     Attributes:
         in_channels: channels of the image.
         num_classes: channels of the logits, background included.
-        patch_size: voxels of a training patch, for networks that fit their depth to it.
+        patch_size: voxels of a training patch's output, for networks that fit their depth to it.
         spacing_mm: voxel size of the plan's grid, for networks that pool less along a thick axis.
+        flat_axis: the axis that a 2-D network leaves alone: kernels, strides and margins are 1, 1 and 0 along it, and
+            each of its planes is seen by itself; None for a 3-D network.
     """
 
     in_channels: int
     num_classes: int
     patch_size: Size
     spacing_mm: tuple[float, float, float]
+    flat_axis: int | None = None
+
+    def cubic(self, voxels: int, along_flat_axis: int = 1) -> Size:
+        """Return a kernel or stride of as many voxels on each axis, a 2-D network's flat one excepted."""
+        x, y, z = (along_flat_axis if axis == self.flat_axis else voxels for axis in range(3))
+        return x, y, z
 
 
 class Network(nn.Module):
@@ -47,6 +55,11 @@ class Network(nn.Module):
         x, y, z = (-(-(n + 2 * m) // s) * s for n, m, s in zip(output, self.margin, self.stride, strict=True))
         return x, y, z
 
+    def output_size(self, image: Size) -> Size:
+        """Return the voxels that a legal input of `image` voxels yields: all but the margins."""
+        x, y, z = (n - 2 * m for n, m in zip(image, self.margin, strict=True))
+        return x, y, z
+
     def deep_supervision(self, image: Tensor) -> tuple[Tensor, ...]:
         """Return the logits, then those of coarser decoder levels, finest first; a network without them returns its
         logits alone.
@@ -61,3 +74,10 @@ def total_stride(strides: Iterable[Size]) -> Size:
     """Return the product of the strides of all levels, axis by axis: what an input must be a multiple of."""
     x, y, z = (prod(along) for along in zip(*strides, strict=True))
     return x, y, z
+
+
+def centre_crop(features: Tensor, size: Iterable[int]) -> Tensor:
+    """Return the central (N, C, *size) of (N, C, X, Y, Z), as a view."""
+    for axis, (have, want) in enumerate(zip(features.shape[2:], size, strict=True), start=2):
+        features = features.narrow(axis, (have - want) // 2, want)
+    return features

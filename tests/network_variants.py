@@ -1,0 +1,23 @@
+"""Narrow variants of every network: what holds for them does not depend on the width."""
+
+from typing import Any
+
+from pipeline.networks import NetworkTask
+
+Options = dict[str, Any]
+
+TASK = NetworkTask(in_channels=2, num_classes=3, patch_size=(16, 24, 16), spacing_mm=(1.0, 1.0, 1.0))
+FLAT_TASK = NetworkTask(2, 3, patch_size=(32, 24, 1), spacing_mm=(1.0, 1.0, 4.0), flat_axis=2)
+
+# Name in the table -> options, one entry for each way in which the network takes another road.
+VARIANTS: dict[str, list[Options]] = {
+    "unet": [
+        {"width": 4},
+        {"width": 4, "norm": "batch", "residual": True, "activation": "silu", "dropout": 0.3},
+        {"width": 4, "norm": "none", "convs": 1, "activation": "prelu", "levels": 2},
+    ],
+    "dynunet": [{"width": 4}],
+    "segresnet": [{"width": 8}],
+}
+
+ALL = [(name, options) for name, several in VARIANTS.items() for options in several]
