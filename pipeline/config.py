@@ -71,11 +71,13 @@ class PreprocessingSection(Section):
     spacing_mm: Auto | Triple = "auto"
     """Voxel size of the plan's grid in mm; auto: the median, and a fine percentile along a thick axis."""
     patch_size: Auto | Size = "auto"
-    """Voxels of a training patch and of an inference window."""
+    """Voxels of a training patch and of an inference window, as the network yields them; rounded up for it."""
     batch_size: Auto | Count = "auto"
     """Patches a step."""
     normalisation: dict[str, Literal["ct", "zscore", "zscore_nonzero", "none"]] = {}
     """Per channel; what is not named is decided by the channel's modality."""
+    missing_channels: Literal["zero", "skip"] = "zero"
+    """A case that lacks a channel: zero takes part with zeros in its place, skip is left out of everything."""
     crop: Literal["none", "nonzero"] = "nonzero"
     """nonzero: cut away the frame in which every channel is zero."""
 
@@ -84,7 +86,9 @@ class NetworkSection(Section):
     """Which network; `options` are the keyword arguments of its builder."""
 
     name: str = "unet"
-    """A name of the NETWORKS table."""
+    """A name of the NETWORKS table; `medseg networks` lists them."""
+    spatial_dims: Literal[2, 3] = 3
+    """2: planes across the plan's thickest axis are seen one by one, in patches one voxel thick."""
     options: Options = {}
     """Options of that network; unknown ones are refused with the nearest right name."""
 
@@ -155,6 +159,8 @@ class AugmentationSection(Section):
     """Down- and upsampling, as of a coarser scan."""
     low_resolution: Factors = (0.5, 1.0)
     """Range of the factor."""
+    channel_dropout_probability: Probability = 0.0
+    """One channel set to zero, as if the case lacked it; never the only one that is there."""
 
 
 class TrainingSection(Section):

@@ -24,7 +24,8 @@ from pipeline.config import InferenceSection, NetworkSection
 from pipeline.data.plan import Fingerprint, Plan, read_plan, write_plan
 from pipeline.errors import ConfigError, ModelError
 from pipeline.hardware import Precision
-from pipeline.networks import Network, NetworkTask, build_network
+from pipeline.networks import Network
+from pipeline.networks.fitting import network_for
 from pipeline.records import Record, atomic_folder, digest_of, file_digest, refuse_other_format, write_json
 
 MODEL_FORMAT_VERSION = 1
@@ -157,9 +158,8 @@ def _build(folder: Path, description: ModelDescription, plan: Plan) -> Network:
             f"{folder}: {DESCRIPTION} has {got[0]} channels and {got[1]} classes, {PLAN} {len(plan.channels)} and "
             f"{len(plan.labels)}; they are not of one model: copy the whole folder again"
         )
-    task = NetworkTask(*got, patch_size=plan.patch_size, spacing_mm=plan.spacing_mm)
     try:
-        return build_network(description.network.name, description.network.options, task)
+        return network_for(plan, description.network)
     except ValueError as error:
         raise ModelError(f"{folder / DESCRIPTION}: network: {error}") from error
 

@@ -63,7 +63,7 @@ class Predictor:
         self.inference = inference
         self.device = device
         self.dtype = dtype
-        self.batch = batch or max(1, BATCH_VOXELS.get(device.type, 1) // math.prod(plan.patch_size))
+        self.batch = batch or max(1, BATCH_VOXELS.get(device.type, 1) // math.prod(network.input_size(plan.patch_size)))
         self._network = network.to(device)
         self._windowing = Windowing(
             window=plan.patch_size,

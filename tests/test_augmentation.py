@@ -21,10 +21,17 @@ NONE = {
 }
 
 
-def augmentation(seed: int = 0, num_classes: int = 4, **changes: object) -> Augmentation:
+def augmentation(
+    seed: int = 0,
+    num_classes: int = 4,
+    patch: tuple[int, int, int] = PATCH,
+    target: tuple[int, int, int] | None = None,
+    **changes: object,
+) -> Augmentation:
     return Augmentation(
         AugmentationSection(**{**NONE, **changes}),  # type: ignore[arg-type]
-        patch_size=PATCH,
+        patch_size=patch,
+        target_size=target or patch,
         left_right_axis=0,
         paired_classes=((1, 2),),
         num_classes=num_classes,
@@ -233,3 +240,49 @@ def test_a_deformed_label_is_the_class_with_the_largest_share() -> None:
     assert (target == column[None, :, None, None]).all()
     assert torch.equal(column[::2], column[1::2])
     assert (column[1:-1:2] != column[2::2]).all()
+
+
+@pytest.mark.parametrize("num_classes", [4, 9])
+def test_a_smaller_target_is_the_middle_of_the_whole_one(num_classes: int) -> None:
+    changes = {"affine_probability": 1.0, "elastic_probability": 1.0, "flip_axes": ("x", "y", "z")}
+    whole = augmentation(num_classes=num_classes, **changes)
+    smaller = augmentation(num_classes=num_classes, target=(12, 16, 10), **changes)
+    image, label = batch(whole.read_size)
+    (seen, target), (same, middle) = whole(image, label, 0), smaller(image, label, 0)
+    assert torch.equal(seen, same)
+    assert torch.equal(target[:, 6:18, 2:18, 3:13], middle)
+
+
+def test_a_plane_is_deformed_within_itself() -> None:
+    flat = augmentation(
+        patch=(24, 20, 1),
+        affine_probability=1.0,
+        rotation_degrees=90.0,
+        shift_voxels=3.0,
+        elastic_probability=1.0,
+        blur_probability=1.0,
+        low_resolution_probability=1.0,
+    )
+    assert flat.read_size[2] == 1
+    ones = torch.ones(8, 1, *flat.read_size)
+    changed, target = flat(ones, torch.ones(8, *flat.read_size, dtype=torch.uint8), 0)
+    assert changed.shape == (8, 1, 24, 20, 1)
+    # Whatever left the plane would have sampled the zeros beside it, in every voxel.
+    assert (changed[:, :, 8:16, 7:13] > 0.99).all()
+    assert (target[:, 8:16, 7:13] == 1).all()
+
+
+def test_channel_dropout_takes_one_channel_that_is_there_and_leaves_the_last() -> None:
+    dropping = augmentation(channel_dropout_probability=1.0)
+    image = torch.ones(40, 3, *PATCH)
+    image[:20, 2] = 0
+    image[20:, 1:] = 0
+    image = torch.nn.functional.pad(
+        image, [n for r, p in zip(dropping.read_size[::-1], PATCH[::-1], strict=True) for n in [(r - p) // 2] * 2]
+    )
+    label = torch.zeros(40, *dropping.read_size, dtype=torch.uint8)
+    changed, _ = dropping(image, label, 0)
+    present = changed.flatten(2).any(2)
+    assert present[:20].sum(1).tolist() == [1] * 20
+    assert set(present[:20, 0].tolist()) == {True, False}
+    assert present[20:].tolist() == [[True, False, False]] * 20

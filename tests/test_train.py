@@ -54,11 +54,24 @@ def test_deep_supervision_of_a_network_without_it_is_refused(prepared: Config) -
     assert not Workspace(config.workspace).run("deep", 0).exists()
 
 
-def test_a_patch_that_the_network_cannot_halve_is_refused_with_the_next_that_it_can(prepared: Config) -> None:
-    options = {"blocks_down": (1,) * 6, "blocks_up": (1,) * 5}
+def test_a_patch_that_the_network_cannot_halve_is_rounded_up_with_the_reason(prepared: Config) -> None:
+    options = {"width": 8, "blocks_down": (1,) * 6, "blocks_up": (1,) * 5}
     config = changed(prepared.changed(name="odd"), "network", name="segresnet", options=options)
-    with pytest.raises(ConfigError, match=r"set preprocessing\.patch_size: \[32, 32, 32\]"):
-        train.run(config)
+    (folder,) = train.run(config)
+    for path in (folder / "plan.yaml", folder / "models/best/plan.yaml"):
+        plan = read_plan(path)
+        assert plan.patch_size == (32, 32, 32)
+        assert plan.reasons["patch_size"] == "set in the configuration; rounded up to what segresnet can yield"
+
+
+def test_a_2d_network_trains_on_planes_across_the_thickest_axis_and_is_evaluated(prepared: Config) -> None:
+    options = {"width": 4, "levels": 2}
+    config = changed(prepared.changed(name="flat"), "network", spatial_dims=2, options=options)
+    (folder,) = train.run(config)
+    plan = read_plan(folder / "plan.yaml")
+    assert plan.patch_size == (16, 16, 1)
+    assert plan.batch_size == 32
+    assert not evaluate.run(config).failures
 
 
 def test_one_process_at_a_time_trains_a_fold(prepared: Config) -> None:

@@ -19,7 +19,7 @@ from pipeline.data.phantoms import LABELS, make_phantom, write_phantom_dataset
 from pipeline.data.volume import read_label, write_image, write_label
 from pipeline.evaluation.metrics import Comparison, dice
 from pipeline.model import load_model, save_model
-from pipeline.networks import NetworkTask, build_network
+from pipeline.networks.fitting import network_for
 from pipeline.stages import manifest, segment
 from pipeline.stages import run as run_stage
 
@@ -76,12 +76,8 @@ def _prepare(workspace: Path) -> Config:
 def _save_untrained(trained: Path, folder: Path) -> None:
     """Save a trained model with its network as it might have been before training."""
     model = load_model(trained, torch.device("cpu"))
-    task = NetworkTask(
-        model.description.in_channels, model.description.num_classes, model.plan.patch_size, model.plan.spacing_mm
-    )
     torch.manual_seed(0)
-    network = build_network(model.description.network.name, model.description.network.options, task)
-    save_model(folder, replace(model, network=network))
+    save_model(folder, replace(model, network=network_for(model.plan, model.description.network)))
 
 
 def _segment_new(model: Path, workspace: Path, name: str) -> float:

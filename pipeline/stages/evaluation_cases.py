@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Config
-from pipeline.data.manifest import Case, Manifest, load_manifest
+from pipeline.data.manifest import Case, Manifest
 from pipeline.data.plan import Plan, read_plan
 from pipeline.errors import ManifestError, ModelError
 from pipeline.model import CONFIG, DESCRIPTION, PLAN, ModelDescription, read_description
+from pipeline.stages.dataset import dataset_of
 from pipeline.stages.models import resolve_model
 from pipeline.stages.workspace import Workspace
 
@@ -65,7 +66,7 @@ def own_manifest(config: Config) -> Manifest:
         ManifestError: it cannot be read; says how to name other cases.
     """
     try:
-        return load_manifest(config.data.manifest, config.data.root)
+        return dataset_of(config)
     except ManifestError as error:
         raise ManifestError(f"{error}\nor name the cases to evaluate on with --manifest") from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from pipeline.data.plan import Fingerprint, Plan, read_plan
 from pipeline.data.store import CaseStore
 from pipeline.errors import ConfigError, StoreError
 from pipeline.hardware import pick_dtype
-from pipeline.networks import Network, NetworkTask, build_network
+from pipeline.networks import Network
+from pipeline.networks.fitting import fitted_plan, network_for
 from pipeline.records import digest_of
 from pipeline.stages.models import LAST
 from pipeline.stages.preprocess import CASES, KEYS, sources_digest
@@ -46,7 +47,7 @@ class FoldTask:
     Attributes:
         config: the experiment.
         manifest: the data set.
-        plan: how its cases were prepared.
+        plan: how its cases were prepared, with a patch that the network takes.
         fingerprint: what its development cases are like.
         store: the prepared cases.
         folder: the run folder.
@@ -69,6 +70,7 @@ class FoldTask:
 
         Raises:
             StoreError: the data are not preprocessed.
+            ConfigError: the network does not fit the plan.
         """
         workspace = Workspace(config.workspace)
         folder = workspace.store(config, manifest.name)
@@ -87,7 +89,10 @@ class FoldTask:
             device,
         )
         task.refuse_stale_store(folder / KEYS)
-        return task
+        try:
+            return replace(task, plan=fitted_plan(task.plan, config.network))
+        except ValueError as error:
+            raise ConfigError(f"network {config.network.name}: {error}") from error
 
     def refuse_stale_store(self, record: Path) -> None:
         """See that the store was made from this manifest and plan, and that each case came out.
@@ -173,13 +178,15 @@ class FoldTask:
         """Build network, loss and optimiser from the seed."""
         config, section = self.config, self.config.training
         torch.manual_seed(torch_seed(config.seed, "weights", 0))
-        size = NetworkTask(len(self.plan.channels), len(self.plan.labels), self.plan.patch_size, self.plan.spacing_mm)
+        network = network_for(self.plan, config.network)
         try:
-            network = build_network(config.network.name, config.network.options, size)
             loss = build_loss(section.loss, section.loss_options)
         except ValueError as error:
-            raise ConfigError(f"network {config.network.name}, loss {section.loss}: {error}") from error
-        self._refuse_unfit(network)
+            raise ConfigError(f"training.loss {section.loss}: {error}") from error
+        if section.deep_supervision and type(network).deep_supervision is Network.deep_supervision:
+            raise ConfigError(
+                f"training.deep_supervision: network {config.network.name} has no coarser outputs; leave it false"
+            )
         # Channels last is the layout that convolution kernels want; without it each of them rearranges its input.
         network.to(self.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         return TrainState(
@@ -195,27 +202,13 @@ class FoldTask:
             loss_sum=torch.zeros((), device=self.device),
         )
 
-    def _refuse_unfit(self, network: Network) -> None:
-        """See that the network takes the plan's patch and gives what training asks of it.
-
-        Raises:
-            ConfigError: it does not; says what would.
-        """
-        name, patch, legal = self.config.network.name, self.plan.patch_size, network.input_size(self.plan.patch_size)
-        if legal != patch:
-            raise ConfigError(
-                f"network {name}: takes no patch of {patch} voxels; set preprocessing.patch_size: {list(legal)} and "
-                "run `medseg preprocess`"
-            )
-        if self.config.training.deep_supervision and type(network).deep_supervision is Network.deep_supervision:
-            raise ConfigError(f"training.deep_supervision: network {name} has no coarser outputs; leave it false")
-
-    def batches(self) -> Batches:
-        """Build the way from the store to augmented batches."""
+    def batches(self, network: Network) -> Batches:
+        """Build the way from the store to the network's augmented batches."""
         section = self.config.training
         augmentation = Augmentation(
             section.augmentation,
-            patch_size=self.plan.patch_size,
+            patch_size=network.input_size(self.plan.patch_size),
+            target_size=self.plan.patch_size,
             left_right_axis=self.plan.left_right_axis,
             paired_classes=self.plan.paired_classes,
             num_classes=len(self.plan.labels),

@@ -16,7 +16,7 @@ from typing import Literal
 import psutil
 
 from pipeline.config import Config, PreprocessingSection
-from pipeline.data.manifest import Case, Manifest, load_manifest
+from pipeline.data.manifest import Case, Manifest
 from pipeline.data.plan import Fingerprint, Plan, read_plan, write_plan
 from pipeline.data.store import STORE_FORMAT_VERSION, CaseStore
 from pipeline.data.volume import read_case_images, read_case_label
@@ -27,6 +27,7 @@ from pipeline.preparation.preprocessing import prepare_case
 from pipeline.preparation.survey import compare_cases, cores, examine_cases
 from pipeline.progress import track
 from pipeline.records import digest_of, write_json, write_text
+from pipeline.stages.dataset import dataset_of
 from pipeline.stages.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def run(config: Config, *, jobs: int | None = None, replan: bool = False) -> Pre
         StoreError: another process is writing here.
         PipelineError: cases failed; names them all. The others are done.
     """
-    manifest = load_manifest(config.data.manifest, config.data.root)
+    manifest = dataset_of(config)
     examinations = _examinations(config, manifest, jobs)
     folder = Workspace(config.workspace).store(config, manifest.name)
     store = CaseStore(folder / CASES)

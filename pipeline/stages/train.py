@@ -16,7 +16,7 @@ from torch import Tensor
 from pipeline import __version__
 from pipeline.config import Config
 from pipeline.config_loading import dump_config
-from pipeline.data.manifest import Case, load_manifest
+from pipeline.data.manifest import Case
 from pipeline.data.plan import write_plan
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.evaluation.metrics import score_case
@@ -26,6 +26,7 @@ from pipeline.pictures import draw_learning_curves, draw_overlay
 from pipeline.predictor import Predictor
 from pipeline.progress import counter
 from pipeline.records import atomic_path, exclusively, write_json, write_text
+from pipeline.stages.dataset import dataset_of
 from pipeline.stages.fold_task import FACTS, FoldTask
 from pipeline.stages.models import BEST, LAST
 from pipeline.stages.workspace import EARLIER, Workspace
@@ -78,7 +79,7 @@ def fold_tasks(config: Config, fold: str, device: str) -> list[FoldTask]:
         ConfigError: the manifest has no such fold, or the device is not there.
         StoreError: a case is not preprocessed.
     """
-    manifest = load_manifest(config.data.manifest, config.data.root)
+    manifest = dataset_of(config)
     if fold != "all" and (not fold.isdecimal() or int(fold) not in manifest.folds):
         raise ConfigError(f"--fold {fold}: the manifest has folds {', '.join(map(str, manifest.folds))}; or say all")
     numbers = manifest.folds if fold == "all" else (int(fold),)
@@ -188,7 +189,8 @@ def train_fold(task: FoldTask, *, resume: bool) -> None:
 def _train_locked(task: FoldTask, *, resume: bool) -> None:
     """Train one fold while no other process does."""
     began = time.monotonic()
-    state, batches = task.new_state(), task.batches()
+    state = task.new_state()
+    batches = task.batches(state.network)
     if resume:
         load_checkpoint(task.checkpoint, state, task.facts)
         tracked = RunLog.resume(task.folder)

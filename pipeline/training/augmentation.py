@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.config import AugmentationSection
+from pipeline.networks.contract import Size, centre_crop
 from pipeline.training.randomness import generator, torch_generator
-
-Size = tuple[int, int, int]
 
 # What is read beyond the patch, so that the corners of a rotated patch hold anatomy: 20 % on the whole keeps the
 # reading under twice the patch's voxels; what lies farther out is zero.
@@ -32,7 +31,8 @@ class Augmentation:
 
     Args:
         section: probabilities and ranges.
-        patch_size: voxels of what is returned.
+        patch_size: voxels of the image returned.
+        target_size: voxels of the label returned, its centre: fewer where the network loses some at its border.
         left_right_axis: axis of the plan's grid between left and right, whose flip swaps classes.
         paired_classes: class indices that swap.
         num_classes: classes, background included.
@@ -44,6 +44,7 @@ class Augmentation:
         section: AugmentationSection,
         *,
         patch_size: Size,
+        target_size: Size,
         left_right_axis: int,
         paired_classes: tuple[tuple[int, int], ...],
         num_classes: int,
@@ -51,6 +52,7 @@ class Augmentation:
     ) -> None:
         self.section = section
         self.patch_size = patch_size
+        self.target_size = target_size
         self.seed = seed
         self.flip_axes = tuple("xyz".index(axis) for axis in section.flip_axes)
         self.left_right_axis = left_right_axis
@@ -76,17 +78,17 @@ class Augmentation:
             first_index: index of the batch's first patch in the whole training.
 
         Returns:
-            image (N, C, *patch_size) float32 and label (N, *patch_size) int64.
+            image (N, C, *patch_size) float32 and label (N, *target_size) int64.
         """
-        inner = [slice((r - p) // 2, (r - p) // 2 + p) for r, p in zip(self.read_size, self.patch_size, strict=True)]
-        changed, target = image[:, :, *inner].contiguous(), label[:, *inner].long()
+        changed = centre_crop(image, self.patch_size).contiguous()
+        target = centre_crop(label[:, None], self.target_size)[:, 0].long()
         if not self.section.enabled:
             return changed, target
         draws = [generator(self.seed, "augmentation", first_index + i) for i in range(len(image))]
         self._deform(image, label, changed, target, draws)
         self._flip(changed, target, draws)
         self._add_noise(changed, draws, first_index)
-        for change in (self._blur, self._scale_intensity, self._coarsen, self._bend_intensity):
+        for change in (self._blur, self._scale_intensity, self._coarsen, self._bend_intensity, self._drop_channel):
             change(changed, draws)
         return changed, target
 
@@ -99,18 +101,19 @@ class Augmentation:
         if not rows:
             return
         grid = torch.stack([self._grid(matrices[i], shifts[i], fields[i], image.device) for i in rows])
-        channels, classes = image.shape[1], len(self.swapped_classes)
+        changed[rows] = F.grid_sample(image[rows], grid, mode="bilinear", align_corners=False)
+        # (N, X, Y, Z, 3): the target is the middle of what the network sees.
+        inner = centre_crop(grid.movedim(-1, 1), self.target_size).movedim(1, -1)
+        classes = len(self.swapped_classes)
         if classes > MOST_LINEAR_CLASSES:
-            changed[rows] = F.grid_sample(image[rows], grid, mode="bilinear", align_corners=False)
-            nearest = F.grid_sample(label[rows][:, None].float(), grid, mode="nearest", align_corners=False)
+            nearest = F.grid_sample(label[rows][:, None].float(), inner, mode="nearest", align_corners=False)
             target[rows] = nearest[:, 0].long()
             return
-        shares = [(label[rows] == index)[:, None] for index in range(1, classes)]
-        sampled = F.grid_sample(torch.cat([image[rows], *shares], 1), grid, mode="bilinear", align_corners=False)
-        changed[rows] = sampled[:, :channels]
-        share, index = sampled[:, channels:].max(1)
+        own = torch.stack([label[rows] == index for index in range(1, classes)], 1).float()
+        shares = F.grid_sample(own, inner, mode="bilinear", align_corners=False)
+        share, index = shares.max(1)
         # The background's share is what the foreground leaves; it wins where it is larger than each class's own.
-        target[rows] = torch.where(share > 1 - sampled[:, channels:].sum(1), index + 1, 0)
+        target[rows] = torch.where(share > 1 - shares.sum(1), index + 1, 0)
 
     def _grid(
         self,
@@ -143,15 +146,22 @@ class Augmentation:
         matrix, shift, field = None, np.zeros(3), None
         if random.random() < section.affine_probability:
             angles = np.deg2rad(random.uniform(-section.rotation_degrees, section.rotation_degrees, 3))
+            # A rotation turns the two axes other than its own, which a plane must not leave.
+            angles *= np.roll(self._thick, 1) * np.roll(self._thick, 2)
             common = np.exp(random.uniform(*np.log(section.scale)))
             sizes = common * (1 + random.uniform(-section.scale_anisotropy, section.scale_anisotropy, 3))
             # The grid asks where a voxel comes from: things grow where the grid shrinks.
             matrix = _rotation(angles) / sizes
-            shift = random.uniform(-section.shift_voxels, section.shift_voxels, 3)
+            shift = random.uniform(-section.shift_voxels, section.shift_voxels, 3) * self._thick
         if random.random() < section.elastic_probability:
             points = [int(np.ceil(n / section.elastic_spacing_voxels)) + 3 for n in self.patch_size]
-            field = random.normal(0.0, section.elastic_voxels, (3, *points))
+            field = random.normal(0.0, section.elastic_voxels, (3, *points)) * self._thick[:, None, None, None]
         return matrix, shift, field
+
+    @property
+    def _thick(self) -> NDArray[np.float64]:
+        """1 for each axis along which a patch has more than one voxel, 0 for that of a 2-D network's planes."""
+        return np.array([float(size > 1) for size in self.patch_size])
 
     def _displacement(self, field: NDArray[np.float64], device: torch.device) -> Tensor:
         """Return the displacement in voxels (X, Y, Z, 3), axes in reverse order, of control points (3, *points).
@@ -211,6 +221,13 @@ class Augmentation:
             bent = ((image[i] - low) / (high - low).clamp_min(1e-6)).pow(exponent)
             bent_std, bent_mean = torch.std_mean(bent, (1, 2, 3), keepdim=True)
             image[i] = (bent - bent_mean) * (std / bent_std.clamp_min(1e-6)) + mean
+
+    def _drop_channel(self, image: Tensor, draws: list[np.random.Generator]) -> None:
+        """Set one channel to zero, of those that are not zero already, and never the last of them."""
+        for i, place in _chosen(draws, self.section.channel_dropout_probability, (0.0, 1.0)):
+            present = image[i].flatten(1).any(1).nonzero()[:, 0]
+            if len(present) > 1:
+                image[i, present[int(place * len(present))]] = 0
 
 
 def _tensor(array: NDArray[np.float64], device: torch.device) -> Tensor:
