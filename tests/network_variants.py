@@ -11,6 +11,10 @@ FLAT_TASK = NetworkTask(2, 3, patch_size=(32, 24, 1), spacing_mm=(1.0, 1.0, 4.0)
 
 # Name in the table -> options, one entry for each way in which the network takes another road.
 VARIANTS: dict[str, list[Options]] = {
+    "patch_classifier": [
+        {"widths": [4, 6], "convs": 1, "hidden": [8]},
+        {"widths": [4], "pooling": False, "seen": 1, "hidden": [], "norm": "none"},
+    ],
     "unet": [
         {"width": 4},
         {"width": 4, "norm": "batch", "residual": True, "activation": "silu", "dropout": 0.3},
