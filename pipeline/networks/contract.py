@@ -70,10 +70,15 @@ class Network(nn.Module):
         return (self(image),)
 
 
+def as_size(values: Iterable[int]) -> Size:
+    """Return three numbers, one for each axis, as a size."""
+    x, y, z = values
+    return x, y, z
+
+
 def total_stride(strides: Iterable[Size]) -> Size:
     """Return the product of the strides of all levels, axis by axis: what an input must be a multiple of."""
-    x, y, z = (prod(along) for along in zip(*strides, strict=True))
-    return x, y, z
+    return as_size(prod(along) for along in zip(*strides, strict=True))
 
 
 def centre_crop(features: Tensor, size: Iterable[int]) -> Tensor:
