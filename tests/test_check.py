@@ -446,8 +446,11 @@ def test_the_command_answers_by_its_exit_code_and_starts_no_torch(root: Path, tm
     assert (code, len(report["errors"])) == (2, 1)  # type: ignore[arg-type]
 
 
-def test_the_hippocampus_has_no_error(shared_data: Path, tmp_path: Path) -> None:
-    root = shared_data / "Task04_Hippocampus"
-    report = run(REPOSITORY / "data_manifests" / "hippocampus.json", root=root, workspace=tmp_path)
-    assert (report.cases, report.errors, report.warnings) == (200, (), ())
-    assert load_manifest(REPOSITORY / "data_manifests" / "hippocampus.json").folds == (0, 1, 2, 3, 4)
+@pytest.mark.parametrize(("name", "folder", "cases"), [("hippocampus", "Task04_Hippocampus", 200), ("sts", "STS", 19)])
+def test_the_committed_manifests_have_no_error(
+    shared_data: Path, tmp_path: Path, name: str, folder: str, cases: int
+) -> None:
+    path = REPOSITORY / "data_manifests" / f"{name}.json"
+    report = run(path, root=shared_data / folder, workspace=tmp_path)
+    assert (report.cases, report.errors, report.warnings) == (cases, (), ())
+    assert load_manifest(path).folds == (0, 1, 2, 3, 4)

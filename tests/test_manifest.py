@@ -167,6 +167,16 @@ def test_the_committed_manifest_holds_no_path_of_a_machine() -> None:
     assert manifest.labels == {"background": 0, "anterior": 1, "posterior": 2}
 
 
+def test_the_committed_sarcoma_manifest_has_missing_channels() -> None:
+    path = REPOSITORY / "data_manifests" / "sts.json"
+    assert json.loads(path.read_text())["root"] == "../../shared/data/STS"
+    manifest = load_manifest(path)
+    assert manifest.channels == {"MR_T1": "MR", "CT": "CT", "PET": "PET"}
+    assert [sum(channel in case.images for case in manifest.cases) for channel in manifest.channels] == [18, 7, 19]
+    assert len({case.patient for case in manifest.cases}) == 19
+    assert "CC BY" in manifest.licence
+
+
 def test_the_committed_manifest_is_what_the_data_give(shared_data: Path, tmp_path: Path) -> None:
     again = run(shared_data / "Task04_Hippocampus", tmp_path / "hippocampus.json")
     assert again.digest() == load_manifest(REPOSITORY / "data_manifests" / "hippocampus.json").digest()
