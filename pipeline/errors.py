@@ -35,3 +35,7 @@ class ModelError(PipelineError):
 
 class TrainingError(PipelineError):
     """Training cannot begin, go on or be resumed."""
+
+
+class EvaluationError(PipelineError):
+    """Results of evaluations cannot be read, or cannot be compared with each other."""

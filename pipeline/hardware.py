@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
+import os
+import re
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +22,9 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 # glibc's mallopt parameters, from malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+
+# Linux' account of this process's memory.
+_STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -81,3 +87,37 @@ def keep_freed_memory() -> None:
     libc.mallopt(_M_MMAP_MAX, 0)
     libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     libc.mallopt(_M_TOP_PAD, 64 * 2**20)
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a device is for people: cpu, or the GPU's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def give_freed_memory_back() -> None:
+    """Give the kernel what the process has freed, so that what it did before does not count as what it does next."""
+    gc.collect()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin to measure anew what `peak_memory_bytes` returns."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        _CLEAR_REFS.write_text("5")  # man 5 proc: resets the peak of the resident set
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Return the most memory in use since `reset_peak_memory`; None where the system does not tell.
+
+    On a GPU what torch had allocated there; on a CPU the resident set of the whole process, libraries included.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if not os.access(_CLEAR_REFS, os.W_OK):
+        return None
+    peak = re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
+    return int(peak[1]) * 1024 if peak else None

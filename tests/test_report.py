@@ -2,11 +2,13 @@
 
 import csv
 import json
+import math
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from pipeline.errors import EvaluationError
 from pipeline.evaluation.metrics import METRICS, Row, Status
 from pipeline.evaluation.report import (
     Evaluation,
@@ -14,6 +16,7 @@ from pipeline.evaluation.report import (
     as_text,
     draw_distributions,
     pick_cases,
+    read_case_table,
     write_case_table,
     write_report,
     write_summary,
@@ -31,7 +34,7 @@ def case(case_id: str, *scores: float | Status) -> ScoredCase:
         value = score if isinstance(score, float) else NAN
         status: Status = "scored" if isinstance(score, float) else score
         rows.append(Row(("left", "right")[index], status, 2.0, 1.0, dict.fromkeys(METRICS, value)))
-    return ScoredCase(case_id, case_id, 0, tuple(rows), 0.1)
+    return ScoredCase(case_id, case_id, 0, tuple(rows), 0.1, 2**20)
 
 
 CASES = (case("a", 0.9, 0.8), case("b", 0.7, "missed"), case("<c>", "spurious", 0.6), case("d", "both_empty", 0.5))
@@ -41,7 +44,7 @@ CASES = (case("a", 0.9, 0.8), case("b", 0.7, "missed"), case("<c>", "spurious", 
 def evaluation() -> Evaluation:
     summaries = summarise({c.case_id: c.rows for c in CASES}, samples=200, seed=0)
     failures = {"e": "e.nii.gz: cut short <script>alert(1)</script>"}
-    return Evaluation("phantoms, fold 0", {"model": "runs/x & y"}, 1.5, CASES, failures, tuple(summaries))
+    return Evaluation("phantoms, fold 0", {"model": "runs/x & y"}, "cpu", 1.5, CASES, failures, tuple(summaries))
 
 
 def test_the_case_table_keeps_nan_and_says_why(tmp_path: Path) -> None:
@@ -55,10 +58,25 @@ def test_the_case_table_keeps_nan_and_says_why(tmp_path: Path) -> None:
         ("b", "right", "missed"),
     ]
     assert len(lines) == 8
-    assert list(lines[0])[7:] == list(METRICS)
+    assert list(lines[0])[7:] == [*METRICS, "seconds", "peak_memory_bytes"]
     assert float(lines[0]["dice"]) == 0.9
     assert {lines[3][name] for name in METRICS} == {"nan"}
     assert lines[3]["reference_ml"] == "2"
+
+
+def test_the_case_table_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    write_case_table(tmp_path / "cases.csv", CASES)
+    # nan differs from itself, its text does not.
+    assert list(map(str, read_case_table(tmp_path / "cases.csv"))) == list(map(str, CASES))
+    with (tmp_path / "cases.csv").open(newline="") as file:
+        lines = [line.rsplit(",", 2)[0] for line in file.read().splitlines()]
+    (tmp_path / "older.csv").write_text("\n".join(lines) + "\n")
+    (older, *_) = read_case_table(tmp_path / "older.csv")
+    assert math.isnan(older.seconds)
+    assert older.peak_memory_bytes is None
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(EvaluationError, match=r"other\.csv: not a table of scored cases"):
+        read_case_table(tmp_path / "other.csv")
 
 
 def test_the_summary_is_strict_json(tmp_path: Path, evaluation: Evaluation) -> None:
@@ -78,7 +96,7 @@ def test_the_summary_is_strict_json(tmp_path: Path, evaluation: Evaluation) -> N
 def test_a_mean_without_cases_is_null_and_no_value(tmp_path: Path) -> None:
     cases = (case("a", "missed"),)
     summaries = tuple(summarise({"a": cases[0].rows}, samples=10, seed=0))
-    nothing = Evaluation("x", {}, 1.0, cases, {}, summaries)
+    nothing = Evaluation("x", {}, "cpu", 1.0, cases, {}, summaries)
     write_summary(tmp_path / "summary.json", nothing)
     dice = json.loads((tmp_path / "summary.json").read_text())["classes"]["left"]["metrics"]["dice"]
     assert dice == {"mean": None, "low": None, "high": None, "cases": 0}

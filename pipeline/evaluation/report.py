@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from pipeline.errors import EvaluationError
 from pipeline.evaluation.metrics import METRICS, Metric, Row
 from pipeline.evaluation.statistics import MEAN, ClassSummary, Estimate
 from pipeline.records import atomic_path, write_json, write_text
@@ -35,7 +37,8 @@ class ScoredCase:
         case_id, patient: as the manifest has them.
         fold: of the model that predicted the case; None for a model of no fold.
         rows: a row a class.
-        seconds: spent on predicting it.
+        seconds: spent on predicting it; nan where that was not written down.
+        peak_memory_bytes: while it was predicted; None where the system does not tell.
     """
 
     case_id: str
@@ -43,6 +46,7 @@ class ScoredCase:
     fold: int | None
     rows: tuple[Row, ...]
     seconds: float
+    peak_memory_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Evaluation:
     Attributes:
         title: of the page.
         facts: what was evaluated on what, name -> value.
+        device: that predicted: cpu, or the GPU's name.
         tolerance_mm: of the normalised surface Dice.
         cases: in the manifest's order.
         failures: case id -> why it has no score.
@@ -60,6 +65,7 @@ class Evaluation:
 
     title: str
     facts: dict[str, str]
+    device: str
     tolerance_mm: float
     cases: tuple[ScoredCase, ...]
     failures: dict[str, str]
@@ -78,12 +84,33 @@ def case_table(cases: Sequence[ScoredCase]) -> dict[str, list[Any]]:
         "reference_ml": [row.reference_ml for _, row in lines],
         "prediction_ml": [row.prediction_ml for _, row in lines],
         **{name: [row.values[name] for _, row in lines] for name in METRICS},
+        "seconds": [case.seconds for case, _ in lines],
+        "peak_memory_bytes": [case.peak_memory_bytes or "" for case, _ in lines],
     }
 
 
 def write_case_table(path: Path, cases: Sequence[ScoredCase]) -> None:
     """Write the per-case table as CSV; a metric without a value is `nan`, its reason in `status`."""
-    columns = case_table(cases)
+    write_columns(path, case_table(cases))
+
+
+def read_case_table(path: Path) -> list[ScoredCase]:
+    """Read the per-case table back; what an older one does not say is nan or None.
+
+    Raises:
+        EvaluationError: it cannot be read, or holds no such columns.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = list(csv.DictReader(file))
+        by_case = itertools.groupby(lines, key=lambda line: line["case"])
+        return [_read_case([*group]) for _, group in by_case]
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise EvaluationError(f"{path}: not a table of scored cases ({error!r}); run `medseg evaluate`") from error
+
+
+def write_columns(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
+    """Write equally long columns as CSV, numbers in six significant digits."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
@@ -105,6 +132,7 @@ def write_summary(path: Path, evaluation: Evaluation) -> None:
     content = {
         "title": evaluation.title,
         "facts": evaluation.facts,
+        "device": evaluation.device,
         "surface_tolerance_mm": evaluation.tolerance_mm,
         "units": {name: metric.unit for name, metric in METRICS.items()},
         "cases": len(evaluation.cases),
@@ -116,7 +144,7 @@ def write_summary(path: Path, evaluation: Evaluation) -> None:
 
 def as_text(evaluation: Evaluation) -> str:
     """Return the summary as a table for a terminal: means with 95 % intervals, missed and spurious beside them."""
-    header = ["", "scored", "missed", "spurious", *(_heading(METRICS[name]) for name in _TEXT_METRICS)]
+    header = ["", "scored", "missed", "spurious", *(heading(METRICS[name]) for name in _TEXT_METRICS)]
     lines = [header] + [
         [summary.class_name, str(summary.scored), str(summary.missed), str(summary.spurious)]
         + [format_estimate(METRICS[name], summary.metrics[name]) for name in _TEXT_METRICS]
@@ -186,23 +214,64 @@ def write_report(path: Path, evaluation: Evaluation, distributions: Path | None,
         distributions: the PNG of `draw_distributions`; None where no case is scored.
         pictures: PNG -> caption.
     """
-    # Imported here: only this page needs it.
+    page = render(
+        "report.html.j2",
+        evaluation=evaluation,
+        distributions=distributions and data_uri(distributions),
+        pictures=[(data_uri(picture), caption) for picture, caption in pictures.items()],
+    )
+    write_text(path, page)
+
+
+def render(template: str, **values: Any) -> str:
+    """Return a page made from a template of this folder, in which METRICS and the ways to format them are known."""
+    # Imported here: only pages need it.
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    page = environment.get_template("report.html.j2").render(
-        evaluation=evaluation,
-        metrics=METRICS,
-        mean=MEAN,
-        distributions=distributions and _data_uri(distributions),
-        pictures=[(_data_uri(picture), caption) for picture, caption in pictures.items()],
-        format_estimate=format_estimate,
-        format_value=_format_value,
-        heading=_heading,
+    environment.globals |= {
+        "metrics": METRICS,
+        "mean": MEAN,
+        "format_estimate": format_estimate,
+        "format_value": format_value,
+        "heading": heading,
+    }
+    return environment.get_template(template).render(**values)
+
+
+def heading(metric: Metric) -> str:
+    """Return a column's heading: long name and unit."""
+    return f"{metric.long_name}, {metric.unit}" if metric.unit else metric.long_name
+
+
+def format_value(metric: Metric, value: float) -> str:
+    """Format one case's value; nan stays nan."""
+    return "nan" if math.isnan(value) else f"{value:.{metric.decimals}f}"
+
+
+def data_uri(picture: Path) -> str:
+    """Return a PNG as text that stands in the page itself."""
+    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
+
+
+def _read_case(lines: Sequence[Mapping[str, str]]) -> ScoredCase:
+    """Return a case from its lines of the per-case table."""
+    first = lines[0]
+    rows = tuple(
+        Row(
+            line["class"],
+            line["status"],  # type: ignore[arg-type]
+            float(line["reference_ml"]),
+            float(line["prediction_ml"]),
+            {name: float(line[name]) for name in METRICS},
+        )
+        for line in lines
     )
-    write_text(path, page)
+    fold = int(first["fold"]) if first["fold"] else None
+    seconds, memory = float(first.get("seconds") or "nan"), first.get("peak_memory_bytes")
+    return ScoredCase(first["case"], first["patient"], fold, rows, seconds, int(memory) if memory else None)
 
 
 def _place(case: ScoredCase) -> float:
@@ -231,20 +300,10 @@ def _draw_panel(panel: Axes, metric: Metric, names: Sequence[str], columns: Sequ
         panel.plot(values, spread, "o", color="#1f6391", markersize=4, alpha=0.55, markeredgewidth=0)
     panel.set_yticks(range(1, len(names) + 1), names)
     panel.set_ylim(len(names) + 0.5, 0.5)
-    panel.set_title(_heading(metric), fontsize=9)
+    panel.set_title(heading(metric), fontsize=9)
     panel.tick_params(labelsize=8)
     panel.grid(axis="x", alpha=0.25)
     panel.spines[["top", "right"]].set_visible(False)
-
-
-def _heading(metric: Metric) -> str:
-    """Return a column's heading: long name and unit."""
-    return f"{metric.long_name}, {metric.unit}" if metric.unit else metric.long_name
-
-
-def _format_value(metric: Metric, value: float) -> str:
-    """Format one case's value; nan stays nan."""
-    return "nan" if math.isnan(value) else f"{value:.{metric.decimals}f}"
 
 
 def _shortest(value: Any) -> Any:
@@ -256,8 +315,3 @@ def _estimate_as_json(estimate: Estimate) -> dict[str, float | int | None]:
     """Return an estimate as JSON knows it."""
     known = {name: None if math.isnan(value) else value for name, value in vars(estimate).items()}
     return known | {"cases": estimate.cases}
-
-
-def _data_uri(picture: Path) -> str:
-    """Return a PNG as text that stands in the page itself."""
-    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from pipeline.config import Config, EvaluationSection
 from pipeline.config_loading import load_config
@@ -21,6 +22,14 @@ from pipeline.evaluation import report
 from pipeline.evaluation.metrics import score_case
 from pipeline.evaluation.report import Evaluation, ScoredCase
 from pipeline.evaluation.statistics import summarise
+from pipeline.hardware import (
+    device_name,
+    give_freed_memory_back,
+    keep_freed_memory,
+    peak_memory_bytes,
+    pick_device,
+    reset_peak_memory,
+)
 from pipeline.model import CONFIG
 from pipeline.pictures import draw_overlay
 from pipeline.predictor import Predictor
@@ -112,6 +121,8 @@ def run(
     """
     if cases not in CHOICES:
         raise PipelineError(f"--cases {cases}: unknown; use {', '.join(CHOICES)}")
+    give_freed_memory_back()
+    keep_freed_memory()
     places = Workspace(workspace or (target.workspace if isinstance(target, Config) else Path("work")))
     models = models_of(target, places, tracking_uri)
     if config is None:
@@ -164,6 +175,7 @@ def _evaluate(
     return Evaluation(
         title=_title(tasks),
         facts=_facts(tasks, manifest, label, scored),
+        device=device_name(pick_device(device)),
         tolerance_mm=settings.surface_tolerance_mm,
         cases=tuple(scored),
         failures=failures,
@@ -194,13 +206,15 @@ def _score(
 ) -> ScoredCase:
     """Predict one case, keep the label map, and score it."""
     native, plan = labelled.reference.geometry, predictor.plan
+    reset_peak_memory(predictor.device)
     start = time.perf_counter()
     prediction = predictor.predict(labelled.images, native)
     seconds = time.perf_counter() - start
+    memory = peak_memory_bytes(predictor.device)
     write_label(_prediction_of(folder, case.id), prediction, header_of=labelled.header_of, names=plan.labels)
     classes = class_indices(prediction.array, plan)
     rows = score_case(classes, labelled.reference.array, native.spacing_mm, tuple(plan.labels), tolerance_mm)
-    return ScoredCase(case.id, case.patient, fold, tuple(rows), seconds)
+    return ScoredCase(case.id, case.patient, fold, tuple(rows), seconds, memory)
 
 
 def _read_ahead(
@@ -289,7 +303,10 @@ def _metrics(evaluation: Evaluation, section: str) -> dict[str, float]:
         for name, estimate in summary.metrics.items():
             if estimate.cases:
                 values[f"{section}/{name}/{summary.class_name}"] = estimate.mean
-    return values
+    if evaluation.cases:
+        values[f"{section}/seconds_per_case"] = median(case.seconds for case in evaluation.cases)
+    memory = [case.peak_memory_bytes for case in evaluation.cases if case.peak_memory_bytes]
+    return values | ({f"{section}/peak_memory_gib": max(memory) / 2**30} if memory else {})
 
 
 def _results_folder(tasks: Sequence[Task], workspace: Workspace, label: str) -> Path:
@@ -324,6 +341,7 @@ def _facts(tasks: Sequence[Task], manifest: Manifest, label: str, scored: Sequen
     """Return what was evaluated on what, for people."""
     first = tasks[0]
     seconds = sum(case.seconds for case in scored)
+    memory = [case.peak_memory_bytes for case in scored if case.peak_memory_bytes]
     return {
         "model": ", ".join(str(task.model) for task in tasks),
         "network": first.description.network.name,
@@ -332,4 +350,5 @@ def _facts(tasks: Sequence[Task], manifest: Manifest, label: str, scored: Sequen
         "data set": manifest.name,
         "cases": f"{label}, {len(scored)} of {len({case.patient for case in scored})} patients",
         "prediction": f"{seconds / max(1, len(scored)):.2f} s a case",
+        "peak memory": f"{max(memory) / 2**30:.2f} GiB" if memory else "unknown",
     }
