@@ -42,5 +42,5 @@ def test_no_complete_case_is_an_error_with_the_way_out(tmp_path: Path) -> None:
     manifest_of_two = config.data.manifest
     text = manifest_of_two.read_text().replace('"T1": "MR"', '"T1": "MR",\n  "T2": "MR"')
     manifest_of_two.write_text(text)
-    with pytest.raises(ManifestError, match="no case has all of T1, T2; set preprocessing.missing_channels: zero"):
+    with pytest.raises(ManifestError, match=r"no case has all of T1, T2; set preprocessing\.missing_channels: zero"):
         dataset_of(config)

@@ -223,7 +223,8 @@ def _train_locked(task: FoldTask, *, resume: bool) -> None:
 def _warn_of_unpaired_sides(task: FoldTask) -> None:
     """Say so where left and right are flipped but no labels swap: right for one organ, wrong for a pair of them."""
     section, plan = task.config.training.augmentation, task.plan
-    if len(plan.labels) > 2 and section.enabled and "xyz"[plan.left_right_axis] in section.flip_axes and not plan.label_pairs:
+    flips_sides = section.enabled and "xyz"[plan.left_right_axis] in section.flip_axes
+    if flips_sides and len(plan.labels) > 2 and not plan.label_pairs:
         log.warning(
             "training.augmentation.flip_axes flips left and right, and the manifest has no label_pairs: if two of %s "
             "are left and right of one structure, name them there",
