@@ -15,6 +15,13 @@ VARIANTS: dict[str, list[Options]] = {
         {"widths": [4, 6], "convs": 1, "hidden": [8]},
         {"widths": [4], "pooling": False, "seen": 1, "hidden": [], "norm": "none"},
     ],
+    "fcn": [
+        {"width": 4, "max_width": 8},
+        {"width": 4, "stride": 32, "convs": 1, "norm": "instance", "upsampling": "linear"},
+        {"width": 4, "stride": 4, "stages": 3, "head_width": 8, "head_kernel": 1, "norm": "none"},
+        {"width": 4, "stride": 1, "stages": 2, "dropout": 0.2},
+    ],
+    "simple_fcn": [{"width": 4}],
     "unet": [
         {"width": 4},
         {"width": 4, "norm": "batch", "residual": True, "activation": "silu", "dropout": 0.3},

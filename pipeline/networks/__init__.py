@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline import options as _options
 from pipeline.networks.contract import Network, NetworkTask
+from pipeline.networks.fcn import fcn, simple_fcn
 from pipeline.networks.monai_networks import dynunet, segresnet
 from pipeline.networks.patch_classifier import patch_classifier
 from pipeline.networks.unet import unet
@@ -15,6 +16,8 @@ __all__ = ["NETWORKS", "Network", "NetworkTask", "build_network", "check_options
 
 NETWORKS: dict[str, Callable[..., Network]] = {
     "patch_classifier": patch_classifier,
+    "fcn": fcn,
+    "simple_fcn": simple_fcn,
     "unet": unet,
     "dynunet": dynunet,
     "segresnet": segresnet,
