@@ -27,6 +27,11 @@ VARIANTS: dict[str, list[Options]] = {
         {"width": 4, "norm": "batch", "residual": True, "activation": "silu", "dropout": 0.3},
         {"width": 4, "norm": "none", "convs": 1, "activation": "prelu", "levels": 2},
     ],
+    "multiscale_pathways": [
+        {"feature_maps": [4, 4, 6, 6, 6, 6, 8, 8], "hidden": [8, 8]},
+        {"size": "small", "feature_maps": [4, 6, 4], "residual_layers": [3], "hidden": [], "norm": "none"},
+        {"factors": [], "feature_maps": [4, 4], "residual_layers": [], "hidden": [4]},
+    ],
     "dynunet": [{"width": 4}],
     "segresnet": [{"width": 8}],
 }

@@ -9,6 +9,7 @@ from pipeline import options as _options
 from pipeline.networks.contract import Network, NetworkTask
 from pipeline.networks.fcn import fcn, simple_fcn
 from pipeline.networks.monai_networks import dynunet, segresnet
+from pipeline.networks.multiscale_pathways import multiscale_pathways
 from pipeline.networks.patch_classifier import patch_classifier
 from pipeline.networks.unet import unet
 
@@ -19,6 +20,7 @@ NETWORKS: dict[str, Callable[..., Network]] = {
     "fcn": fcn,
     "simple_fcn": simple_fcn,
     "unet": unet,
+    "multiscale_pathways": multiscale_pathways,
     "dynunet": dynunet,
     "segresnet": segresnet,
 }
