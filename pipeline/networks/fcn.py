@@ -99,7 +99,7 @@ def fcn(
         convs: 3^3 convolutions in each stage.
         head_width: feature maps of the two convolutions after the last stage (fc6 and fc7); None: as many as it has.
         head_kernel: voxels a side of the first of them.
-        norm: batch, instance or none, in the encoder.
+        norm: of the encoder's convolutions; batch, instance, group or none.
         dropout: probability of zeroing a whole feature map of the head.
         upsampling: transposed is a learned convolution that begins as linear interpolation.
 

@@ -4,7 +4,6 @@ et al. 2012). The same weights, applied as dilated convolutions, decide every vo
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 from math import prod
 from typing import Annotated, Literal
@@ -13,7 +12,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.networks.contract import Network, NetworkTask, Size
+from pipeline.networks.blocks import ConvBlock
+from pipeline.networks.contract import Network, NetworkTask, Size, as_size
 
 Width = Annotated[int, Field(ge=1)]
 
@@ -44,7 +44,7 @@ class PatchClassifier(Network):
         self.connected = connected
         self.seen = seen
         self.field = _field(features, seen)
-        self.margin = _each(lambda n: n // 2, self.field)
+        self.margin = as_size(n // 2 for n in self.field)
 
     def classify(self, patches: Tensor) -> Tensor:
         """Return the logits (N, K) of the central voxels of patches (N, C, *field)."""
@@ -67,7 +67,7 @@ class PatchClassifier(Network):
             if isinstance(layer, nn.MaxPool3d):
                 kernel, step = _size(layer.kernel_size), _size(layer.stride)
                 dense.append(nn.MaxPool3d(kernel, stride=1, dilation=dilation))
-                dilation = _each(lambda apart, n: apart * n, dilation, step)
+                dilation = as_size(apart * n for apart, n in zip(dilation, step, strict=True))
             elif isinstance(layer, nn.Conv3d):
                 dense.append(DilatedConvolution(layer, _size(layer.kernel_size), dilation))
             elif isinstance(layer, nn.Linear):
@@ -121,9 +121,15 @@ def patch_classifier(
     channels = task.in_channels
     for width in widths:
         for _ in range(convs):
-            features.append(nn.Conv3d(channels, width, task.cubic(KERNEL), bias=norm == "none"))
-            features.append(nn.BatchNorm3d(width) if norm == "batch" else nn.Identity())
-            features.append(nn.ReLU(inplace=True))
+            features += ConvBlock(
+                channels,
+                width,
+                kernel=task.cubic(KERNEL),
+                stride=(1, 1, 1),
+                norm=norm,
+                activation="relu",
+                padding="valid",
+            )
             channels = width
         if pooling:
             features.append(nn.MaxPool3d(task.cubic(POOL), task.cubic(POOL_STEP)))
@@ -141,17 +147,11 @@ def _field(features: nn.Sequential, seen: Size) -> Size:
     field = seen
     for layer in reversed(features):
         if isinstance(layer, nn.Conv3d | nn.MaxPool3d):
-            field = _each(lambda n, k, step: (n - 1) * step + k, field, _size(layer.kernel_size), _size(layer.stride))
+            kernel, step = _size(layer.kernel_size), _size(layer.stride)
+            field = as_size((n - 1) * s + k for n, s, k in zip(field, step, kernel, strict=True))
     return field
-
-
-def _each(function: Callable[..., int], *sizes: Size) -> Size:
-    """Apply a function axis by axis."""
-    x, y, z = map(function, *sizes)
-    return x, y, z
 
 
 def _size(value: int | tuple[int, ...]) -> Size:
     """Return what torch takes for a size as a size."""
-    x, y, z = (value,) * 3 if isinstance(value, int) else value
-    return x, y, z
+    return (value, value, value) if isinstance(value, int) else as_size(value)
