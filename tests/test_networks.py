@@ -8,7 +8,7 @@ from network_variants import ALL, TASK, VARIANTS
 from torch import Tensor
 
 from pipeline.networks import NETWORKS, Network, build_network, check_options
-from pipeline.networks.unet import topology
+from pipeline.networks.topology import topology
 
 
 def build(name: str, options: dict[str, object]) -> Network:

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.networks.contract import Network, NetworkTask, Size, total_stride
-from pipeline.networks.unet import topology
+from pipeline.networks.topology import topology
 
 Width = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
