@@ -44,6 +44,7 @@ Options = Annotated[dict[str, Any], BeforeValidator(_none_as_empty)]
 Triple = tuple[Positive, Positive, Positive]
 Size = tuple[Count, Count, Count]
 Auto = Literal["auto"]
+Task = Literal["segment", "denoise"]
 
 
 class Section(Record):
@@ -163,8 +164,19 @@ class AugmentationSection(Section):
     """One channel set to zero, as if the case lacked it; never the only one that is there."""
 
 
+class DenoisingSection(Section):
+    """What a network learns to take away under `task: denoise`."""
+
+    noise_std: Factors = (0.1, 0.5)
+    """Standard deviation of the Gaussian noise added to a patch, in units of the normalised image; drawn for each."""
+
+
 class TrainingSection(Section):
     """How the network learns."""
+
+    init_from: str | None = None
+    """Model whose weights it begins with: a folder relative to this YAML, runs:/ID or models:/NAME@ALIAS; {fold} in it
+    stands for the fold. Of a model of another task only the encoder is taken. null: random weights."""
 
     budget: BudgetSection = BudgetSection(epochs=100)
     """How long."""
@@ -173,9 +185,10 @@ class TrainingSection(Section):
     batch_size: Count | None = None
     """Patches a step; null: the plan's."""
     foreground_fraction: Probability = 0.34
-    """Share of the patches centred on a foreground voxel of a class drawn evenly."""
+    """Share of the patches centred on a foreground voxel of a class drawn evenly; labels count for nothing under
+    `task: denoise`."""
     loss: str = "dice_ce"
-    """A name of the LOSSES table."""
+    """A name of the LOSSES table; `task: denoise` learns by the mean squared error instead."""
     loss_options: Options = {}
     """Options of that loss."""
     deep_supervision: bool = False
@@ -204,6 +217,8 @@ class TrainingSection(Section):
     """Write a checkpoint at least this often, besides the one at each epoch's end."""
     augmentation: AugmentationSection = AugmentationSection()
     """Random changes of the patches."""
+    denoising: DenoisingSection = DenoisingSection()
+    """What `task: denoise` takes away."""
 
 
 class InferenceSection(Section):
@@ -255,6 +270,8 @@ class Config(Section):
     """Folder of stores, runs and mlflow.db, relative to the current folder."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of every random draw."""
+    task: Task = "segment"
+    """segment, or denoise: learn on images alone, labelled or not, what `training.init_from` gives a segmentation."""
     data: DataSection
     preprocessing: PreprocessingSection = PreprocessingSection()
     network: NetworkSection = NetworkSection()

@@ -20,12 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_model as save_weights
 
-from pipeline.config import InferenceSection, NetworkSection
+from pipeline.config import InferenceSection, NetworkSection, Task
 from pipeline.data.plan import Fingerprint, Plan, read_plan, write_plan
 from pipeline.errors import ConfigError, ModelError
 from pipeline.hardware import Precision
 from pipeline.networks import Network
-from pipeline.networks.fitting import network_for
+from pipeline.networks.fitting import network_for, outputs_of
 from pipeline.records import Record, atomic_folder, digest_of, file_digest, refuse_other_format, write_json
 
 MODEL_FORMAT_VERSION = 1
@@ -45,9 +45,10 @@ class ModelDescription(Record):
     Attributes:
         format_version: of the model folder's own format.
         name: of the experiment that trained it.
+        task: segment; or denoise, whose network returns the image's channels, and serves only to begin a training with.
         network: its name in the NETWORKS table and its options.
         in_channels: channels of the image.
-        num_classes: channels of the logits, background included.
+        num_classes: channels of what the network returns: a segmentation's classes, background included.
         precision: in which the network was trained and computes: auto, fp32, bf16 or fp16.
         inference: how a whole volume is predicted.
         manifest_name, manifest_digest: the data set it was trained on.
@@ -60,6 +61,7 @@ class ModelDescription(Record):
 
     format_version: int = MODEL_FORMAT_VERSION
     name: str
+    task: Task = "segment"
     network: NetworkSection
     in_channels: int
     num_classes: int
@@ -153,13 +155,14 @@ def read_description(path: Path) -> ModelDescription:
 def _build(folder: Path, description: ModelDescription, plan: Plan) -> Network:
     """Build the network that a description and a plan speak of."""
     got = (description.in_channels, description.num_classes)
-    if got != (len(plan.channels), len(plan.labels)):
+    channels, outputs = len(plan.channels), outputs_of(description.task, plan)
+    if got != (channels, outputs):
         raise ModelError(
-            f"{folder}: {DESCRIPTION} has {got[0]} channels and {got[1]} classes, {PLAN} {len(plan.channels)} and "
-            f"{len(plan.labels)}; they are not of one model: copy the whole folder again"
+            f"{folder}: {DESCRIPTION} has {got[0]} channels and {got[1]} classes, {PLAN} {channels} and {outputs}; "
+            "they are not of one model: copy the whole folder again"
         )
     try:
-        return network_for(plan, description.network)
+        return network_for(plan, description.network, outputs)
     except ValueError as error:
         raise ModelError(f"{folder / DESCRIPTION}: network: {error}") from error
 

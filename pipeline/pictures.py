@@ -64,6 +64,28 @@ def draw_overlay(
     return figure
 
 
+def draw_images(images: Mapping[str, NDArray[Any]], spacing_mm: tuple[float, float, float], title: str = "") -> Figure:
+    """Draw the middle slice across the third axis of several images, all on one grey scale.
+
+    Args:
+        images: name -> (X, Y, Z), of one shape; the first one's 1st and 99th percentiles are black and white.
+        spacing_mm: of the three axes.
+        title: above the picture.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3 * len(images), 3.4), dpi=100, layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    low, high = np.percentile(next(iter(images.values())), (1, 99))
+    for panel, (name, image) in zip(figure.subplots(1, len(images)), images.items(), strict=True):
+        middle = image[:, :, image.shape[2] // 2].T
+        aspect = spacing_mm[1] / spacing_mm[0]
+        panel.imshow(middle, cmap="gray", vmin=low, vmax=high, origin="lower", aspect=aspect, interpolation="nearest")
+        panel.set_title(name, fontsize=8)
+        panel.set_axis_off()
+    return figure
+
+
 def slices_of(outlines: Mapping[str, NDArray[Any]], shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return for each axis the slice with the largest section of the first label map that is not empty."""
     drawn = next((classes for classes in outlines.values() if classes.any()), None)

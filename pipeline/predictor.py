@@ -28,7 +28,7 @@ from pipeline.hardware import Precision, pick_device, pick_dtype
 from pipeline.inference.labelling import label_from_planes
 from pipeline.inference.planes import LogitPlanes
 from pipeline.inference.postprocessing import postprocess
-from pipeline.inference.tiling import Windowing
+from pipeline.inference.tiling import Size, Windowing
 from pipeline.inference.windows import stream_logits
 from pipeline.model import load_model
 from pipeline.networks import Network
@@ -63,7 +63,7 @@ class Predictor:
         self.inference = inference
         self.device = device
         self.dtype = dtype
-        self.batch = batch or max(1, BATCH_VOXELS.get(device.type, 1) // math.prod(network.input_size(plan.patch_size)))
+        self.batch = batch or windows_at_once(network, plan.patch_size, device)
         self._network = network.to(device)
         self._windowing = Windowing(
             window=plan.patch_size,
@@ -84,11 +84,16 @@ class Predictor:
             precision: auto, fp32, bf16 or fp16; None: as the model was trained.
 
         Raises:
-            ModelError: the folder is no whole model.
+            ModelError: the folder is no whole model, or one that denoises.
             ConfigError: the device is not there.
         """
         chosen = pick_device(device)
         model = load_model(folder, chosen)
+        if model.description.task != "segment":
+            raise ModelError(
+                f"{folder}: has learned to {model.description.task}, not to segment; a training begins with its "
+                "weights by training.init_from"
+            )
         dtype = pick_dtype(precision or model.description.precision, chosen)
         return cls(model.network, model.plan, model.description.inference, device=chosen, dtype=dtype)
 
@@ -178,6 +183,11 @@ class Predictor:
         return {
             name: Volume(one[None], image.geometry) for name, one in zip(self.plan.channels, image.array, strict=True)
         }
+
+
+def windows_at_once(network: Network, window: Size, device: torch.device) -> int:
+    """Return the windows of a forward pass that keep a device busy."""
+    return max(1, BATCH_VOXELS.get(device.type, 1) // math.prod(network.input_size(window)))
 
 
 def _finite(planes: Iterable[LogitPlanes]) -> Iterator[LogitPlanes]:

@@ -139,13 +139,13 @@ class Manifest(Record):
         """The held-out cases."""
         return tuple(case for case in self.cases if case.fold is None)
 
-    def training_cases(self, fold: int) -> tuple[Case, ...]:
-        """Return the labelled cases that `fold` trains on."""
-        return tuple(case for case in self.development_cases if case.fold != fold and case.label)
+    def training_cases(self, fold: int, *, unlabelled: bool = False) -> tuple[Case, ...]:
+        """Return the cases that `fold` trains on: the labelled ones, or all."""
+        return tuple(case for case in self.development_cases if case.fold != fold and (case.label or unlabelled))
 
-    def validation_cases(self, fold: int) -> tuple[Case, ...]:
-        """Return the labelled cases that `fold` is validated on."""
-        return tuple(case for case in self.development_cases if case.fold == fold and case.label)
+    def validation_cases(self, fold: int, *, unlabelled: bool = False) -> tuple[Case, ...]:
+        """Return the cases that `fold` is validated on: the labelled ones, or all."""
+        return tuple(case for case in self.development_cases if case.fold == fold and (case.label or unlabelled))
 
     def path_of(self, file: ImageFile) -> Path:
         """Return a file's absolute path.

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.config import NetworkSection
+from pipeline.config import NetworkSection, Task
 from pipeline.data.plan import Plan
 from pipeline.networks import Network, build_network
 from pipeline.networks.contract import NetworkTask, Size
 
 # Planes that a step of a 2-D network has at most: more make it dearer, not better.
 MOST_PLANES = 32
+
+
+def outputs_of(task: Task, plan: Plan) -> int:
+    """Return how many channels a network returns: the plan's classes, or to denoise, the image's own channels."""
+    return len(plan.channels if task == "denoise" else plan.labels)
 
 
 def network_task(plan: Plan, section: NetworkSection, outputs: int | None = None) -> NetworkTask:

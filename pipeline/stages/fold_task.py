@@ -8,26 +8,28 @@ import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import torch
 
-from pipeline.config import Config
+from pipeline.config import AugmentationSection, Config
 from pipeline.data.manifest import Case, Manifest
 from pipeline.data.plan import Fingerprint, Plan, read_plan
 from pipeline.data.store import CaseStore
 from pipeline.errors import ConfigError, StoreError
 from pipeline.hardware import pick_dtype
 from pipeline.networks import Network
-from pipeline.networks.fitting import fitted_plan, network_for
+from pipeline.networks.fitting import fitted_plan, network_for, outputs_of
+from pipeline.predictor import Predictor
 from pipeline.records import digest_of
 from pipeline.stages.models import LAST
 from pipeline.stages.preprocess import CASES, KEYS, sources_digest
+from pipeline.stages.validation import DiceValidation, Validation
 from pipeline.stages.workspace import Workspace
 from pipeline.training.augmentation import Augmentation
-from pipeline.training.batches import Batches
-from pipeline.training.loop import LoopSettings, TrainState, averaged_tensors
+from pipeline.training.batches import Batches as AugmentedBatches
+from pipeline.training.loop import Batches, LoopSettings, TrainState, averaged_tensors
 from pipeline.training.losses import Objective, build_loss
 from pipeline.training.patches import CaseInMemory, PatchCase, PatchSampler
 from pipeline.training.randomness import torch_seed
@@ -53,7 +55,10 @@ class FoldTask:
         folder: the run folder.
         fold: the fold held out.
         device: where the network runs.
+        needs_labels: whether cases without a label are left out.
     """
+
+    needs_labels: ClassVar[bool] = True
 
     config: Config
     manifest: Manifest
@@ -114,13 +119,13 @@ class FoldTask:
 
     @property
     def training_cases(self) -> tuple[Case, ...]:
-        """Labelled cases of the other folds."""
-        return self.manifest.training_cases(self.fold)
+        """Cases of the other folds."""
+        return self.manifest.training_cases(self.fold, unlabelled=not self.needs_labels)
 
     @property
     def validation_cases(self) -> tuple[Case, ...]:
-        """Labelled cases of the fold held out."""
-        return self.manifest.validation_cases(self.fold)
+        """Cases of the fold held out."""
+        return self.manifest.validation_cases(self.fold, unlabelled=not self.needs_labels)
 
     @property
     def checkpoint(self) -> Path:
@@ -137,6 +142,11 @@ class FoldTask:
     def is_finished(self) -> bool:
         """Whether that training has ended; the last model is written at its end."""
         return self.is_begun and (self.folder / LAST / "model.yaml").exists()
+
+    @property
+    def outputs(self) -> int:
+        """Channels of what the network returns."""
+        return outputs_of(self.config.task, self.plan)
 
     @property
     def batch_size(self) -> int:
@@ -178,19 +188,12 @@ class FoldTask:
         """Build network, loss and optimiser from the seed."""
         config, section = self.config, self.config.training
         torch.manual_seed(torch_seed(config.seed, "weights", 0))
-        network = network_for(self.plan, config.network)
-        try:
-            loss = build_loss(section.loss, section.loss_options)
-        except ValueError as error:
-            raise ConfigError(f"training.loss {section.loss}: {error}") from error
-        if section.deep_supervision and type(network).deep_supervision is Network.deep_supervision:
-            raise ConfigError(
-                f"training.deep_supervision: network {config.network.name} has no coarser outputs; leave it false"
-            )
+        network = network_for(self.plan, config.network, self.outputs)
+        objective = self.objective(network)
         # Channels last is the layout that convolution kernels want; without it each of them rearranges its input.
         network.to(self.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         return TrainState(
-            objective=Objective(network, loss, deep_supervision=section.deep_supervision),
+            objective=objective,
             optimiser=_optimiser(network, config),
             scaler=torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16),
             average=None if section.ema_decay is None else [t.clone() for t in averaged_tensors(network)],
@@ -202,11 +205,38 @@ class FoldTask:
             loss_sum=torch.zeros((), device=self.device),
         )
 
+    def objective(self, network: Network) -> Objective:
+        """Join the network to the loss that it learns by.
+
+        Raises:
+            ConfigError: the loss's options are wrong, or the network has no outputs for deep supervision.
+        """
+        section = self.config.training
+        try:
+            loss = build_loss(section.loss, section.loss_options)
+        except ValueError as error:
+            raise ConfigError(f"training.loss {section.loss}: {error}") from error
+        if section.deep_supervision and type(network).deep_supervision is Network.deep_supervision:
+            raise ConfigError(
+                f"training.deep_supervision: network {self.config.network.name} has no coarser outputs; leave it false"
+            )
+        return Objective(network, loss, deep_supervision=section.deep_supervision)
+
+    def validation(self, network: Network) -> Validation:
+        """Return what scores the network on whole volumes."""
+        predictor = Predictor(network, self.plan, self.config.inference, device=self.device, dtype=self.dtype)
+        return DiceValidation(predictor, self.store)
+
+    @property
+    def augmentation(self) -> AugmentationSection:
+        """Random changes of the patches."""
+        return self.config.training.augmentation
+
     def batches(self, network: Network) -> Batches:
         """Build the way from the store to the network's augmented batches."""
         section = self.config.training
         augmentation = Augmentation(
-            section.augmentation,
+            self.augmentation,
             patch_size=network.input_size(self.plan.patch_size),
             target_size=self.plan.patch_size,
             left_right_axis=self.plan.left_right_axis,
@@ -215,27 +245,27 @@ class FoldTask:
             seed=self.config.seed,
         )
         sampler = PatchSampler(
-            self._patch_cases(),
+            self.patch_cases(),
             patch_size=self.plan.patch_size,
             read_size=augmentation.read_size,
             foreground_fraction=section.foreground_fraction,
             seed=self.config.seed,
         )
-        return Batches(sampler, augmentation, batch_size=self.batch_size, device=self.device)
+        return AugmentedBatches(sampler, augmentation, batch_size=self.batch_size, device=self.device)
 
-    def _patch_cases(self) -> list[PatchCase]:
+    def patch_cases(self) -> list[PatchCase]:
         """Return the training cases, in memory where they take a small share of it."""
         voxels = sum(math.prod(self.store.open(case.id).shape) for case in self.training_cases)
         if voxels * 3 > MEMORY_SHARE * psutil.virtual_memory().available:  # 2 bytes of image, about 1 of label
             log.info("patches are read from disk: %.1f GB of prepared cases are too many for memory", voxels * 3 / 1e9)
             return [self.store.open(case.id) for case in self.training_cases]
         prepared = (self.store.read(case.id) for case in self.training_cases)
-        return [CaseInMemory(p.image, p.label, p.class_voxels) for p in prepared if p.label is not None]
+        return [CaseInMemory(p.image, p.label, p.class_voxels) for p in prepared]
 
 
 def configuration_digest(config: Config) -> str:
     """Return a digest of what the weights depend on besides the data: not of where they are kept and tracked."""
-    kept = config.model_dump(mode="json", include={"seed", "preprocessing", "network", "training", "inference"})
+    kept = config.model_dump(mode="json", include={"seed", "task", "preprocessing", "network", "training", "inference"})
     return digest_of(kept)
 
 

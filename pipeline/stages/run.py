@@ -45,11 +45,13 @@ def run(config: Config, *, fold: str = "0", device: str = "auto", jobs: int | No
 
 
 def _train_and_evaluate(task: FoldTask) -> Path:
-    """Bring one fold's run folder up to date and return it."""
+    """Bring one fold's run folder up to date and return it; what does not segment is not evaluated."""
     if task.is_finished:
         log.info("fold %d: trained already, in %s", task.fold, task.folder)
     else:
         train.train_fold(task, resume=task.is_begun and task.checkpoint.exists())
+    if task.config.task != "segment":
+        return task.folder
     record, made_from = task.folder / "evaluation" / "fold" / MADE_FROM, _evaluation_digest(task)
     if record.exists() and record.read_text(encoding="utf-8").strip() == made_from:
         log.info("fold %d: evaluated already, in %s", task.fold, record.parent)

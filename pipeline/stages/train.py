@@ -5,41 +5,41 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 
 from pipeline import __version__
-from pipeline.config import Config
+from pipeline.config import Config, Task
 from pipeline.config_loading import dump_config
 from pipeline.data.manifest import Case
 from pipeline.data.plan import write_plan
 from pipeline.errors import ConfigError, TrainingError
-from pipeline.evaluation.metrics import score_case
 from pipeline.hardware import keep_freed_memory, pick_device
 from pipeline.model import Model, ModelDescription, save_model
-from pipeline.pictures import draw_learning_curves, draw_overlay
-from pipeline.predictor import Predictor
+from pipeline.pictures import draw_learning_curves
 from pipeline.progress import counter
 from pipeline.records import atomic_path, exclusively, write_json, write_text
 from pipeline.stages.dataset import dataset_of
+from pipeline.stages.denoising_task import DenoisingTask
 from pipeline.stages.fold_task import FACTS, FoldTask
 from pipeline.stages.models import BEST, LAST
 from pipeline.stages.workspace import EARLIER, Workspace
 from pipeline.tracking import RunLog, environment_tags, metric_history, start_follower
-from pipeline.training.batches import Batches
 from pipeline.training.budget import Costs, seconds_per_step, steps_within
 from pipeline.training.checkpoints import load_checkpoint, save_checkpoint
-from pipeline.training.loop import SCHEDULES, TrainState, averaged_weights, train, train_step
+from pipeline.training.loop import SCHEDULES, Batches, TrainState, averaged_weights, train, train_step
 
 log = logging.getLogger(__name__)
 
 # How long the end of training waits for MLflow; what has not arrived by then is sent by `medseg sync`.
 TRACKING_WAIT_S = 15.0
+
+# What a configuration's `task` trains.
+TASKS: dict[Task, type[FoldTask]] = {"segment": FoldTask, "denoise": DenoisingTask}
 
 # Validation cases that the probe of a minutes budget looks at.
 PROBE_CASES = 3
@@ -84,7 +84,7 @@ def fold_tasks(config: Config, fold: str, device: str) -> list[FoldTask]:
         raise ConfigError(f"--fold {fold}: the manifest has folds {', '.join(map(str, manifest.folds))}; or say all")
     numbers = manifest.folds if fold == "all" else (int(fold),)
     chosen = pick_device(device)
-    return [FoldTask.prepare(config, manifest, number, chosen) for number in numbers]
+    return [TASKS[config.task].prepare(config, manifest, number, chosen) for number in numbers]
 
 
 class FoldRun:
@@ -93,46 +93,20 @@ class FoldRun:
     def __init__(self, task: FoldTask, state: TrainState, tracked: RunLog) -> None:
         self.task = task
         self.tracked = tracked
-        self.predictor = Predictor(
-            state.network, task.plan, task.config.inference, device=task.device, dtype=task.dtype
-        )
+        self.validation = task.validation(state.network)
 
     def validate(self, state: TrainState) -> dict[str, float]:
-        """Return the mean Dice per class over full volumes on their native grids, and their mean, the "score"."""
+        """Score the volumes of the fold held out, and draw the first."""
         with averaged_weights(state):
             for case in self.task.validation_cases[:1]:
                 self.draw(case, state.step)
-            return self.scores(self.task.validation_cases)
-
-    def scores(self, cases: Sequence[Case]) -> dict[str, float]:
-        """Score cases with the network as it is, one after another from the store.
-
-        A structure that is missed, or found where there is none, counts as 0 here, for what is chosen by this score
-        must not gain from missing a structure; `evaluate` lists such cases apart.
-        """
-        names = list(self.task.plan.labels)
-        found: dict[str, list[float]] = {name: [] for name in names[1:]}
-        for case in map(self.task.store.read, (case.id for case in cases)):
-            if case.reference is None:
-                continue
-            classes = self.predictor.predict_prepared(case.image, case.geometry, case.native)
-            for row in score_case(classes, case.reference, case.native.spacing_mm, names, 1.0, metrics=("dice",)):
-                if row.status != "both_empty":
-                    found[row.class_name].append(row.values["dice"] if row.status == "scored" else 0.0)
-        means = {f"dice/{name}": float(np.mean(values)) for name, values in found.items() if values}
-        return {**means, "score": float(np.mean(list(means.values()))) if means else 0.0}
+            return self.validation.scores(self.task.validation_cases)
 
     def draw(self, case: Case, step: int) -> None:
-        """Log a picture of a case on the plan's grid: MLflow shows how the prediction changes over the steps."""
-        prepared = self.task.store.read(case.id)
-        prediction = self.predictor.predict_prepared(prepared.image, prepared.geometry, prepared.geometry)
-        outlines = {"prediction": prediction}
-        if prepared.label is not None:
-            outlines = {"reference": prepared.label, **outlines}
-        names, spacing_mm = list(self.task.plan.labels), prepared.geometry.spacing_mm
+        """Log a picture of a case: MLflow shows how it changes over the steps."""
         path = self.task.folder / "pictures" / f"step_{step:07d}.png"
         with atomic_path(path) as temporary:
-            draw_overlay(prepared.image[0], spacing_mm, outlines, names, f"step {step}").savefig(temporary)
+            self.validation.picture(case, f"step {step}").savefig(temporary)
         self.tracked.image("validation", path, step)
 
     def improved(self, state: TrainState, scores: dict[str, float]) -> None:
@@ -144,9 +118,10 @@ class FoldRun:
         task, plan = self.task, self.task.plan
         description = ModelDescription(
             name=task.config.name,
+            task=task.config.task,
             network=task.config.network,
             in_channels=len(plan.channels),
-            num_classes=len(plan.labels),
+            num_classes=task.outputs,
             precision=task.config.training.precision,
             inference=task.config.inference,
             manifest_name=task.manifest.name,
@@ -223,7 +198,7 @@ def _train_locked(task: FoldTask, *, resume: bool) -> None:
 def _warn_of_unpaired_sides(task: FoldTask) -> None:
     """Say so where left and right are flipped but no labels swap: right for one organ, wrong for a pair of them."""
     section, plan = task.config.training.augmentation, task.plan
-    flips_sides = section.enabled and "xyz"[plan.left_right_axis] in section.flip_axes
+    flips_sides = task.needs_labels and section.enabled and "xyz"[plan.left_right_axis] in section.flip_axes
     if flips_sides and len(plan.labels) > 2 and not plan.label_pairs:
         log.warning(
             "training.augmentation.flip_axes flips left and right, and the manifest has no label_pairs: if two of %s "
@@ -266,7 +241,7 @@ def _probe(hooks: FoldRun, batches: Batches) -> Costs:
     for case in some[:1]:
         hooks.draw(case, 0)
     drawn_s = time.monotonic() - start
-    hooks.scores(some)
+    hooks.validation.scores(some)
     validation_s = drawn_s + (time.monotonic() - start - drawn_s) * len(every) / max(1, len(some))
     start = time.monotonic()
     unused = task.folder / "probe.safetensors"
@@ -275,7 +250,7 @@ def _probe(hooks: FoldRun, batches: Batches) -> Costs:
     return Costs(step_s, time.monotonic() - start, validation_s)
 
 
-def _counted(batches: Batches, advance: Callable[[], None]) -> Callable[[int], tuple[Tensor, Tensor]]:
+def _counted(batches: Batches, advance: Callable[[], None]) -> Batches:
     """Return the batches, each moving the progress bar on."""
 
     def batch(step: int) -> tuple[Tensor, Tensor]:

@@ -48,6 +48,11 @@ def cross_entropy() -> Loss:
     return lambda logits, target: F.cross_entropy(logits.float(), target)
 
 
+def mean_squared_error(output: Tensor, clean: Tensor) -> Tensor:
+    """Mean squared error over all voxels and channels: what `task: denoise` learns by; no segmentation's loss."""
+    return F.mse_loss(output.float(), clean)
+
+
 LOSSES: dict[str, Callable[..., Loss]] = {
     "dice_ce": dice_ce,
     "cross_entropy": cross_entropy,

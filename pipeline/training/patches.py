@@ -43,7 +43,7 @@ class CaseInMemory:
     """A case whose arrays are in memory, image (C, X, Y, Z) and label (X, Y, Z)."""
 
     image: NDArray[np.float16]
-    label: NDArray[np.uint8] | NDArray[np.int16]
+    label: NDArray[np.uint8] | NDArray[np.int16] | None
     class_voxels: Mapping[int, NDArray[np.int32]]
 
     @property
@@ -57,7 +57,13 @@ class CaseInMemory:
         return self.image[(slice(None), *map(slice, start, stop))]
 
     def read_label(self, start: Size, stop: Size) -> NDArray[np.uint8] | NDArray[np.int16]:
-        """Return a view of the label."""
+        """Return a view of the label.
+
+        Raises:
+            ValueError: the case has no label.
+        """
+        if self.label is None:
+            raise ValueError("the case has no label")
         return self.label[tuple(map(slice, start, stop))]
 
 
