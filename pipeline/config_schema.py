@@ -63,10 +63,10 @@ def keys_named(name: str, section: tuple[str, ...] = ()) -> list[str]:
 
 
 def choices(schema: Mapping[str, Any]) -> list[str]:
-    """Return the words that a schema takes; none where it takes other things only."""
+    """Return the words or numbers that a schema names one by one; none where it takes other things only."""
     if "anyOf" in schema:
         return [word for part in schema["anyOf"] for word in choices(_dereferenced(part))]
-    return [schema["const"]] if "const" in schema else list(schema.get("enum", []))
+    return [str(word) for word in ([schema["const"]] if "const" in schema else schema.get("enum", []))]
 
 
 def expectation(schema: Mapping[str, Any]) -> str:
