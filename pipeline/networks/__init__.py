@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipeline import options as _options
+from pipeline.networks.autoencoder import autoencoder
 from pipeline.networks.contract import Network, NetworkTask
 from pipeline.networks.fcn import fcn, simple_fcn
 from pipeline.networks.monai_networks import dynunet, segresnet
 from pipeline.networks.multiscale_pathways import multiscale_pathways
 from pipeline.networks.patch_classifier import patch_classifier
-from pipeline.networks.unet import unet
+from pipeline.networks.unet import simple_unet, unet
 
 __all__ = ["NETWORKS", "Network", "NetworkTask", "build_network", "check_options"]
 
@@ -20,6 +21,8 @@ NETWORKS: dict[str, Callable[..., Network]] = {
     "fcn": fcn,
     "simple_fcn": simple_fcn,
     "unet": unet,
+    "simple_unet": simple_unet,
+    "autoencoder": autoencoder,
     "multiscale_pathways": multiscale_pathways,
     "dynunet": dynunet,
     "segresnet": segresnet,

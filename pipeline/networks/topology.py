@@ -7,9 +7,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import Annotated
+
+from pydantic import Field
 
 from pipeline.networks.blocks import Padding
 from pipeline.networks.contract import NetworkTask, Size, as_size
+
+# Types of options: what the builders of networks with levels take.
+Count = Annotated[int, Field(ge=1)]
+Voxels = tuple[Count, Count, Count]
+Widths = Annotated[tuple[Count, ...], Field(min_length=2)]
+LevelCount = Annotated[int, Field(ge=2)]
 
 # nnU-Net stops pooling an axis below this many voxels (experiment_planning, `UNet_featuremap_min_edge_length`).
 SMALLEST_FEATURE_MAP = 4
@@ -56,10 +65,9 @@ def fitted_levels(
     """
     count = _agreed_count(levels, widths=widths, kernels=kernels, strides=strides, convs=convs)
     if strides is None:
-        # Valid feature maps are wider than the patch's share of them, and the patch is rounded up to what they yield.
         patch = task.patch_size
-        if padding == "valid" and count is not None:
-            patch = task.cubic(SMALLEST_FEATURE_MAP * 2 ** (count - 1))
+        if padding == "valid":
+            patch = as_size(_halvable(n, count) for n in patch)
         _, strides = topology(patch, task.spacing_mm, count, task.flat_axis)
     kernels = kernels or fitted_kernels(task.spacing_mm, strides, task.flat_axis)
     if task.flat_axis is not None and any(size[task.flat_axis] != 1 for size in (*kernels, *strides)):
@@ -69,6 +77,16 @@ def fitted_levels(
     if widths is None:
         widths = tuple(min(width * 2**level, max_width) for level in range(len(kernels)))
     return Levels(widths, kernels, strides, convs if isinstance(convs, tuple) else (convs,) * len(kernels))
+
+
+def _halvable(voxels: int, count: int | None) -> int:
+    """Return a size that can be halved as often as `count` levels want, or as its length admits.
+
+    A network of valid convolutions reads more than its patch and has the patch rounded up to what it yields: that the
+    patch is odd, or too small for the levels asked for, does not matter.
+    """
+    halvings = max((voxels // SMALLEST_FEATURE_MAP).bit_length() - 1, 0) if count is None else count - 1
+    return max(voxels >> halvings, SMALLEST_FEATURE_MAP) << halvings
 
 
 def _agreed_count(

@@ -15,13 +15,11 @@ from torch import Tensor, nn
 
 from pipeline.networks.blocks import Activation, ConvBlock, Norm, Padding, conv_stage, lost_voxels, trim
 from pipeline.networks.contract import Network, NetworkTask, Size, as_size, centre_crop, total_stride
-from pipeline.networks.topology import Levels, fitted_levels
+from pipeline.networks.topology import Count, LevelCount, Levels, Voxels, Widths, fitted_levels
 from pipeline.networks.upsampling import MaxUnpool, UpsamplingMode, border, positions_of_largest, upsampling
 
 Downsampling = Literal["max", "average", "strided"]
 Skips = Literal["concat", "sum", "none"]
-Count = Annotated[int, Field(ge=1)]
-Voxels = tuple[Count, Count, Count]
 
 
 @dataclass(frozen=True)
@@ -238,8 +236,8 @@ def unet(
     *,
     width: Count = 32,
     max_width: Count = 320,
-    widths: Annotated[tuple[Count, ...], Field(min_length=2)] | None = None,
-    levels: Annotated[int, Field(ge=2)] | None = None,
+    widths: Widths | None = None,
+    levels: LevelCount | None = None,
     kernels: tuple[Voxels, ...] | None = None,
     strides: tuple[Voxels, ...] | None = None,
     convs: Count | tuple[Count, ...] = 2,
@@ -296,7 +294,7 @@ def unet(
 def simple_unet(
     task: NetworkTask,
     *,
-    widths: Annotated[tuple[Count, ...], Field(min_length=2)] = (64, 128, 256, 512),
+    widths: Widths = (64, 128, 256, 512),
     padding: Padding = "same",
 ) -> UNet:
     """Build the plain U-Net: two 3^3 convolutions with ReLU in each level, max pooling, 2^3 transposed convolutions.
