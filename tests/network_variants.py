@@ -47,6 +47,20 @@ VARIANTS: dict[str, list[Options]] = {
         {"size": "small", "feature_maps": [4, 6, 4], "residual_layers": [3], "hidden": [], "norm": "none"},
         {"factors": [], "feature_maps": [4, 4], "residual_layers": [], "hidden": [4]},
     ],
+    "multiscale_unet": [
+        {"width": 4},
+        {
+            "width": 4,
+            "levels": 2,
+            "convs": 1,
+            "norm": "none",
+            "residual": True,
+            "downsampling": "average",
+            "upsampling": "linear",
+            "context_factor": 3,
+            "context_width": 6,
+        },
+    ],
     "dynunet": [{"width": 4}],
     "segresnet": [{"width": 8}],
 }

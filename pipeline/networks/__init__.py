@@ -11,6 +11,7 @@ from pipeline.networks.contract import Network, NetworkTask
 from pipeline.networks.fcn import fcn, simple_fcn
 from pipeline.networks.monai_networks import dynunet, segresnet
 from pipeline.networks.multiscale_pathways import multiscale_pathways
+from pipeline.networks.multiscale_unet import multiscale_unet
 from pipeline.networks.patch_classifier import patch_classifier
 from pipeline.networks.unet import simple_unet, unet
 
@@ -24,6 +25,7 @@ NETWORKS: dict[str, Callable[..., Network]] = {
     "simple_unet": simple_unet,
     "autoencoder": autoencoder,
     "multiscale_pathways": multiscale_pathways,
+    "multiscale_unet": multiscale_unet,
     "dynunet": dynunet,
     "segresnet": segresnet,
 }
