@@ -35,9 +35,10 @@ def load_config(
     """Read a configuration, what it extends, and its overrides.
 
     `extends` names one YAML or a list of them, relative to the YAML that says it; later ones win. Mappings are merged
-    key by key; scalars and lists are replaced, and so is `training.budget`, of whose keys only one may stand. null in
-    place of options drops those of the extended file. `data.manifest` and `data.root` are relative to the YAML that
-    says them, in an override to the current folder; the paths of the result are absolute.
+    key by key; scalars and lists are replaced, and so is `training.budget`, of whose keys only one may stand. Options
+    of a network or loss are dropped where another one is named, or null stands in their place. `data.manifest` and
+    `data.root` are relative to the YAML that says them, in an override to the current folder; the paths of the result
+    are absolute.
 
     Args:
         path: the YAML.
@@ -135,10 +136,21 @@ def _merged(base: Entry, over: Entry, keys: Keys = ()) -> Entry:
     whole = section is not None and not section.merges
     if whole or not (isinstance(base.value, dict) and isinstance(over.value, dict)):
         return over
-    merged = dict(base.value)
+    merged = {key: entry for key, entry in base.value.items() if (*keys, key) not in _foreign_options(base, over, keys)}
     for key, entry in over.value.items():
         merged[key] = _merged(merged[key], entry, (*keys, key)) if key in merged else entry
     return Entry(over.place, merged)
+
+
+def _foreign_options(base: Entry, over: Entry, keys: Keys) -> list[Keys]:
+    """Return the options of `base` that are those of another entry of their table than `over` names."""
+    foreign = []
+    for name, options in _TABLES:
+        if name[:-1] == keys and name[-1] in over.value:
+            default = Entry(base.place, getattr(Config.model_fields[name[0]].default, name[-1]))
+            if base.value.get(name[-1], default).plain != over.value[name[-1]].plain:
+                foreign.append(options)
+    return foreign
 
 
 def _validated(tree: Entry) -> tuple[Config | None, list[Problem]]:

@@ -214,6 +214,19 @@ def test_later_extended_files_win_and_the_own_wins_most(write: Write) -> None:
     assert (swapped.seed, swapped.workspace) == (1, Path("/one"))
 
 
+def test_options_go_with_the_network_or_loss_that_they_belong_to(write: Write) -> None:
+    write(
+        MINIMAL + "network: {options: {width: 8}}\ntraining: {loss: cross_entropy, loss_options: {a: 1}}\n", "base.yaml"
+    )
+    same = load_config(write("extends: base.yaml\nnetwork: {name: unet, options: {levels: 3}}\n"))
+    assert same.network.options == {"width": 8, "levels": 3}
+    other = load_config(write("extends: base.yaml\nnetwork: {name: segresnet, options: {blocks_up: [1]}}\n"))
+    assert other.network.options == {"blocks_up": [1]}
+    assert other.training.loss_options == {"a": 1}
+    assert load_config(write("extends: base.yaml\ntraining: {loss: dice_ce}\n")).training.loss_options == {}
+    assert load_config(write("extends: base.yaml\n"), ["network.name=segresnet"]).network.options == {}
+
+
 def test_an_empty_section_changes_nothing_and_null_drops_options(write: Write) -> None:
     write(MINIMAL + "training: {learning_rate: 1}\nnetwork: {options: {width: 8}}\n", "base.yaml")
     assert load_config(write("extends: base.yaml\ntraining:\n")).training.learning_rate == 1
