@@ -21,7 +21,9 @@ OptionCheck = Callable[[str, Mapping[str, Any]], list[tuple[str, str]]]
 OptionChecks = Mapping[str, OptionCheck]
 
 # Paths that are relative to the YAML that says them.
-_RELATIVE_PATHS: tuple[Keys, ...] = (("data", "manifest"), ("data", "root"))
+_RELATIVE_PATHS: tuple[Keys, ...] = (("data", "manifest"), ("data", "root"), ("training", "init_from"))
+# How a model's name begins that is no path.
+_TRACKED = ("runs:/", "models:/")
 # The keys that name an entry of a table, and that entry's options.
 _TABLES: tuple[tuple[Keys, Keys], ...] = (
     (("network", "name"), ("network", "options")),
@@ -36,9 +38,9 @@ def load_config(
 
     `extends` names one YAML or a list of them, relative to the YAML that says it; later ones win. Mappings are merged
     key by key; scalars and lists are replaced, and so is `training.budget`, of whose keys only one may stand. Options
-    of a network or loss are dropped where another one is named, or null stands in their place. `data.manifest` and
-    `data.root` are relative to the YAML that says them, in an override to the current folder; the paths of the result
-    are absolute.
+    of a network or loss are dropped where another one is named, or null stands in their place. `data.manifest`,
+    `data.root` and `training.init_from` are relative to the YAML that says them, in an override to the current folder;
+    the paths of the result are absolute.
 
     Args:
         path: the YAML.
@@ -120,7 +122,7 @@ def _settled(entry: Entry, folder: Path, keys: Keys = ()) -> Entry:
         return Entry(entry.place, {k: _settled(child, folder, (*keys, k)) for k, child in entry.value.items()})
     if entry.value is None and section_at(keys):
         return Entry(entry.place, {})  # a section of which every line is commented out
-    if isinstance(entry.value, str) and keys in _RELATIVE_PATHS:
+    if isinstance(entry.value, str) and keys in _RELATIVE_PATHS and not entry.value.startswith(_TRACKED):
         return Entry(entry.place, str(_absolute(folder, Path(entry.value))))
     return entry
 

@@ -129,12 +129,12 @@ def test_shipped_configurations_load_in_a_checkout_and_installed(path: Path, tmp
     assert packaged(path.name) == path
     # A wheel lays both folders into the package, side by side.
     installed = tmp_path / "site-packages" / "pipeline" / "configs" / path.name
-    installed.parent.mkdir(parents=True)
-    shutil.copy(path, installed)
+    shutil.copytree(path.parent, installed.parent)
     config = load_config(path)
     assert config.name == path.stem
     moved = load_config(installed)
-    assert moved.changed(data=config.data) == config
+    init_from = config.training.init_from
+    assert moved.changed(data=config.data, training=moved.training.changed(init_from=init_from)) == config
     here, there = config.data.manifest, moved.data.manifest
     assert here.relative_to(REPOSITORY) == there.relative_to(installed.parents[1])
 

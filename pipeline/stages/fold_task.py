@@ -19,11 +19,12 @@ from pipeline.data.plan import Fingerprint, Plan, read_plan
 from pipeline.data.store import CaseStore
 from pipeline.errors import ConfigError, StoreError
 from pipeline.hardware import pick_dtype
+from pipeline.model import model_digest
 from pipeline.networks import Network
 from pipeline.networks.fitting import fitted_plan, network_for, outputs_of
 from pipeline.predictor import Predictor
 from pipeline.records import digest_of
-from pipeline.stages.models import LAST
+from pipeline.stages.models import LAST, resolve_model
 from pipeline.stages.preprocess import CASES, KEYS, sources_digest
 from pipeline.stages.validation import DiceValidation, Validation
 from pipeline.stages.workspace import Workspace
@@ -166,7 +167,21 @@ class FoldTask:
             "plan": self.plan.digest(),
             "manifest": self.manifest.digest(),
             "fold": self.fold,
+            "initial model": None if self.initial_model is None else model_digest(self.initial_model),
         }
+
+    @cached_property
+    def initial_model(self) -> Path | None:
+        """Folder of the model with whose weights the training begins; None: with random ones.
+
+        Raises:
+            ModelError: there is no such model.
+        """
+        config = self.config
+        if config.training.init_from is None:
+            return None
+        name = config.training.init_from.replace("{fold}", str(self.fold))
+        return resolve_model(name, config.workspace, config.tracking.uri)
 
     @cached_property
     def settings(self) -> LoopSettings:
@@ -264,8 +279,12 @@ class FoldTask:
 
 
 def configuration_digest(config: Config) -> str:
-    """Return a digest of what the weights depend on besides the data: not of where they are kept and tracked."""
-    kept = config.model_dump(mode="json", include={"seed", "task", "preprocessing", "network", "training", "inference"})
+    """Return a digest of what the weights depend on besides the data: not of where they are kept and tracked.
+
+    Nor of where the initial model lies: its own digest is among the facts.
+    """
+    sections = {"seed", "task", "preprocessing", "network", "training", "inference"}
+    kept = config.model_dump(mode="json", include=sections, exclude={"training": {"init_from"}})
     return digest_of(kept)
 
 

@@ -26,6 +26,7 @@ from pipeline.records import atomic_path, exclusively, write_json, write_text
 from pipeline.stages.dataset import dataset_of
 from pipeline.stages.denoising_task import DenoisingTask
 from pipeline.stages.fold_task import FACTS, FoldTask
+from pipeline.stages.initialisation import initialise
 from pipeline.stages.models import BEST, LAST
 from pipeline.stages.workspace import EARLIER, Workspace
 from pipeline.tracking import RunLog, environment_tags, metric_history, start_follower
@@ -153,6 +154,7 @@ def train_fold(task: FoldTask, *, resume: bool) -> None:
     Raises:
         TrainingError: the checkpoint is of another configuration, the loss is not finite, or another process
             trains here.
+        ConfigError: nothing fits of the model that `training.init_from` names.
     """
     keep_freed_memory()
     _warn_of_unpaired_sides(task)
@@ -171,13 +173,18 @@ def _train_locked(task: FoldTask, *, resume: bool) -> None:
         tracked = RunLog.resume(task.folder)
         log.info("fold %d: going on at step %d of %d", task.fold, state.step, state.total_steps)
     else:
+        taken = initialise(task, state)  # before anything is moved or written: it may refuse
         _set_aside(task.folder)
         tracked = _new_run(task)
+        if taken is not None:
+            taken.record(task.folder, tracked)
     hooks = FoldRun(task, state, tracked)
     try:
         if not resume:
             state.total_steps = _budgeted_steps(hooks, batches, began)
-            tracked.params({"training.total_steps": state.total_steps})
+            parameters = sum(tensor.numel() for tensor in state.network.parameters())
+            tracked.params({"training.total_steps": state.total_steps, "network.parameters": parameters})
+            tracked.metrics({"network/parameters": parameters}, 0)
             hooks.checkpoint(state)
         # Only now: MLflow's imports beside the probe would make the steps look dear.
         follower = start_follower(task.folder)
