@@ -214,6 +214,42 @@ def run(
 
 
 @app.command()
+def compare(
+    targets: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...|STUDY", help="Runs, experiments or evaluations (folders, runs:/ID); or a YAML."),
+    ],
+    make: Annotated[bool, typer.Option("--run", help="Run what is missing of the study.")] = False,
+    cases: Annotated[str, typer.Option("--cases", help="As the runs were evaluated: fold, test or all.")] = "fold",
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", help="The member the others are drawn against; default: the first.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the results; default: comparisons/NAME in the workspace.")
+    ] = None,
+    allow_different_budgets: Annotated[
+        bool, typer.Option("--allow-different-budgets", help="Compare in spite of them; the report says so.")
+    ] = False,
+    device: Device = "auto",
+    workspace: Workspace = None,
+) -> None:
+    """Compare trained and evaluated runs on the same cases: tests, intervals, rankings, costs."""
+    from pipeline.stages import compare as stage
+
+    report = stage.run(
+        targets,
+        make=make,
+        cases=cases,
+        baseline=baseline,
+        out=out,
+        allow_different_budgets=allow_different_budgets,
+        device=device,
+        workspace=workspace,
+    )
+    typer.echo(report.as_text())
+
+
+@app.command()
 def ui(
     config: Annotated[
         Path | None, typer.Argument(metavar="[CONFIG]", help="The experiment's YAML; without one, ./work.")

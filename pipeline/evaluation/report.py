@@ -200,7 +200,7 @@ def draw_distributions(path: Path, evaluation: Evaluation) -> None:
     figure = Figure(figsize=(3.1 * len(_PLOTTED_METRICS), height), dpi=110, layout="constrained")
     for panel, metric in zip(figure.subplots(1, len(_PLOTTED_METRICS), sharey=True), _PLOTTED_METRICS, strict=True):
         columns = [[case.rows[index].values[metric] for case in evaluation.cases] for index in range(len(names))]
-        _draw_panel(panel, METRICS[metric], names, columns)
+        draw_panel(panel, METRICS[metric], names, columns)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
 
@@ -216,6 +216,7 @@ def write_report(path: Path, evaluation: Evaluation, distributions: Path | None,
     """
     page = render(
         "report.html.j2",
+        title=evaluation.title,
         evaluation=evaluation,
         distributions=distributions and data_uri(distributions),
         pictures=[(data_uri(picture), caption) for picture, caption in pictures.items()],
@@ -280,8 +281,8 @@ def _place(case: ScoredCase) -> float:
     return float(np.mean(dice)) if dice else float("nan")
 
 
-def _draw_panel(panel: Axes, metric: Metric, names: Sequence[str], columns: Sequence[Sequence[float]]) -> None:
-    """Draw a box and a dot a case for each class, the first class on top."""
+def draw_panel(panel: Axes, metric: Metric, names: Sequence[str], columns: Sequence[Sequence[float]]) -> None:
+    """Draw a metric's values as a box and a dot a value for each name, the first name on top; nan are left out."""
     known = [[value for value in column if not math.isnan(value)] for column in columns]
     box = {"color": "#8a97a5", "linewidth": 1}
     panel.boxplot(

@@ -18,7 +18,8 @@ def run(workspace: Path) -> bool:
     Raises:
         PipelineError: the workspace has no runs.
     """
-    folders = tracked_runs(Workspace(workspace).runs)
+    places = Workspace(workspace)
+    folders = [*tracked_runs(places.runs), *tracked_runs(places.comparisons)]
     if not folders:
         raise PipelineError(f"{workspace}: no run was tracked in this workspace; name another with --workspace")
     waiting = [folder for folder in folders if pending(folder)]

@@ -19,6 +19,7 @@ class Workspace:
     stores/NAME-DIGEST/     plan.yaml, fingerprint.json and cases/, shared by all configurations of one data set and
                             preprocessing
     runs/NAME/fold_K/       config, plan, events, checkpoint, models/best, models/last, evaluation
+    comparisons/NAME/       what `medseg compare` found
     mlflow.db, mlartifacts/ MLflow's database and artifacts, unless a tracking server is named
     fetched/                models fetched from MLflow
     """
@@ -39,6 +40,11 @@ class Workspace:
     def runs(self) -> Path:
         """Folder of all runs."""
         return self.root / "runs"
+
+    @property
+    def comparisons(self) -> Path:
+        """Folder of all comparisons."""
+        return self.root / "comparisons"
 
     @property
     def fetched(self) -> Path:

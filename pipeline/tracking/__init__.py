@@ -9,11 +9,13 @@ from pipeline.tracking.log import (
     RunLog,
     RunState,
     Status,
+    flatten,
     metric_history,
     pending,
     read_state,
     tracked_runs,
     tracking_uri,
+    training_seconds,
 )
 from pipeline.tracking.processes import Follower, compare_url, is_remote, send_pending, serve_ui, start_follower
 
@@ -25,6 +27,7 @@ __all__ = [
     "compare_url",
     "environment_tags",
     "fetch_model",
+    "flatten",
     "is_remote",
     "metric_history",
     "pending",
@@ -34,4 +37,5 @@ __all__ = [
     "start_follower",
     "tracked_runs",
     "tracking_uri",
+    "training_seconds",
 ]

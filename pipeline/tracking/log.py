@@ -284,6 +284,21 @@ def metric_history(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {key: sorted(points) for key, points in history.items()}
 
 
+def training_seconds(folder: Path) -> float | None:
+    """Return how long a run took until it was finished, in seconds, without the pauses before it was resumed.
+
+    None where it is not finished, or nothing was logged here.
+    """
+    spent_ms, finished_ms, before_ms = 0, None, None
+    for event, _ in read_events(folder):
+        if event["kind"] != "resume" and before_ms is not None:
+            spent_ms += event["time_ms"] - before_ms
+        before_ms = event["time_ms"]
+        if event["kind"] == "finish":
+            finished_ms = spent_ms if event["status"] == "FINISHED" else None
+    return None if finished_ms is None else finished_ms / 1000
+
+
 def pending(folder: Path) -> bool:
     """Tell whether a run has events that have not arrived."""
     return next(read_events(folder, read_state(folder).sent_bytes), None) is not None

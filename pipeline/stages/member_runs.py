@@ -1,0 +1,128 @@
+"""Trained and evaluated runs as members of a comparison: which folders are meant, and what is read from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.config import Config, TrainingSection
+from pipeline.config_loading import load_config
+from pipeline.data.plan import Plan, read_plan
+from pipeline.errors import EvaluationError, ModelError
+from pipeline.evaluation.members import MemberRun
+from pipeline.evaluation.report import read_case_table
+from pipeline.model import CONFIG, DESCRIPTION, PLAN, ModelDescription, load_model, read_description
+from pipeline.stages.models import BEST, LAST
+from pipeline.stages.workspace import Workspace
+from pipeline.tracking import flatten, read_state, tracked_runs, training_seconds
+
+CASES, SUMMARY = "cases.csv", "summary.json"
+
+# Settings that say where a run is kept and how it was called, not what it is.
+_UNTOLD = {"name", "workspace", "tracking", "evaluation"}
+
+
+def run_folders(target: str, workspace: Workspace, cases: str) -> tuple[list[Path], str]:
+    """Return the run folders that a name means, and which cases they are to be compared on.
+
+    Args:
+        target: a run's folder, an experiment's (all of its folds), an evaluation's, or runs:/ID of a run in the
+            workspace.
+        workspace: where runs:/ID is looked up.
+        cases: fold, test, all or a manifest's name; an evaluation's folder says it itself.
+
+    Raises:
+        ModelError: there is no such run.
+    """
+    folder = _by_id(target, workspace) if target.startswith("runs:/") else Path(target).resolve()
+    if (folder / CASES).is_file():
+        folder, cases = folder.parent.parent, folder.name
+    found = [folder] if (folder / CONFIG).is_file() else sorted(path.parent for path in folder.glob(f"fold_*/{CONFIG}"))
+    if not found:
+        raise ModelError(f"{target}: neither a run's folder, nor an experiment's, nor an evaluation's inside of one")
+    return found, cases
+
+
+def read_run(folder: Path, cases: str) -> MemberRun:
+    """Read what a comparison needs of one trained and evaluated fold.
+
+    Raises:
+        ModelError: its training is not finished.
+        EvaluationError: its best model is not evaluated on these cases.
+    """
+    if not (folder / LAST / DESCRIPTION).is_file():
+        raise ModelError(f"{folder}: its training is not finished; `medseg train --resume` goes on with it")
+    config, plan = load_config(folder / CONFIG), read_plan(folder / BEST / PLAN)
+    best = read_description(folder / BEST / DESCRIPTION)
+    evaluation, summary = _evaluation(folder, cases, best)
+    return MemberRun(
+        fold=best.fold,
+        seed=config.seed,
+        network=best.network.name,
+        parameters=_parameters(folder / BEST),
+        manifest=f"{best.manifest_name}@{best.manifest_digest[:12]}",
+        labels=tuple(plan.labels),
+        budget=budget_of(config.training),
+        steps=read_description(folder / LAST / DESCRIPTION).step,
+        seconds=training_seconds(folder),
+        evaluated_on=cases,
+        tolerance_mm=summary["surface_tolerance_mm"],
+        device=summary.get("device", ""),
+        settings=_settings(config, plan),
+        cases=tuple(case for case in read_case_table(evaluation / CASES) if case.fold == best.fold),
+        failures=summary["failures"],
+        run_id=read_state(folder).run_id if folder in tracked_runs(folder) else None,
+    )
+
+
+def budget_of(section: TrainingSection) -> str:
+    """Return a training's budget for people: minutes, or steps, in which epochs are counted too."""
+    budget = section.budget
+    if budget.minutes is not None:
+        return f"{budget.minutes:g} minutes"
+    return f"{budget.steps or (budget.epochs or 0) * section.steps_per_epoch} steps"
+
+
+def _by_id(target: str, workspace: Workspace) -> Path:
+    """Return the folder of the run with an id of MLflow's."""
+    wanted = target.removeprefix("runs:/")
+    for folder in tracked_runs(workspace.runs):
+        if read_state(folder).run_id == wanted:
+            return folder
+    raise ModelError(f"{target}: no run in {workspace.runs} has this id; name its folder, or another --workspace")
+
+
+def _evaluation(folder: Path, cases: str, best: ModelDescription) -> tuple[Path, dict[str, Any]]:
+    """Return the evaluation of a run's best model, and its summary: the run's own, or its part of the experiment's."""
+    for candidate in (folder / "evaluation" / cases, folder.parent / "evaluation" / cases):
+        if (candidate / SUMMARY).is_file():
+            summary: dict[str, Any] = json.loads((candidate / SUMMARY).read_text(encoding="utf-8"))
+            if best.created in summary["facts"]["trained"].split(", "):
+                return candidate, summary
+    raise EvaluationError(
+        f"{folder}: its best model is not evaluated on --cases {cases}; run `medseg evaluate {folder} --cases {cases}`"
+    )
+
+
+def _parameters(model: Path) -> int:
+    """Return how many parameters a model's network has; the weights' file would count buffers too."""
+    network = load_model(model, torch.device("cpu")).network
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def _settings(config: Config, plan: Plan) -> dict[str, str]:
+    """Return all settings of a run as text."""
+    said = config.model_dump(mode="json", exclude=_UNTOLD)
+    return dict(flatten({**said, "plan": plan.model_dump(mode="json", exclude={"reasons"})}))
+
+
+def names_of(targets: Sequence[str], runs: Sequence[Sequence[Path]]) -> list[str]:
+    """Return a member's name a target: its experiment's, with the target behind it where two would be the same."""
+    names = [load_config(folders[0] / CONFIG).name for folders in runs]
+    return [
+        name if names.count(name) == 1 else f"{name} ({target})" for name, target in zip(names, targets, strict=True)
+    ]

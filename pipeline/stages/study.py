@@ -1,0 +1,176 @@
+"""A study: which configurations, seeds and folds are compared, and how what is missing of it is made."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+
+from pipeline.config import Config
+from pipeline.config_loading import load_config
+from pipeline.config_yaml import Problem, read_file
+from pipeline.errors import ConfigError, EvaluationError, PipelineError
+from pipeline.evaluation.members import Member, MemberRun
+from pipeline.records import Record
+from pipeline.stages.fold_task import FACTS, configuration_digest
+from pipeline.stages.member_runs import read_run
+from pipeline.stages.workspace import Workspace
+
+log = logging.getLogger(__name__)
+
+
+class Study(Record):
+    """A study's YAML.
+
+    Attributes:
+        name: of the comparison and its folder.
+        configs: one a member; in the YAML relative to it.
+        seeds: each configuration is trained with each.
+        folds: each configuration is trained for each.
+        overrides: `set` in the YAML: section.key -> value, the same for all, as `--set` does it.
+        baseline: the configuration that the others are drawn against; None: the first.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    configs: Annotated[tuple[Path, ...], Field(min_length=2)]
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
+    folds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
+    overrides: dict[str, Any] = Field(default={}, alias="set")
+    baseline: str | None = None
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One training of a study.
+
+    Attributes:
+        path: the configuration's file.
+        member: the configuration's own name.
+        config: with the study's overrides and seed.
+        overrides: SECTION.KEY=VALUE each, that make it of the file.
+        fold: held out.
+    """
+
+    path: Path
+    member: str
+    config: Config
+    overrides: tuple[str, ...]
+    fold: int
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Workspace(self.config.workspace).run(self.config.name, self.fold)
+
+    def arguments(self) -> list[str]:
+        """Return what `medseg` is called with to bring this run up to date."""
+        said = [part for override in self.overrides for part in ("--set", override)]
+        return ["run", str(self.path), "--fold", str(self.fold), *said, "--workspace", str(self.config.workspace)]
+
+    def read(self) -> MemberRun:
+        """Read the run.
+
+        Raises:
+            PipelineError: it is not there, not finished, not evaluated, or of another configuration.
+        """
+        facts = self.folder / FACTS
+        if not facts.is_file():
+            raise EvaluationError(f"{self.folder}: was not trained yet")
+        if json.loads(facts.read_text(encoding="utf-8"))["configuration"] != configuration_digest(self.config):
+            raise EvaluationError(f"{self.folder}: was trained with other settings than the study's")
+        return read_run(self.folder, "fold")
+
+
+def load_study(path: Path) -> Study:
+    """Read a study's YAML.
+
+    Raises:
+        ConfigError: it is no study; every error a line, each with its place.
+    """
+    problems: list[Problem] = []
+    tree = read_file(path, problems)
+    try:
+        study = Study.model_validate_json(json.dumps(tree.plain), strict=True)
+    except ValidationError as error:
+        for found in error.errors(include_url=False):
+            keys = tuple(map(str, found["loc"]))
+            problems.append(Problem(tree.place_of(keys), ".".join(keys), found["msg"]))
+    if problems:
+        raise ConfigError("\n".join(map(str, sorted(problems))))
+    folder = path.parent.resolve()
+    return study.model_copy(update={"configs": tuple((folder / name).resolve() for name in study.configs)})
+
+
+def study_runs(study: Study, workspace: Path | None) -> list[StudyRun]:
+    """Return all trainings of a study, configuration by configuration.
+
+    A run that is not the configuration's own, by its seed or by the study's overrides, gets a name of its own, so that
+    it never stands in the way of one that is.
+
+    Raises:
+        ConfigError: a configuration is wrong, or two have one name.
+    """
+    found = [run for path in study.configs for run in _runs_of(study, path, workspace)]
+    folders = [run.folder for run in found]
+    if twice := sorted({str(folder) for folder in folders if folders.count(folder) > 1}):
+        raise ConfigError(f"study {study.name}: named twice: {', '.join(twice)}; give each configuration its own name")
+    return found
+
+
+def _runs_of(study: Study, path: Path, workspace: Path | None) -> Iterator[StudyRun]:
+    """Yield the trainings of one configuration."""
+    common = [f"{key}={json.dumps(value)}" for key, value in study.overrides.items()]
+    own = load_config(path)
+    for seed in study.seeds:
+        suffix = (f"-{study.name}" if common else "") + (f"-seed{seed}" if seed != own.seed else "")
+        overrides = (*common, *([f"seed={seed}"] if seed != own.seed else []))
+        overrides = (*overrides, *([f"name={own.name}{suffix}"] if suffix else []))
+        config = load_config(path, overrides)
+        config = config.changed(workspace=(workspace or config.workspace).absolute())
+        for fold in study.folds:
+            yield StudyRun(path, own.name, config, overrides, fold)
+
+
+def study_members(runs: list[StudyRun]) -> list[Member]:
+    """Read a study's members.
+
+    Raises:
+        EvaluationError: runs are missing or unfinished; names each with the command that makes it.
+    """
+    found: dict[str, list[MemberRun]] = {}
+    problems = []
+    for run in runs:
+        try:
+            found.setdefault(run.member, []).append(run.read())
+        except PipelineError as error:
+            problems.append(f"{error}\n  medseg {shlex.join(run.arguments())}")
+    if problems:
+        raise EvaluationError("\n".join([*problems, "`medseg compare STUDY --run` makes all of them"]))
+    return [Member(name, tuple(members)) for name, members in found.items()]
+
+
+def make_missing(runs: list[StudyRun], device: str) -> None:
+    """Bring each run that is not there up to date, one after another, each in a process of its own.
+
+    What is finished is left alone and what was interrupted goes on, as `medseg run` does it. A run that fails does not
+    keep the others from being made.
+    """
+    for number, run in enumerate(runs, start=1):
+        try:
+            run.read()
+        except PipelineError as error:
+            log.info("%d of %d: %s", number, len(runs), error)
+        else:
+            log.info("%d of %d: %s is there", number, len(runs), run.folder)
+            continue
+        command = [sys.executable, "-m", "pipeline", *run.arguments(), "--device", device]
+        if status := subprocess.run(command, check=False).returncode:
+            log.warning("%s: ended with exit code %d", run.folder, status)
