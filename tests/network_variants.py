@@ -61,8 +61,16 @@ VARIANTS: dict[str, list[Options]] = {
             "context_width": 6,
         },
     ],
-    "dynunet": [{"width": 4}],
-    "segresnet": [{"width": 8}],
+    "dynunet": [{"width": 4}, {"width": 4, "norm": "batch", "residual": True, "levels": 3}],
+    "segresnet": [{"width": 8}, {"width": 8, "blocks_down": [1, 1], "blocks_up": [1], "dropout": 0.1}],
+    "attention_unet": [{"width": 4}],
+    "basic_unet_plus_plus": [{"width": 4}, {"width": 4, "norm": "batch", "dropout": 0.1}],
+    "mednext": [{"width": 4, "blocks": [1, 1], "expansion": [1, 2], "bottleneck_blocks": 1}],
+    "unetr": [{"width": 4, "hidden": 24, "mlp": 32, "heads": 2}],
+    "swin_unetr": [
+        {"width": 12, "depths": [2, 1, 1, 1], "window": 2},
+        {"width": 12, "depths": [1, 1, 1, 1], "window": 2, "convolutions": True},
+    ],
 }
 
 ALL = [(name, options) for name, several in VARIANTS.items() for options in several]

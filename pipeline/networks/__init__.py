@@ -9,7 +9,15 @@ from pipeline import options as _options
 from pipeline.networks.autoencoder import autoencoder
 from pipeline.networks.contract import Network, NetworkTask
 from pipeline.networks.fcn import fcn, simple_fcn
-from pipeline.networks.monai_networks import dynunet, segresnet
+from pipeline.networks.monai_networks import (
+    attention_unet,
+    basic_unet_plus_plus,
+    dynunet,
+    mednext,
+    segresnet,
+    swin_unetr,
+    unetr,
+)
 from pipeline.networks.multiscale_pathways import multiscale_pathways
 from pipeline.networks.multiscale_unet import multiscale_unet
 from pipeline.networks.patch_classifier import patch_classifier
@@ -28,6 +36,11 @@ NETWORKS: dict[str, Callable[..., Network]] = {
     "multiscale_unet": multiscale_unet,
     "dynunet": dynunet,
     "segresnet": segresnet,
+    "attention_unet": attention_unet,
+    "basic_unet_plus_plus": basic_unet_plus_plus,
+    "mednext": mednext,
+    "unetr": unetr,
+    "swin_unetr": swin_unetr,
 }
 
 
