@@ -109,14 +109,21 @@ def test_dense_segment_equals_patches_at_the_voxels_central_to_every_block() -> 
     assert beside.abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("options", [NARROW, {**SMALL_FIELD, "factors": [2, 3]}, {**SMALL_FIELD, "norm": "none"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        NARROW,
+        {**SMALL_FIELD, "factors": [2, 3]},
+        {**SMALL_FIELD, "factors": [[3, 2, 1]], "norm": "none"},
+    ],
+)
 def test_tiles_equal_the_whole_volume(options: dict[str, Any]) -> None:
     network = build(**options)
     image = noise(2, 34, 17, 40)
-    margin, (x, y, z) = network.margin[0], network.input_size((34, 17, 40))
-    ends = [n - margin - size for n, size in zip((z, y, x), (40, 17, 34), strict=True)]
+    whole_input = network.input_size((34, 17, 40))
+    beyond = [(m, n - m - size) for n, m, size in zip(whole_input, network.margin, (34, 17, 40), strict=True)]
     with torch.no_grad():
-        whole = network(functional.pad(image, [p for end in ends for p in (margin, end)])[None])[0]
+        whole = network(functional.pad(image, [p for pair in reversed(beyond) for p in pair])[None])[0]
     # A window of one voxel is rounded up to one stride.
     stream = stream_logits(network, image, Windowing((1, 1, 1)), batch=2, dtype=torch.float32)
     assert stream.tiling.count >= 3 * 2 * 3
@@ -156,6 +163,19 @@ def test_small_is_small() -> None:
     weights = [sum(p.numel() for p in network.parameters()) for network in (published, small)]
     assert weights[1] < weights[0] / 20
     assert (small.margin, small.stride) == ((27, 27, 27), (3, 3, 3))
+
+
+def test_a_factor_for_each_axis() -> None:
+    network = build(**SMALL_FIELD, factors=[[3, 3, 1], [5, 5, 2]])
+    assert (network.margin, network.stride) == ((15, 15, 6), (15, 15, 2))
+    with pytest.raises(ValueError, match="must be 1 along axis 2"):
+        build(FLAT_TASK, factors=[[3, 3, 3]])
+
+
+def test_an_image_that_the_margins_eat_is_refused() -> None:
+    network = build(**SMALL_FIELD)
+    with pytest.raises(ValueError, match=r"an image of \(31, 30, 31\) voxels: it loses \(15, 15, 15\)"):
+        network(noise(1, 2, 31, 30, 31))
 
 
 def test_residual_link_to_a_layer_that_is_not_there_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""The U-Net with a context pathway: what it sees by gradient, where the context lies, tiles against the whole volume."""
+"""The U-Net with a context pathway: its field by gradient, where its context lies, tiles against the whole volume."""
 
 from typing import Any
 
