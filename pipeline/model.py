@@ -152,6 +152,19 @@ def read_description(path: Path) -> ModelDescription:
         raise _damaged(path, error) from None
 
 
+def refuse_other_task(folder: Path, description: ModelDescription) -> None:
+    """Raise where a model does not segment.
+
+    Raises:
+        ModelError: it was trained for another task.
+    """
+    if description.task != "segment":
+        raise ModelError(
+            f"{folder}: has learned to {description.task}, not to segment; a training begins with its weights by "
+            "training.init_from"
+        )
+
+
 def _build(folder: Path, description: ModelDescription, plan: Plan) -> Network:
     """Build the network that a description and a plan speak of."""
     got = (description.in_channels, description.num_classes)

@@ -30,7 +30,7 @@ from pipeline.inference.planes import LogitPlanes
 from pipeline.inference.postprocessing import postprocess
 from pipeline.inference.tiling import Size, Windowing
 from pipeline.inference.windows import stream_logits
-from pipeline.model import load_model
+from pipeline.model import load_model, refuse_other_task
 from pipeline.networks import Network
 from pipeline.preparation.preprocessing import PreparedImage, prepare_images
 
@@ -89,11 +89,7 @@ class Predictor:
         """
         chosen = pick_device(device)
         model = load_model(folder, chosen)
-        if model.description.task != "segment":
-            raise ModelError(
-                f"{folder}: has learned to {model.description.task}, not to segment; a training begins with its "
-                "weights by training.init_from"
-            )
+        refuse_other_task(folder, model.description)
         dtype = pick_dtype(precision or model.description.precision, chosen)
         return cls(model.network, model.plan, model.description.inference, device=chosen, dtype=dtype)
 

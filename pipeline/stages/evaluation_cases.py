@@ -11,7 +11,7 @@ from pipeline.config import Config
 from pipeline.data.manifest import Case, Manifest
 from pipeline.data.plan import Plan, read_plan
 from pipeline.errors import ManifestError, ModelError
-from pipeline.model import CONFIG, DESCRIPTION, PLAN, ModelDescription, read_description
+from pipeline.model import CONFIG, DESCRIPTION, PLAN, ModelDescription, read_description, refuse_other_task
 from pipeline.stages.dataset import dataset_of
 from pipeline.stages.models import resolve_model
 from pipeline.stages.workspace import Workspace
@@ -98,6 +98,7 @@ def is_own(manifest: Manifest, description: ModelDescription) -> bool:
 def _task(model: Path, manifest: Manifest, config: Config, cases: str) -> Task:
     """Choose one model's cases, and set aside those that it was trained on."""
     description, plan = read_description(model / DESCRIPTION), read_plan(model / PLAN)
+    refuse_other_task(model, description)
     if manifest.labels != plan.labels:
         raise ManifestError(f"manifest {manifest.name!r}: labels are {manifest.labels}, the model's {plan.labels}")
     if is_own(manifest, description):
