@@ -10,6 +10,7 @@ from network_variants import FLAT_TASK, TASK
 from torch import Tensor, nn
 
 from pipeline.networks import NetworkTask, build_network
+from pipeline.networks.blocks import ResidualUnit, trim
 from pipeline.networks.contract import Size, as_size, centre_crop
 from pipeline.networks.topology import Levels, topology
 from pipeline.networks.unet import Design, UNet, simple_unet, unet
@@ -126,7 +127,7 @@ def test_valid_tiles_equal_the_whole_volume_at_every_level(options: dict[str, An
                 torch.testing.assert_close(ours, theirs[(..., *part)], atol=1e-4, rtol=1e-4)
 
 
-def pass_through(network: UNet) -> None:
+def pass_through(network: nn.Module) -> None:
     """Make every convolution hand on the mean of its channels: what remains is pooling, upsampling and skips."""
     for module in network.modules():
         if isinstance(module, nn.Conv3d):
@@ -137,23 +138,34 @@ def pass_through(network: UNet) -> None:
 
 
 def test_skips_and_coarse_logits_of_valid_levels_lie_where_they_belong() -> None:
-    # Levels of one convolution lose 1 voxel each; blocks of 2 begin at voxel 1 and blocks of 4 at voxel 1 + 2 = 3.
-    network = built(padding="valid", downsampling="average", upsampling="nearest", skips="sum", convs=1)
+    # Levels of one convolution lose 1 voxel each: blocks of 2 begin at voxel 1, blocks of 4 at 1 + 2, blocks of 8 at 7.
+    network = built(padding="valid", downsampling="average", upsampling="nearest", skips="sum", convs=1, levels=4)
     pass_through(network)
     image = image_for(network, (9, 7, 6)).abs()
     mean = image.mean(dim=1, keepdim=True)
 
-    def blocks(voxels: int, first: int) -> Tensor:
-        means = F.avg_pool3d(mean[:, :, first:-first, first:-first, first:-first], voxels)
+    def blocks(voxels: int) -> Tensor:
+        means = F.avg_pool3d(trim(mean, (voxels - 1,) * 3), voxels)
         repeated = F.interpolate(means, scale_factor=float(voxels))
         return centre_crop(repeated, network.output_size(as_size(image.shape[2:])))
 
     with torch.no_grad():
-        finest, coarse = network.deep_supervision(image)
-    expected = blocks(4, 3) + blocks(2, 1)
-    torch.testing.assert_close(coarse, expected.expand_as(coarse))
-    expected = expected + centre_crop(mean, finest.shape[2:])
-    torch.testing.assert_close(finest, expected.expand_as(finest))
+        logits = network.deep_supervision(image)
+    expected = blocks(8)
+    for finer, ours in zip((4, 2, 1), logits[::-1], strict=True):
+        expected = expected + blocks(finer)
+        torch.testing.assert_close(ours, expected.expand_as(ours))
+
+
+def test_a_valid_residual_unit_adds_the_centre() -> None:
+    unit = ResidualUnit(
+        2, 3, convs=2, kernel=(3, 5, 1), stride=(1, 1, 1), norm="none", activation="relu", padding="valid"
+    )
+    pass_through(unit)
+    image = torch.rand(1, 2, 9, 12, 4)
+    expected = 2 * image[:, :, 2:-2, 4:-4].mean(dim=1, keepdim=True)
+    with torch.no_grad():
+        torch.testing.assert_close(unit(image), expected.expand(1, 3, 5, 4, 4))
 
 
 def test_max_unpooling_in_the_network_uses_the_positions_of_its_pooling() -> None:
