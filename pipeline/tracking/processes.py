@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 from urllib.parse import quote, urlencode
@@ -27,6 +29,9 @@ _SERVER_ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore",
 }
 
+# Followers that were not done in time: kept here, or Python would warn of each as if it had been forgotten.
+_outliving: list[subprocess.Popen[bytes]] = []
+
 
 class Follower:
     """The process that sends a run's events while the run goes on."""
@@ -45,6 +50,7 @@ class Follower:
         try:
             return self.process.wait(limit_s) == 0
         except subprocess.TimeoutExpired:
+            _outliving.append(self.process)
             log.info("%s: not everything is in MLflow yet; `medseg sync` sends what may be left", self.folder)
             return False
 
@@ -130,6 +136,18 @@ def compare_url(base: str, experiment_id: str, page: Literal["CHART", "ARTIFACT"
         "orderByAsc": "true",
     }
     return f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs?{urlencode(query, quote_via=quote)}"
+
+
+def runs_url(base: str, experiment_id: str, run_ids: Sequence[str]) -> str:
+    """Return the address of the page that sets runs side by side: parameters, with those that differ, and metrics.
+
+    Args:
+        base: The server's address.
+        experiment_id: MLflow's id of the experiment.
+        run_ids: MLflow's ids of the runs.
+    """
+    query = {"runs": json.dumps(list(run_ids)), "experiments": json.dumps([experiment_id])}
+    return f"{base.rstrip('/')}/#/compare-runs?{urlencode(query, quote_via=quote)}"
 
 
 def is_remote(uri: str) -> bool:
