@@ -84,5 +84,6 @@ def total_stride(strides: Iterable[Size]) -> Size:
 def centre_crop(features: Tensor, size: Iterable[int]) -> Tensor:
     """Return the central (N, C, *size) of (N, C, X, Y, Z), as a view."""
     for axis, (have, want) in enumerate(zip(features.shape[2:], size, strict=True), start=2):
-        features = features.narrow(axis, (have - want) // 2, want)
+        if have != want:  # the gradient of a slice is a copy into zeros, even of all of it
+            features = features.narrow(axis, (have - want) // 2, want)
     return features
