@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from test_tracking_server import page, port, server  # noqa: F401, the fixture `port`
 from tiny_models import make_model
 
 from pipeline.config import Config
@@ -23,7 +24,15 @@ from pipeline.stages.fold_task import FACTS, configuration_digest
 from pipeline.stages.models import BEST, LAST
 from pipeline.stages.study import load_study, study_runs
 from pipeline.stages.workspace import Workspace
-from pipeline.tracking import RunLog, send_pending, tracked_runs, training_seconds
+from pipeline.tracking import (
+    RunLog,
+    compare_url,
+    read_state,
+    runs_url,
+    send_pending,
+    tracked_runs,
+    training_seconds,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -232,27 +241,41 @@ def test_the_time_of_a_training_leaves_pauses_out(tmp_path: Path) -> None:
     assert training_seconds(tmp_path) == 2.0 + 3.0
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*noload.*:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:.*subprocess .* is still running:ResourceWarning")  # what sends a run's last words
-def test_a_study_is_made_where_it_is_missing_and_is_in_mlflow(tmp_path: Path) -> None:
-    from mlflow import MlflowClient
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a study that `medseg compare --run` has trained, evaluated, compared and tracked."""
+    folder = tmp_path_factory.mktemp("made")
+    write_configurations(folder)
+    done = compare_study(folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("was not trained yet") == 2
+    assert (folder / "work/comparisons/widths/comparison.html").is_file()
+    assert send_pending(*tracked_runs(folder / "work"))
+    return folder
 
-    write_configurations(tmp_path)
-    command = [sys.executable, "-m", "pipeline", "compare", str(tmp_path / "study.yaml"), "--device", "cpu"]
-    command += ["--run", "--workspace", str(tmp_path / "work")]
-    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert made.returncode == 0, made.stderr
-    assert made.stderr.count("was not trained yet") == 2
-    assert (tmp_path / "work/comparisons/widths/comparison.html").is_file()
-    weights = tmp_path / "work" / "runs" / "narrow" / "fold_0" / "models/best/weights.safetensors"
+
+def compare_study(folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipeline", "compare", str(folder / "study.yaml"), "--device", "cpu"]
+    command += ["--run", "--workspace", str(folder / "work")]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_what_is_there_of_a_study_is_left_alone(made: Path) -> None:
+    weights = made / "work" / "runs" / "narrow" / "fold_0" / "models/best/weights.safetensors"
     before = weights.stat().st_mtime_ns
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    again = compare_study(made)
+    assert again.returncode == 0, again.stderr
     assert again.stderr.count("is there") == 2
     assert weights.stat().st_mtime_ns == before
-    assert send_pending(*tracked_runs(tmp_path / "work"))
 
-    client = MlflowClient(f"sqlite:///{tmp_path / 'work' / 'mlflow.db'}")
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*noload.*:DeprecationWarning")
+def test_a_comparison_is_a_run_of_its_own_in_mlflow_that_links_its_members(made: Path) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{made / 'work' / 'mlflow.db'}")
     runs = {found.info.run_name: found for found in client.search_runs(["1"])}
     found, members = runs["compare widths"], [runs[f"{name} fold 0"] for name in ("narrow", "wide")]
     assert found.info.status == "FINISHED"
@@ -266,7 +289,28 @@ def test_a_study_is_made_where_it_is_missing_and_is_in_mlflow(tmp_path: Path) ->
         logged = member.data.metrics
         assert float(member.data.params["network.parameters"]) == logged["network/parameters"] > 0
         assert {"evaluation/fold/seconds_per_case", "evaluation/fold/peak_memory_gib"} <= logged.keys()
-    assert len({run.data.tags["mlflow.runColor"] for run in runs.values()}) == len(runs)
+    colours = [member.data.tags["mlflow.runColor"] for member in members]
+    assert colours[0] != colours[1]
     targets = [f"runs:/{member.info.run_id}" for member in members]
-    by_id = compare.run(targets, workspace=tmp_path / "work", out=tmp_path / "by_id").result
+    by_id = compare.run(targets, workspace=made / "work", out=made / "by_id").result
     assert all(member.runs[0].seconds and member.runs[0].steps == 2 for member in by_id.members)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:::mlflow")
+def test_mlflows_pages_show_a_studys_runs_side_by_side(made: Path, tmp_path: Path, port: int) -> None:  # noqa: F811
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium is installed here")
+    shutil.copy(made / "work" / "mlflow.db", tmp_path / "server.db")
+    states = [read_state(made / "work" / "runs" / name / "fold_0") for name in ("narrow", "wide")]
+    experiment_id, ids = str(states[0].experiment_id), [str(state.run_id) for state in states]
+    base = f"http://127.0.0.1:{port}"
+    with server(tmp_path, port):
+        charts = page(chromium, compare_url(base, experiment_id), tmp_path / "profile")
+        table = page(chromium, runs_url(base, experiment_id, ids), tmp_path / "profile")
+    # A chart is drawn when it is scrolled to; its section stands there by name.
+    for text in ("narrow fold 0", "wide fold 0", "evaluation/fold/dice", "evaluation/fold/seconds_per_case"):
+        assert text in charts
+    for text in ("narrow fold 0", "wide fold 0", "network.parameters", "evaluation/fold/dice/right"):
+        assert text in table

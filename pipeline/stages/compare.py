@@ -84,7 +84,7 @@ def run(
     result = compare(name, members, baseline=baseline, same_budget=not allow_different_budgets)
     folder = (out or Workspace(root).comparisons / name).resolve()
     _write(result, folder)
-    _track(result, folders, folder)
+    _track(result, folders, folder, root)
     return ComparisonReport(result, folder)
 
 
@@ -119,7 +119,7 @@ def _write(result: ComparisonResult, folder: Path) -> None:
     report.write_page(folder / "comparison.html", result, captions)
 
 
-def _track(result: ComparisonResult, folders: Sequence[Path], folder: Path) -> None:
+def _track(result: ComparisonResult, folders: Sequence[Path], folder: Path, root: Path) -> None:
     """Log the comparison as a run of its own in the experiment of the first member that is tracked."""
     tracked = [run for run in folders if run in tracked_runs(run)]
     if not tracked:
@@ -131,7 +131,7 @@ def _track(result: ComparisonResult, folders: Sequence[Path], folder: Path) -> N
     run_log = RunLog.create(
         folder,
         uri=state.uri,
-        workspace=folder,
+        workspace=root,
         experiment=state.experiment,
         name=f"compare {result.name}",
         tags={

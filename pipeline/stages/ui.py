@@ -12,6 +12,7 @@ from pipeline.tracking import (
     compare_url,
     is_remote,
     read_state,
+    runs_url,
     send_pending,
     serve_ui,
     tracked_runs,
@@ -56,4 +57,6 @@ def _addresses(base: str, folders: list[Path]) -> list[str]:
     for name, experiment_id in sorted(experiments.items()):
         lines.append(f"{name}: learning curves  {compare_url(base, experiment_id)}")
         lines.append(f"{name}: case by case     {compare_url(base, experiment_id, page='ARTIFACT')}")
+        folds = [state.run_id for state in states if state.experiment == name and state.parent and state.run_id]
+        lines.append(f"{name}: what differs     {runs_url(base, experiment_id, folds)}")
     return lines

@@ -17,7 +17,15 @@ from pipeline.tracking.log import (
     tracking_uri,
     training_seconds,
 )
-from pipeline.tracking.processes import Follower, compare_url, is_remote, send_pending, serve_ui, start_follower
+from pipeline.tracking.processes import (
+    Follower,
+    compare_url,
+    is_remote,
+    runs_url,
+    send_pending,
+    serve_ui,
+    start_follower,
+)
 
 __all__ = [
     "Follower",
@@ -32,6 +40,7 @@ __all__ = [
     "metric_history",
     "pending",
     "read_state",
+    "runs_url",
     "send_pending",
     "serve_ui",
     "start_follower",
