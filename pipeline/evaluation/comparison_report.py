@@ -162,7 +162,7 @@ def _subject(result: ComparisonResult) -> str:
     seeds = len({seed for seed, _ in places})
     budgets = sorted({run.budget for member in result.members for run in member.runs})
     return (
-        f"{run.manifest.split('@')[0]}, --cases {run.evaluated_on} of fold {folds}: {len(result.cases)} cases of "
+        f"{run.manifest.split('@')[0]}, fold {folds} (--cases {run.evaluated_on}): {len(result.cases)} cases of "
         f"{result.patients} patients; {seeds} seed{'s' if seeds > 1 else ''} a member; budget {' or '.join(budgets)}"
     )
 

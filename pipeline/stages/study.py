@@ -151,7 +151,7 @@ def study_members(runs: list[StudyRun]) -> list[Member]:
         try:
             found.setdefault(run.member, []).append(run.read())
         except PipelineError as error:
-            problems.append(f"{error}\n  medseg {shlex.join(run.arguments())}")
+            problems.append(f"{error}; run `medseg {shlex.join(run.arguments())}`")
     if problems:
         raise EvaluationError("\n".join([*problems, "`medseg compare STUDY --run` makes all of them"]))
     return [Member(name, tuple(members)) for name, members in found.items()]
