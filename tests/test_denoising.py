@@ -29,7 +29,6 @@ SETTINGS = (
     "training.budget.steps=80",
     "training.steps_per_epoch=20",
     "training.learning_rate=2e-2",
-    "training.denoising.noise_std=[0.5, 1]",
 )
 
 
