@@ -199,15 +199,20 @@ def test_two_cases_of_a_patient_are_one_pair_and_seeds_are_averaged_first() -> N
     assert result.patients == 2
 
 
-def test_a_missed_structure_leaves_its_pair_and_is_counted() -> None:
+def test_a_missed_structure_counts_nothing_in_overlap_and_leaves_the_pairs_of_distances() -> None:
     missing = member("second", scored("a", 0.8, 0.7), scored("b", NAN, 0.5), scored("c", 0.9, 0.5))
     result = compare("missed", [FIRST, missing], samples=20)
-    assert pair_of(result, "dice", "left").difference.cases == 2
-    assert result.estimates["second", "dice", "left"].cases == 2
-    assert result.ranking("dice", "left").patients == 2
+    # Of b the left side is missed: 0.8 - 0 in Dice.
+    left = np.mean([0.1, 0.8, -0.2])
+    assert pair_of(result, "dice", "left").difference.mean == pytest.approx(left)
+    assert result.estimates["second", "dice", "left"].mean == pytest.approx((0.8 + 0.0 + 0.9) / 3)
+    assert result.ranking("dice", "left").patients == 3
+    assert pair_of(result, "hd95", "left").difference.cases == 2
+    assert result.estimates["second", "hd95", "left"].cases == 2
+    assert result.ranking("hd95", "left").patients == 2
     # The mean over classes of the difference takes what both have: of b only the right side, 0.6 - 0.5.
     expected = np.mean([(0.1 + 0.0) / 2, 0.1, (-0.2 + 0.0) / 2])
-    assert pair_of(result, "dice", MEAN).difference.mean == pytest.approx(expected)
+    assert pair_of(result, "hd95", MEAN).difference.mean == pytest.approx(expected)
     assert any("second: 1 structures missed" in line for line in result.warnings)
 
 

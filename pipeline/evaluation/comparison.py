@@ -1,8 +1,9 @@
 """Comparing members on the same cases: means with intervals, paired tests, and rankings.
 
 Seeds are averaged case by case and cases patient by patient before anything else, so that a patient counts once and a
-pair is a patient. A structure that a member missed
-has no value (see metrics.py); a pair lacks one where either has none, and how many are left stands beside every number.
+pair is a patient. A structure that a member missed, or found where there is none, counts 0 in the metrics from 0 to 1,
+for else whoever misses the hard cases would gain by it. It has no distance: a pair lacks one where either has none, and
+how many are left stands beside every number.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from pipeline.errors import EvaluationError
 from pipeline.evaluation.comparison_statistics import by_patient, holm, rank_shares, signed_rank_p
 from pipeline.evaluation.members import Member, differences, warnings_of
-from pipeline.evaluation.metrics import METRICS
+from pipeline.evaluation.metrics import METRICS, Row
 from pipeline.evaluation.statistics import MEAN, Estimate, bootstrap_interval, mean_known
 
 FloatArray = NDArray[np.float64]
@@ -171,7 +172,7 @@ class _Scores:
         at = {case: index for index, case in enumerate(self.patients)}
         sums, runs = np.zeros((len(self.class_names), len(at))), np.zeros(len(at))
         for case in (case for run in member.runs for case in run.cases):
-            sums[:, at[case.case_id]] += [row.values[metric] for row in case.rows]
+            sums[:, at[case.case_id]] += [_value(row, metric) for row in case.rows]
             runs[at[case.case_id]] += 1
         return np.asarray(sums / runs)
 
@@ -249,6 +250,11 @@ class _Scores:
         known = values[~np.isnan(values)]
         low, high = bootstrap_interval(known, samples=self.samples, seed=self.seed)
         return Estimate(float(known.mean()) if known.size else float("nan"), low, high, int(known.size))
+
+
+def _value(row: Row, metric: str) -> float:
+    """Return what a row counts as: 0 for a structure missed or invented, in metrics whose worst value that is."""
+    return 0.0 if row.status in ("missed", "spurious") and METRICS[metric].higher_is_better else row.values[metric]
 
 
 def _with_mean(table: FloatArray) -> FloatArray:
