@@ -168,7 +168,7 @@ def warnings_of(members: Sequence[Member]) -> list[str]:
         missed, spurious = member.count("missed", MEAN), member.count("spurious", MEAN)
         if missed or spurious:
             found.append(
-                f"{member.name}: {missed} structures missed, {spurious} spurious: they count 0 in Dice and NSD, and have "
-                "no distance, so that their patients are left out of its pairs in HD95"
+                f"{member.name}: {missed} structures missed, {spurious} spurious: they count 0 in Dice and NSD, and "
+                "have no distance, so that their patients are left out of its pairs in HD95"
             )
     return found
