@@ -126,6 +126,8 @@ def dynunet(
         norm_name=(norm, {"affine": True}),
         res_block=residual,
     )
+    # Its levels are registered a second time, as `skip_layers`, which is what runs: weights would be saved twice.
+    del network.input_block, network.downsamples, network.bottleneck, network.upsamples
     return MonaiNetwork(network, total_stride(strides), task.flat_axis)
 
 
