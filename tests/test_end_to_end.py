@@ -166,6 +166,24 @@ def test_real_mri_goes_the_whole_way(tmp_path: Path, shared_data: Path) -> None:
     assert all(summary["classes"][name]["metrics"]["dice"]["mean"] > 0.6 for name in ("anterior", "posterior"))
 
 
+@pytest.mark.parametrize("name", ["sts_unet", "sts_multiscale_pathways"])
+def test_channels_on_grids_of_their_own_of_which_some_are_missing(tmp_path: Path, shared_data: Path, name: str) -> None:
+    settings = overrides(
+        f"data.root={shared_data / 'STS'}",
+        "preprocessing.patch_size=[48, 48, 16]",
+        "preprocessing.spacing_mm=[2, 2, 6.6]",
+        "training.budget={steps: 4}",
+        "training.steps_per_epoch=2",
+        "evaluation.bootstrap_samples=100",
+    )
+    medseg(tmp_path, "run", packaged(f"{name}.yaml"), *settings)
+    folder = tmp_path / "work" / "runs" / name / "fold_0"
+    summary = json.loads((folder / "evaluation/fold/summary.json").read_text())
+    assert not summary["failures"]
+    # Which channels a case has makes no difference to what is scored: all four of the fold.
+    assert len((folder / "evaluation/fold/cases.csv").read_text().splitlines()) == 1 + 4
+
+
 def test_minutes_become_a_number_of_steps_that_is_written_down(tmp_path: Path) -> None:
     config = new_experiment(tmp_path, channels=1, layout="decathlon", cases=4)
     settings = overrides(*TINY, "training.budget={minutes: 0.5}")

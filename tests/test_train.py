@@ -55,13 +55,12 @@ def test_deep_supervision_of_a_network_without_it_is_refused(prepared: Config) -
 
 
 def test_a_patch_that_the_network_cannot_halve_is_rounded_up_with_the_reason(prepared: Config) -> None:
-    options = {"width": 8, "blocks_down": (1,) * 6, "blocks_up": (1,) * 5}
-    config = changed(prepared.changed(name="odd"), "network", name="segresnet", options=options)
+    config = changed(prepared.changed(name="odd"), "network", name="fcn", options={"width": 4, "stride": 32})
     (folder,) = train.run(config)
     for path in (folder / "plan.yaml", folder / "models/best/plan.yaml"):
         plan = read_plan(path)
         assert plan.patch_size == (32, 32, 32)
-        assert plan.reasons["patch_size"] == "set in the configuration; rounded up to what segresnet can yield"
+        assert plan.reasons["patch_size"] == "set in the configuration; rounded up to what fcn can yield"
 
 
 def test_a_2d_network_trains_on_planes_across_the_thickest_axis_and_is_evaluated(prepared: Config) -> None:
@@ -71,6 +70,19 @@ def test_a_2d_network_trains_on_planes_across_the_thickest_axis_and_is_evaluated
     plan = read_plan(folder / "plan.yaml")
     assert plan.patch_size == (16, 16, 1)
     assert plan.batch_size == 32
+    assert not evaluate.run(config).failures
+
+
+def test_a_network_with_margin_reads_more_than_its_patch_and_is_evaluated(prepared: Config) -> None:
+    options = {"width": 4, "levels": 2, "convs": 1, "padding": "valid", "norm": "batch"}
+    config = changed(prepared.changed(name="valid"), "network", options=options)
+    task = train.fold_tasks(config, "0", "cpu")[0]
+    network = task.new_state().network
+    assert min(network.margin) > 0
+    image, target = task.batches(network)(0)
+    assert image.shape[2:] == network.input_size(task.plan.patch_size)
+    assert target.shape[1:] == task.plan.patch_size
+    train.run(config)
     assert not evaluate.run(config).failures
 
 
