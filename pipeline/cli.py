@@ -286,6 +286,38 @@ def demo(
     stage.run(workspace)
 
 
+@app.command()
+def networks(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One of them: its options.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """List the networks that a configuration can name, or the options of one."""
+    from pipeline.stages import networks as stage
+
+    if name is None:
+        entries = stage.run()
+        typer.echo(json.dumps(stage.as_json(entries), indent=2) if as_json else stage.entries_text(entries))
+    else:
+        documentation, options = stage.options_of(name)
+        text = stage.options_text(name, documentation, options)
+        typer.echo(json.dumps(stage.as_json(options), indent=2) if as_json else text)
+
+
+@app.command()
+def describe(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    workspace: Workspace = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON, every layer with it.")] = False,
+) -> None:
+    """Explain a configuration's network: levels, parameters, receptive field, legal sizes, memory."""
+    loaded = _load(config, overrides, workspace)
+    from pipeline.stages import describe as stage
+
+    explanation = stage.run(loaded)
+    typer.echo(json.dumps(explanation.as_json(), indent=2) if as_json else explanation.as_text())
+
+
 @app.command("new-config")
 def new_config(
     manifest: Annotated[Path, typer.Argument(metavar="MANIFEST", help="The manifest of your data.")],

@@ -68,6 +68,16 @@ def cpu_has_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
+def place(network: torch.nn.Module, device: torch.device) -> None:
+    """Put a network on a device to be trained, the kernels of its 3-D convolutions channels last: the layout that they
+    want; without it each of them rearranges its input.
+    """
+    network.to(device)
+    for weight in network.parameters():
+        if weight.ndim == 5:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last_3d)
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
     """Return the context in which a network computes in `dtype`; float32 needs none."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)

@@ -43,6 +43,11 @@ def validated_options(table: Mapping[str, Builder], name: str, options: Mapping[
     return {key: getattr(values, key) for key in type(values).model_fields}
 
 
+def options_schema(table: Mapping[str, Builder], name: str) -> dict[str, Any]:
+    """Return the JSON Schema of a table entry's options."""
+    return _schema(table[name]).model_json_schema()
+
+
 def _schema(builder: Builder) -> type[BaseModel]:
     """Return a model whose fields are the builder's keyword-only parameters."""
     parameters = inspect.signature(builder, eval_str=True).parameters.values()

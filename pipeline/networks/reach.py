@@ -18,11 +18,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pipeline.networks.reach_rules import CONSTANTS, NORMS, PRODUCTS, Call, Reach, aten, of_all, rule_of
 
-# Told of each operation that depends on the image: the operation, its arguments and its result.
-Listener = Callable[[Any, Sequence[Any], Any], None]
+# Told of each operation that depends on the image: the operation, its arguments, its first result, that one's reach.
+Listener = Callable[[Any, Sequence[Any], Tensor, Reach], None]
 
 
-class ReachMode(TorchDispatchMode):
+class ReachMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Hands on the reach of tensors through every operation within it.
 
     Args:
@@ -37,7 +37,7 @@ class ReachMode(TorchDispatchMode):
     """
 
     def __init__(self, image: Tensor, listener: Listener | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.sees_statistics = False
         self.has_attention = False
         self.unknown: set[str] = set()
@@ -48,7 +48,7 @@ class ReachMode(TorchDispatchMode):
 
     def of(self, tensor: Tensor) -> Reach | None:
         """Return a tensor's reach, None where it does not depend on the image."""
-        found: Reach | None = self._reaches.get(tensor)
+        found: Reach | None = self._reaches.get(tensor)  # type: ignore[no-untyped-call]
         return found
 
     def __torch_dispatch__(
@@ -58,10 +58,12 @@ class ReachMode(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         reaches = [self.of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if any(reach is not None for reach in reaches):
-            self._note(func, args, reaches, [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)])
+            outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+            self._note(func, args, reaches, outputs)
             self.peak_bytes = max(self.peak_bytes, self._live_bytes())
-            if self._listener is not None:
-                self._listener(func, args, result)
+            reach = self.of(outputs[0])
+            if self._listener is not None and reach is not None:
+                self._listener(func, args, outputs[0], reach)
         return result
 
     def _note(self, func: Any, args: Sequence[Any], reaches: Sequence[Reach | None], outputs: list[Tensor]) -> None:
@@ -101,9 +103,11 @@ def _of_itself(image: Tensor) -> Reach:
 
 def _narrowed(bound: Tensor) -> Tensor:
     """Return a bound with one element along each dimension along which it is constant."""
+    # What was expanded is known to be, and costs a comparison of everything once it meets what was not.
+    for dim, step in enumerate(bound.stride()):
+        if step == 0:
+            bound = bound.narrow(dim, 0, 1)
     for dim, size in enumerate(bound.shape):
-        if size > 1:
-            first = bound.narrow(dim, 0, 1)
-            if bound.stride(dim) == 0 or bool((bound == first).all()):
-                bound = first
+        if size > 1 and bool((bound == (first := bound.narrow(dim, 0, 1))).all()):
+            bound = first
     return bound

@@ -145,7 +145,7 @@ def _joined(call: Call) -> Reach:
 
 def _joined_bounds(bounds: Sequence[Tensor], sizes: Sequence[int], dim: int) -> Tensor:
     """Join one bound of each part; along the other dimensions they broadcast."""
-    shape = torch.broadcast_shapes(*(bound.narrow(dim, 0, 1).shape for bound in bounds))
+    shape = torch.broadcast_shapes(*(bound.narrow(dim, 0, 1).shape for bound in bounds))  # type: ignore[no-untyped-call]
     return torch.cat(
         [
             bound.expand([size if d == dim % len(shape) else n for d, n in enumerate(shape)])
@@ -239,7 +239,7 @@ def _convolved(call: Call) -> Reach:
     return bounds
 
 
-def _taps(size: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> Tensor:
+def _taps(size: int, kernel: int, stride: int, padding: int, dilation: int) -> Tensor:
     """Return (size, kernel): the input at which each output looks."""
     return torch.arange(size)[:, None] * stride - padding + torch.arange(kernel) * dilation
 
@@ -264,12 +264,13 @@ def _windowed(bounds: Reach, dim: int, size: int, taps: Tensor) -> Reach:
 
 def _pooled(call: Call) -> Reach:
     """Max or average pooling."""
-    kernel, padding = call.args[1], call.option(3, [0])
-    stride = call.option(2, None) or kernel
+    kernel = call.args[1]
+    dilation = call.option(4, [1]) if call.function.overloadpacket in MAX_POOLINGS else [1]
+    options = (kernel, call.option(2, None) or kernel, call.option(3, [0]), dilation)
     bounds = call.union()
     for axis, dim in enumerate(range(2, call.output.ndim)):
-        k, s, p = (values[axis % len(values)] for values in (kernel, stride, padding))
-        bounds = _windowed(bounds, dim, call.image.shape[dim], _taps(call.output.shape[dim], k, s, p))
+        numbers = [values[axis % len(values)] for values in options]
+        bounds = _windowed(bounds, dim, call.image.shape[dim], _taps(call.output.shape[dim], *numbers))
     return bounds
 
 
@@ -317,7 +318,8 @@ def _of_source(call: Call) -> Reach:
 NORMS = (aten.native_batch_norm, aten.native_group_norm)
 PRODUCTS = (aten.mm, aten.bmm, aten.addmm, aten.baddbmm)
 CONSTANTS = (aten.new_zeros, aten.new_ones, aten.new_empty, aten.zeros_like, aten.ones_like, aten.empty_like)
-POOLINGS = (aten.max_pool2d_with_indices, aten.max_pool3d_with_indices, aten.avg_pool2d, aten.avg_pool3d)
+MAX_POOLINGS = (aten.max_pool2d_with_indices, aten.max_pool3d_with_indices)
+AVERAGE_POOLINGS = (aten.avg_pool2d, aten.avg_pool3d)
 
 _RULES: dict[Any, Rule] = {
     operation: rule
@@ -340,7 +342,7 @@ _RULES: dict[Any, Rule] = {
         _of_source: (aten.copy_,),
         _multiplied: PRODUCTS,
         _convolved: (aten.convolution,),
-        _pooled: POOLINGS,
+        _pooled: (*MAX_POOLINGS, *AVERAGE_POOLINGS),
         _pooled_to_size: (aten._adaptive_avg_pool2d, aten._adaptive_avg_pool3d),
         _repeated: (aten.upsample_nearest2d, aten.upsample_nearest3d),
         _interpolated: (aten.upsample_bilinear2d, aten.upsample_trilinear3d),

@@ -18,7 +18,7 @@ from pipeline.data.manifest import Case, Manifest
 from pipeline.data.plan import Fingerprint, Plan, read_plan
 from pipeline.data.store import CaseStore
 from pipeline.errors import ConfigError, StoreError
-from pipeline.hardware import pick_dtype
+from pipeline.hardware import pick_dtype, place
 from pipeline.model import model_digest
 from pipeline.networks import Network
 from pipeline.networks.fitting import fitted_plan, network_for, outputs_of
@@ -205,8 +205,7 @@ class FoldTask:
         torch.manual_seed(torch_seed(config.seed, "weights", 0))
         network = network_for(self.plan, config.network, self.outputs)
         objective = self.objective(network)
-        # Channels last is the layout that convolution kernels want; without it each of them rearranges its input.
-        network.to(self.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        place(network, self.device)
         return TrainState(
             objective=objective,
             optimiser=_optimiser(network, config),
