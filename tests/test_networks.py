@@ -1,6 +1,8 @@
 """The contract over every entry of the NETWORKS table, what each learns of a phantom, and the topology by hand."""
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -142,3 +144,17 @@ def test_the_autoencoder_learns_to_denoise() -> None:
         "autoencoder", {"width": 8}, 1, 150, image + noise, lambda found: (found - clean).square().mean()
     )
     assert (restored - clean).square().mean() < 0.5 * noise.square().mean()
+
+
+def test_the_example_of_the_documentation_is_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "networks.md").read_text(encoding="utf-8")
+    (source,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(source.splitlines()) <= 30
+    module: dict[str, Any] = {"__name__": "hourglass"}
+    exec(compile(source, "docs/networks.md", "exec"), module)
+    (line,) = re.findall(r'The line: `"(\w+)": (\w+),`', page)
+    monkeypatch.setitem(NETWORKS, line[0], module[line[1]])
+    example = Case(line[0], {"width": 4})
+    for check in CHECKS:
+        check(example)
+    assert check_options(line[0], {"widht": 4})[0][1].endswith("it has width")

@@ -50,7 +50,12 @@ class Network(nn.Module):
     def input_size(self, output: Size) -> Size:
         """Return the smallest legal input that yields at least `output` voxels.
 
-        Here: the output and both margins, rounded up to a multiple of the stride.
+        Here: the output and both margins, rounded up to a multiple of the stride. A network that takes inputs of one
+        size only (a transformer's position embedding fixes it, to the task's patch) returns that for every output that
+        fits in it.
+
+        Raises:
+            ValueError: the network takes inputs of one size only, which does not yield as much.
         """
         x, y, z = (-(-(n + 2 * m) // s) * s for n, m, s in zip(output, self.margin, self.stride, strict=True))
         return x, y, z
