@@ -12,7 +12,8 @@ from network_contract import CHECKS, Case
 from network_variants import ALL, TASK, VARIANTS
 from torch import Tensor
 
-from pipeline.data.phantoms import LABELS, make_phantom
+from pipeline.data.phantoms import make_phantom
+from pipeline.geometry import Geometry
 from pipeline.networks import NETWORKS, NetworkTask, build_network, check_options
 from pipeline.networks.contract import Size, centre_crop
 from pipeline.networks.topology import topology
@@ -64,35 +65,39 @@ def test_options_are_checked_against_the_builders_signature() -> None:
         build_network("unet", {"widht": 8}, TASK)
 
 
-# Name and options -> least mean Dice on the phantom it learned. Coarse FCNs blur what is smaller than their stride, and
-# a transformer learns little of one patient in a minute.
-LEARNERS: list[tuple[str, dict[str, Any], float]] = [
-    ("patch_classifier", {"widths": [8, 16], "hidden": [32]}, 0.9),
-    ("fcn", {"width": 8, "stride": 1}, 0.9),
-    ("fcn", {"width": 8, "stride": 8}, 0.6),
-    ("fcn", {"width": 8, "stride": 32}, 0.3),
-    ("simple_fcn", {"width": 8}, 0.9),
-    ("unet", {"width": 8}, 0.9),
-    ("unet", {"width": 8, "padding": "valid", "norm": "batch", "levels": 3}, 0.9),
-    ("simple_unet", {"widths": [8, 16, 32]}, 0.9),
-    ("multiscale_pathways", {"size": "small"}, 0.9),
-    ("multiscale_unet", {"width": 8, "levels": 3}, 0.9),
-    ("dynunet", {"width": 8}, 0.9),
-    ("segresnet", {"width": 8}, 0.9),
-    ("attention_unet", {"width": 8}, 0.9),
-    ("basic_unet_plus_plus", {"width": 8}, 0.9),
-    ("mednext", {"width": 8, "blocks": [1, 1], "expansion": [2, 2]}, 0.9),
-    ("unetr", {"width": 8, "hidden": 48, "mlp": 96, "heads": 4}, 0.9),
-    ("swin_unetr", {"width": 12, "depths": [1, 1, 1, 1], "window": 4}, 0.9),
+# Name, options, steps, and the least Dice on the phantom it learned: 0.9, but for the coarse FCNs, which blur what is
+# smaller than their stride.
+LEARNERS: list[tuple[str, dict[str, Any], int, float]] = [
+    ("patch_classifier", {"widths": [8, 16], "hidden": [32]}, 120, 0.9),
+    ("fcn", {"width": 12, "stride": 1, "stages": 3}, 200, 0.9),
+    ("fcn", {"width": 8, "stride": 8}, 200, 0.6),
+    ("fcn", {"width": 8, "stride": 32}, 200, 0.3),
+    ("simple_fcn", {"width": 16}, 300, 0.9),
+    ("unet", {"width": 8}, 100, 0.9),
+    ("unet", {"width": 8, "padding": "valid", "norm": "batch", "levels": 3}, 60, 0.9),
+    ("simple_unet", {"widths": [8, 16, 32]}, 100, 0.9),
+    ("multiscale_pathways", {"size": "small"}, 60, 0.9),
+    ("multiscale_unet", {"width": 8, "levels": 3}, 60, 0.9),
+    ("dynunet", {"width": 8}, 100, 0.9),
+    ("segresnet", {"width": 8}, 100, 0.9),
+    ("attention_unet", {"width": 8}, 100, 0.9),
+    ("basic_unet_plus_plus", {"width": 8}, 90, 0.9),
+    ("mednext", {"width": 8, "blocks": [1, 1], "expansion": [2, 2]}, 100, 0.9),
+    ("unetr", {"width": 8, "hidden": 48, "mlp": 96, "heads": 4}, 60, 0.9),
+    ("swin_unetr", {"width": 12, "depths": [1, 1, 1, 1], "window": 4}, 60, 0.9),
 ]
-CROP = (32, 32, 24)
+SPACING_MM = 2.4
+CROP = (24, 32, 24)
 
 
 def phantom() -> tuple[Tensor, Tensor]:
-    """Return a patient's normalised image (1, 1, X, Y, Z) and its label (1, X, Y, Z)."""
-    made = make_phantom(0)
+    """Return a patient's normalised image (1, 1, X, Y, Z), and (1, X, Y, Z) where the paired structures lie: as bright
+    as the midline, and told from it by where they are.
+    """
+    made = make_phantom(0, geometry=Geometry((28, 32, 28), np.diag([SPACING_MM] * 3 + [1.0])))
     values = torch.from_numpy(made.images["T1"].array)
-    return ((values - values.mean()) / values.std())[None], torch.from_numpy(made.label.array.astype(np.int64))[None]
+    label = torch.from_numpy((made.label.array > 0).astype(np.int64))
+    return ((values - values.mean()) / values.std())[None], label[None]
 
 
 def around_the_centre(values: Tensor, size: Size) -> Tensor:
@@ -105,7 +110,7 @@ def around_the_centre(values: Tensor, size: Size) -> Tensor:
 def trained(name: str, options: dict[str, Any], outputs: int, steps: int, image: Tensor, loss: Any) -> Tensor:
     """Return what a network makes of the phantom after some steps on it."""
     torch.manual_seed(0)
-    network = build_network(name, options, NetworkTask(1, outputs, CROP, (1.5, 1.5, 2.0)))
+    network = build_network(name, options, NetworkTask(1, outputs, CROP, (SPACING_MM,) * 3))
     size = network.input_size(CROP)
     optimiser = torch.optim.AdamW(network.parameters(), lr=3e-3)
     for step in range(steps):
@@ -120,19 +125,18 @@ def trained(name: str, options: dict[str, Any], outputs: int, steps: int, image:
 
 @pytest.mark.slow
 def test_every_segmentation_network_has_something_to_learn() -> None:
-    assert {name for name, _, _ in LEARNERS} == set(NETWORKS) - {"autoencoder"}
+    assert {name for name, *_ in LEARNERS} == set(NETWORKS) - {"autoencoder"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "options", "floor"), LEARNERS, ids=lambda value: str(value)[:40])
-def test_a_phantom_is_learned(name: str, options: dict[str, Any], floor: float) -> None:
+@pytest.mark.parametrize(("name", "options", "steps", "floor"), LEARNERS, ids=lambda value: str(value)[:40])
+def test_a_phantom_is_learned(name: str, options: dict[str, Any], steps: int, floor: float) -> None:
     image, label = phantom()
     target = centre_crop(label[:, None], CROP)[:, 0]
     loss = build_loss("dice_ce", {})
-    logits = trained(name, options, len(LABELS), 100, image, lambda logits: loss(logits, target))
-    found = logits.argmax(dim=1)
-    dice = [2 * ((found == k) & (target == k)).sum() / ((found == k).sum() + (target == k).sum()) for k in (1, 2)]
-    assert sum(dice) / 2 >= floor
+    found = trained(name, options, 2, steps, image, lambda logits: loss(logits, target)).argmax(dim=1)
+    dice = 2 * (found * target).sum() / (found.sum() + target.sum())
+    assert dice >= floor
 
 
 @pytest.mark.slow
