@@ -1,13 +1,17 @@
 """Which cases take part where some lack a channel."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tiny_models import make_model
 
 from pipeline.config import Config, DataSection, PreprocessingSection
+from pipeline.data.manifest import load_manifest
 from pipeline.data.phantoms import write_phantom_dataset
 from pipeline.errors import ManifestError
-from pipeline.stages import check, manifest, preprocess
+from pipeline.model import save_model
+from pipeline.stages import check, evaluate, manifest, preprocess
 from pipeline.stages.dataset import dataset_of
 from pipeline.stages.workspace import Workspace
 
@@ -35,6 +39,19 @@ def test_cases_that_lack_a_channel_stay_or_are_skipped_everywhere(tmp_path: Path
     assert (len(preprocess.run(zero).written), len(preprocess.run(skip).written)) == (6, 4)
     stores = [Workspace(config.workspace).store(config, "mine") for config in (zero, skip)]
     assert stores[0] != stores[1]
+
+
+def test_a_model_trained_without_them_knows_its_own_manifest_by_either_way(tmp_path: Path) -> None:
+    config = experiment(tmp_path, 3, "skip")
+    own = dataset_of(config)
+    assert len(load_manifest(config.data.manifest).validation_cases(0)) > len(own.validation_cases(0)) > 0
+    made = make_model(plan=preprocess.run(config).plan)
+    description = made.description.changed(manifest_name=own.name, manifest_digest=own.digest(), fold=0)
+    save_model(tmp_path / "model", replace(made, description=description))
+    for named in (None, config.data.manifest):
+        report = evaluate.run(str(tmp_path / "model"), config=config, manifest=named, workspace=config.workspace)
+        assert [case.case_id for case in report.evaluation.cases] == [case.id for case in own.validation_cases(0)]
+        assert not report.failures
 
 
 def test_no_complete_case_is_an_error_with_the_way_out(tmp_path: Path) -> None:

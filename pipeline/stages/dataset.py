@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from pipeline.config import Config
+from pipeline.config import Config, PreprocessingSection
 from pipeline.data.manifest import Manifest, load_manifest
 from pipeline.errors import ManifestError
 
@@ -17,13 +17,21 @@ def dataset_of(config: Config) -> Manifest:
     Raises:
         ManifestError: it cannot be read, or no case is left that has every channel.
     """
-    manifest = load_manifest(config.data.manifest, config.data.root)
-    if config.preprocessing.missing_channels == "zero":
+    return taking_part(load_manifest(config.data.manifest, config.data.root), config.preprocessing)
+
+
+def taking_part(manifest: Manifest, section: PreprocessingSection) -> Manifest:
+    """Return a manifest less the cases that a configuration's rule for missing channels leaves out.
+
+    Raises:
+        ManifestError: no case is left that has every channel.
+    """
+    if section.missing_channels == "zero":
         return manifest
     cases = tuple(case for case in manifest.cases if len(case.images) == len(manifest.channels))
     if not cases:
         raise ManifestError(
-            f"{config.data.manifest}: no case has all of {', '.join(manifest.channels)}; "
+            f"manifest {manifest.name!r}: no case has all of {', '.join(manifest.channels)}; "
             "set preprocessing.missing_channels: zero"
         )
     if left_out := len(manifest.cases) - len(cases):

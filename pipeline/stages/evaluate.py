@@ -36,6 +36,7 @@ from pipeline.predictor import Predictor
 from pipeline.preparation.preprocessing import class_indices
 from pipeline.progress import track
 from pipeline.records import atomic_path
+from pipeline.stages.dataset import taking_part
 from pipeline.stages.evaluation_cases import Task, choose, is_own, models_of, own_manifest
 from pipeline.stages.workspace import Workspace
 from pipeline.tracking import RunLog, send_pending
@@ -127,7 +128,7 @@ def run(
     models = models_of(target, places, tracking_uri)
     if config is None:
         config = target if isinstance(target, Config) else load_config(models[0] / CONFIG, overrides)
-    chosen_from = load_manifest(manifest) if manifest else own_manifest(config)
+    chosen_from = taking_part(load_manifest(manifest), config.preprocessing) if manifest else own_manifest(config)
     tasks = choose(models, chosen_from, config, cases)
     label = cases if is_own(chosen_from, tasks[0].description) else chosen_from.name
     folder = (out or _results_folder(tasks, places, label)).resolve()
