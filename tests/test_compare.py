@@ -18,9 +18,11 @@ from pipeline.data.manifest import load_manifest
 from pipeline.data.phantoms import write_phantom_dataset
 from pipeline.data.plan import Plan
 from pipeline.errors import ConfigError, EvaluationError, ModelError, PipelineError
-from pipeline.model import save_model
+from pipeline.model import model_digest, save_model
+from pipeline.networks import NETWORKS
 from pipeline.stages import compare, evaluate, manifest, preprocess
 from pipeline.stages.fold_task import FACTS, configuration_digest
+from pipeline.stages.member_runs import budget_of
 from pipeline.stages.models import BEST, LAST
 from pipeline.stages.study import load_study, study_runs
 from pipeline.stages.workspace import Workspace
@@ -211,11 +213,32 @@ def test_a_run_of_other_settings_is_not_the_studys(study: Path) -> None:
         compare.run(["study.yaml"], workspace=study / "work")
 
 
+def test_a_run_that_began_with_another_model_is_not_the_studys(study: Path) -> None:
+    def begin(model: Path) -> None:
+        facts = Path(fold("narrow")) / FACTS
+        known = json.loads(facts.read_text())
+        facts.write_text(json.dumps({**known, "initial model": model_digest(model)}))
+
+    path = study / "narrow.yaml"
+    path.write_text(path.read_text().replace("training:\n", f"training:\n  init_from: {study / fold('wide')}\n"))
+    begin(study / fold("narrow") / BEST)
+    with pytest.raises(
+        EvaluationError, match=r"narrow/fold_0: began with another model than training\.init_from names"
+    ):
+        compare.run(["study.yaml"], workspace=study / "work")
+    begin(study / fold("wide") / BEST)
+    assert compare.run(["study.yaml"], workspace=study / "work").result.cases
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("name: a\nconfigs: [narrow.yaml]\n", "study.yaml:2:1: configs: .*at least 2"),
-        ("name: a\nconfigs: [narrow.yaml, wide.yaml]\nseed: 1\n", "study.yaml:3:1: seed: .*not permitted"),
+        (
+            "name: a\nconfigs: [narrow.yaml, wide.yaml]\nseed: 1\n",
+            "study.yaml:3:1: seed: unknown key, .*configs, seeds",
+        ),
+        ("name: a\nconfigs: [narrow.yaml, wide.yaml]\nbaseline: c\n", "baseline c: is none of narrow, wide"),
         ("name: a\nconfigs: [narrow.yaml, narrow.yaml]\n", "named twice: .*narrow-seed0/fold_0"),
         ("name: a\nconfigs: [narrow.yaml, none.yaml]\n", "none.yaml: cannot be read"),
     ],
@@ -228,8 +251,12 @@ def test_a_wrong_study_is_refused(study: Path, text: str, message: str) -> None:
 
 def test_the_hippocampus_study_names_configurations_beside_it() -> None:
     study = load_study(ROOT / "configs" / "studies" / "hippocampus_architectures.yaml")
-    assert len(study.configs) == 8
     assert {path.parent for path in study.configs} == {ROOT / "configs"}
+    runs = study_runs(study, None)
+    assert len(runs) == len(study.configs)
+    # Every network that segments; the autoencoder is there to denoise.
+    assert {found.config.network.name for found in runs} == NETWORKS.keys() - {"autoencoder"}
+    assert len({budget_of(found.config.training) for found in runs}) == 1
 
 
 def test_the_time_of_a_training_leaves_pauses_out(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from pipeline.config import AugmentationSection, Config
 from pipeline.data.manifest import Case, Manifest
 from pipeline.data.plan import Fingerprint, Plan, read_plan
 from pipeline.data.store import CaseStore
-from pipeline.errors import ConfigError, StoreError
+from pipeline.errors import ConfigError, ModelError, StoreError
 from pipeline.hardware import pick_dtype, place
 from pipeline.model import model_digest
 from pipeline.networks import Network
@@ -172,16 +172,8 @@ class FoldTask:
 
     @cached_property
     def initial_model(self) -> Path | None:
-        """Folder of the model with whose weights the training begins; None: with random ones.
-
-        Raises:
-            ModelError: there is no such model.
-        """
-        config = self.config
-        if config.training.init_from is None:
-            return None
-        name = config.training.init_from.replace("{fold}", str(self.fold))
-        return resolve_model(name, config.workspace, config.tracking.uri)
+        """Folder of the model with whose weights the training begins; None: with random ones."""
+        return initial_model_of(self.config, self.fold)
 
     @cached_property
     def settings(self) -> LoopSettings:
@@ -275,6 +267,21 @@ class FoldTask:
             return [self.store.open(case.id) for case in self.training_cases]
         prepared = (self.store.read(case.id) for case in self.training_cases)
         return [CaseInMemory(p.image, p.label, p.class_voxels) for p in prepared]
+
+
+def initial_model_of(config: Config, fold: int) -> Path | None:
+    """Return the folder of the model with whose weights a fold's training begins; None: with random ones.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    if config.training.init_from is None:
+        return None
+    name = config.training.init_from.replace("{fold}", str(fold))
+    try:
+        return resolve_model(name, config.workspace, config.tracking.uri)
+    except ModelError as error:
+        raise ModelError(f"training.init_from: {error}") from error
 
 
 def configuration_digest(config: Config) -> str:

@@ -19,8 +19,9 @@ from pipeline.config_loading import load_config
 from pipeline.config_yaml import Problem, read_file
 from pipeline.errors import ConfigError, EvaluationError, PipelineError
 from pipeline.evaluation.members import Member, MemberRun
+from pipeline.model import model_digest
 from pipeline.records import Record
-from pipeline.stages.fold_task import FACTS, configuration_digest
+from pipeline.stages.fold_task import FACTS, configuration_digest, initial_model_of
 from pipeline.stages.member_runs import read_run
 from pipeline.stages.workspace import Workspace
 
@@ -45,6 +46,10 @@ class Study(Record):
     folds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
     overrides: dict[str, Any] = Field(default={}, alias="set")
     baseline: str | None = None
+
+
+# What a study says of a key that it has not.
+_UNKNOWN = {"extra_forbidden": "unknown key, expected one of name, configs, seeds, folds, set, baseline"}
 
 
 @dataclass(frozen=True)
@@ -81,11 +86,15 @@ class StudyRun:
         Raises:
             PipelineError: it is not there, not finished, not evaluated, or of another configuration.
         """
-        facts = self.folder / FACTS
-        if not facts.is_file():
+        path = self.folder / FACTS
+        if not path.is_file():
             raise EvaluationError(f"{self.folder}: was not trained yet")
-        if json.loads(facts.read_text(encoding="utf-8"))["configuration"] != configuration_digest(self.config):
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if facts["configuration"] != configuration_digest(self.config):
             raise EvaluationError(f"{self.folder}: was trained with other settings than the study's")
+        initial = initial_model_of(self.config, self.fold)
+        if facts.get("initial model") != (None if initial is None else model_digest(initial)):
+            raise EvaluationError(f"{self.folder}: began with another model than training.init_from names now")
         return read_run(self.folder, "fold")
 
 
@@ -102,7 +111,7 @@ def load_study(path: Path) -> Study:
     except ValidationError as error:
         for found in error.errors(include_url=False):
             keys = tuple(map(str, found["loc"]))
-            problems.append(Problem(tree.place_of(keys), ".".join(keys), found["msg"]))
+            problems.append(Problem(tree.place_of(keys), ".".join(keys), _UNKNOWN.get(found["type"], found["msg"])))
     if problems:
         raise ConfigError("\n".join(map(str, sorted(problems))))
     folder = path.parent.resolve()
@@ -116,12 +125,15 @@ def study_runs(study: Study, workspace: Path | None) -> list[StudyRun]:
     it never stands in the way of one that is.
 
     Raises:
-        ConfigError: a configuration is wrong, or two have one name.
+        ConfigError: a configuration is wrong, two have one name, or the baseline is none of them.
     """
     found = [run for path in study.configs for run in _runs_of(study, path, workspace)]
     folders = [run.folder for run in found]
     if twice := sorted({str(folder) for folder in folders if folders.count(folder) > 1}):
         raise ConfigError(f"study {study.name}: named twice: {', '.join(twice)}; give each configuration its own name")
+    members = list(dict.fromkeys(run.member for run in found))
+    if study.baseline is not None and study.baseline not in members:
+        raise ConfigError(f"study {study.name}: baseline {study.baseline}: is none of {', '.join(members)}")
     return found
 
 
