@@ -86,7 +86,7 @@ class Objective(nn.Module):
         self.deep_supervision = deep_supervision
 
     def forward(self, image: Tensor, target: Tensor) -> Tensor:
-        """Return the loss of (N, C, *input) against (N, *output) int64 class indices."""
+        """Return the loss of (N, C, *input) against (N, *output) int64 class indices, or what else the loss takes."""
         if not self.deep_supervision:
             return self.loss(self.network(image), target)
         outputs = self.network.deep_supervision(image)
