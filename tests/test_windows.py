@@ -168,6 +168,20 @@ def test_margin_along_one_axis_only() -> None:
     torch.testing.assert_close(collect(network, image, Windowing((6, 7, 4))), whole, atol=1e-6, rtol=1e-5)
 
 
+def test_flipped_tiles_of_a_network_with_margin_equal_flipped_passes() -> None:
+    torch.manual_seed(0)
+    network, image = PlanarNetwork().eval(), make_image(6, 7, 19)
+    flips = ((), (2,), (0, 2))
+    with torch.no_grad():
+        passes = [
+            network(functional.pad(image.flip(axes), (2, 2))[None])[0].flip(axes)
+            for axes in ([axis + 1 for axis in flip] for flip in flips)
+        ]
+    whole = torch.stack(passes).mean(0)
+    assert not torch.allclose(whole, passes[0], atol=1e-2)
+    torch.testing.assert_close(collect(network, image, Windowing((6, 7, 4), flips=flips)), whole, atol=1e-6, rtol=1e-5)
+
+
 def test_window_smaller_than_the_stride_is_refused() -> None:
     network = ValidNetwork()
     network.stride = (16, 16, 16)
