@@ -21,11 +21,12 @@ from pipeline.evaluation.comparison_report import (
 )
 from pipeline.evaluation.comparison_statistics import by_patient, holm, rank_shares, signed_rank_p
 from pipeline.evaluation.members import Member, MemberRun
-from pipeline.evaluation.metrics import METRICS, Row
+from pipeline.evaluation.metrics import METRICS, Row, Status
 from pipeline.evaluation.report import ScoredCase
 from pipeline.evaluation.statistics import MEAN
 
 NAN = float("nan")
+NOTHING = dict.fromkeys(METRICS, NAN)
 
 
 def slow_signed_rank_p(differences: list[float]) -> float:
@@ -214,6 +215,24 @@ def test_a_missed_structure_counts_nothing_in_overlap_and_leaves_the_pairs_of_di
     expected = np.mean([(0.1 + 0.0) / 2, 0.1, (-0.2 + 0.0) / 2])
     assert pair_of(result, "hd95", MEAN).difference.mean == pytest.approx(expected)
     assert any("second: 1 structures missed" in line for line in result.warnings)
+
+
+def test_whoever_invents_a_structure_loses_to_whoever_does_not() -> None:
+    def of(name: str, status: Status) -> Member:
+        rows = [Row("left", "scored", 2.0, 1.0, dict.fromkeys(METRICS, 0.8)), Row("right", status, 0.0, 1.0, NOTHING)]
+        invented = [ScoredCase(case_id, case_id, 0, tuple(rows), 0.5, None) for case_id in "ab"]
+        empty = replace(invented[0], case_id="c", patient="c", rows=(rows[0], replace(rows[1], status="both_empty")))
+        return member(name, *invented, empty)
+
+    result = compare("invented", [of("good", "both_empty"), of("bad", "spurious")], samples=20)
+    # Of c nobody says that there is a right side: it counts for neither.
+    means = {name: result.estimates[name, "dice", "right"] for name in ("good", "bad")}
+    assert [(means[name].mean, means[name].cases) for name in ("good", "bad")] == [(1.0, 2), (0.0, 2)]
+    found = pair_of(result, "dice", "right")
+    assert (found.difference.mean, found.better, found.difference.cases) == (1.0, 2, 2)
+    assert result.ranking("dice", "right").shares == {"good": (1.0, 0.0), "bad": (0.0, 1.0)}
+    assert pair_of(result, "dice", MEAN).difference.mean == pytest.approx((0.5 + 0.5 + 0.0) / 3)
+    assert pair_of(result, "hd95", "right").difference.cases == 0
 
 
 def test_members_that_cannot_be_compared_are_refused_with_every_reason() -> None:

@@ -2,8 +2,9 @@
 
 Seeds are averaged case by case and cases patient by patient before anything else, so that a patient counts once and a
 pair is a patient. A structure that a member missed, or found where there is none, counts 0 in the metrics from 0 to 1,
-for else whoever misses the hard cases would gain by it. It has no distance: a pair lacks one where either has none, and
-how many are left stands beside every number.
+for else whoever misses the hard cases would gain by it; and where some member found one that is not there, those that
+found none count 1. It has no distance: a pair lacks one where either has none, and how many are left stands beside
+every number.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pipeline.errors import EvaluationError
 from pipeline.evaluation.comparison_statistics import by_patient, holm, rank_shares, signed_rank_p
 from pipeline.evaluation.members import Member, differences, warnings_of
 from pipeline.evaluation.metrics import METRICS, Row
+from pipeline.evaluation.report import ScoredCase
 from pipeline.evaluation.statistics import MEAN, Estimate, bootstrap_interval, mean_known
 
 FloatArray = NDArray[np.float64]
@@ -172,9 +174,26 @@ class _Scores:
         at = {case: index for index, case in enumerate(self.patients)}
         sums, runs = np.zeros((len(self.class_names), len(at))), np.zeros(len(at))
         for case in (case for run in member.runs for case in run.cases):
-            sums[:, at[case.case_id]] += [_value(row, metric) for row in case.rows]
+            sums[:, at[case.case_id]] += [self._value(case, row, metric) for row in case.rows]
             runs[at[case.case_id]] += 1
         return np.asarray(sums / runs)
+
+    @cached_property
+    def invented(self) -> set[tuple[str, str]]:
+        """(case, class) of the structures that are not there and that some member has found all the same."""
+        cases = (case for member in self.members for run in member.runs for case in run.cases)
+        return {(case.case_id, row.class_name) for case in cases for row in case.rows if row.status == "spurious"}
+
+    def _value(self, case: ScoredCase, row: Row, metric: str) -> float:
+        """Return what a row counts as: in metrics from 0 to 1 a structure missed or invented 0, and one rightly not
+        found where another member invents it, 1.
+        """
+        if METRICS[metric].higher_is_better:
+            if row.status in ("missed", "spurious"):
+                return 0.0
+            if row.status == "both_empty" and (case.case_id, row.class_name) in self.invented:
+                return METRICS[metric].best
+        return row.values[metric]
 
     def result(self, baseline: str) -> ComparisonResult:
         """Return all that can be said."""
@@ -250,11 +269,6 @@ class _Scores:
         known = values[~np.isnan(values)]
         low, high = bootstrap_interval(known, samples=self.samples, seed=self.seed)
         return Estimate(float(known.mean()) if known.size else float("nan"), low, high, int(known.size))
-
-
-def _value(row: Row, metric: str) -> float:
-    """Return what a row counts as: 0 for a structure missed or invented, in metrics whose worst value that is."""
-    return 0.0 if row.status in ("missed", "spurious") and METRICS[metric].higher_is_better else row.values[metric]
 
 
 def _with_mean(table: FloatArray) -> FloatArray:

@@ -30,8 +30,8 @@ UNKNOWN = "–"
 METHODS = (
     "Seeds are averaged case by case and cases patient by patient before anything else: a patient counts once, and a "
     "pair is a patient. The mean over classes is, per case, the mean over the classes that have a value.",
-    "Where a member missed a structure, or found one where there is none, Dice and NSD count 0; a distance has no "
-    "value there: means leave it out, and pairs take what both members have.",
+    "Where a member missed a structure, or found one where there is none, Dice and NSD count 0, and 1 for those who "
+    "rightly found none there; a distance has no value: means leave it out, and pairs take what both members have.",
     "Intervals: 95 % bootstrap percentiles of the mean, or of the mean difference, patients drawn with replacement. "
     "They say how much would change with other patients, not with another training.",
     "p: Wilcoxon's signed-rank test, two-sided and exact, zeros ranked (Pratt), ties sharing their mean rank; with n "
