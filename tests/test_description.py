@@ -138,8 +138,6 @@ def test_legal_sizes() -> None:
 def test_reach_is_where_the_gradient_is(
     name: str, options: dict[str, Any], task: NetworkTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(F, "max_pool3d", mean_pool)
-    monkeypatch.setattr(F, "max_pool2d", mean_pool)
     try:
         network = all_positive(build_network(name, options, task))
     except ValueError as error:
@@ -149,6 +147,8 @@ def test_reach_is_where_the_gradient_is(
     image = torch.rand(1, 2, *size, dtype=torch.float64, requires_grad=True)
     with torch.no_grad(), ReachMode(image) as mode:
         reach = mode.of(network(image))
+    monkeypatch.setattr(F, "max_pool3d", mean_pool)
+    monkeypatch.setattr(F, "max_pool2d", mean_pool)
     logits = network(image)
     assert mode.unknown == set()
     assert reach is not None
