@@ -11,7 +11,7 @@ from pipeline.config import Config
 from pipeline.config_loading import load_config
 from pipeline.data.phantoms import write_phantom_dataset
 from pipeline.errors import ConfigError
-from pipeline.networks import NETWORKS
+from pipeline.networks import NETWORKS, Network, NetworkTask
 from pipeline.stages import describe, manifest, networks, preprocess
 
 SAID = ["preprocessing.patch_size=[16, 24, 16]", "preprocessing.spacing_mm=[1, 1, 2]", "preprocessing.batch_size=3"]
@@ -85,6 +85,18 @@ def test_every_network_is_listed() -> None:
     assert margins["multiscale_pathways"] > 40
     text = networks.entries_text(entries)
     assert len(text.splitlines()) == 1 + len(NETWORKS)
+
+
+def test_a_network_that_refuses_planes_is_listed_as_3d(monkeypatch: pytest.MonkeyPatch) -> None:
+    def solid(task: NetworkTask) -> Network:
+        if task.flat_axis is not None:
+            raise ValueError("there is no 2-D form")
+        return Network()
+
+    monkeypatch.setitem(NETWORKS, "solid", solid)
+    dims = {entry.name: entry.spatial_dims for entry in networks.run()}
+    assert dims.pop("solid") == (3,)
+    assert set(dims.values()) == {(2, 3)}
 
 
 def test_the_options_of_one_are_listed_with_what_they_take() -> None:

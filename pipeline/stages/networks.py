@@ -107,10 +107,19 @@ def _entry(name: str) -> NetworkEntry:
     """Build a network by its default options, without weights, and say what it is."""
     with torch.device("meta"):
         margin = max(build_network(name, {}, _TASK).margin)
-        build_network(name, {}, _FLAT_TASK)
     first_sentence = (inspect.getdoc(NETWORKS[name]) or "").split("\n\n")[0].replace("\n", " ")
     summary = first_sentence.removeprefix("Build ")
-    return NetworkEntry(name, summary, (2, 3), margin)
+    return NetworkEntry(name, summary, (2, 3) if _takes_planes(name) else (3,), margin)
+
+
+def _takes_planes(name: str) -> bool:
+    """Say whether a network can be a 2-D one."""
+    try:
+        with torch.device("meta"):
+            build_network(name, {}, _FLAT_TASK)
+    except ValueError:
+        return False
+    return True
 
 
 def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
