@@ -48,6 +48,17 @@ def test_a_thick_axis_waits_until_the_others_are_as_coarse() -> None:
     assert strides == ((2, 2, 1), (2, 2, 2), (2, 2, 2), (2, 2, 1))
 
 
+def test_a_long_axis_is_still_convolved_where_it_alone_is_halved() -> None:
+    # 128 voxels are halved five times, 48 three times: at last they are 32 mm beside 8.
+    kernels, strides = topology((128, 48, 48), (1.0, 1.0, 1.0), None)
+    assert strides == ((2, 2, 2),) * 3 + ((2, 1, 1),) * 2
+    assert kernels == ((3, 3, 3),) * 6
+    # The first axis cannot be halved, so the last is halved while it is far longer.
+    kernels, strides = topology((41, 64, 64), (1.0, 1.0, 4.0), 4)
+    assert strides == ((1, 2, 1), (1, 2, 2), (1, 2, 2))
+    assert kernels == ((3, 3, 1), (3, 3, 1), (3, 3, 3), (3, 3, 3))
+
+
 def test_more_levels_than_the_patch_holds_are_refused() -> None:
     with pytest.raises(ValueError, match=r"holds 3 levels, got levels: 5"):
         topology((16, 16, 16), (1.0, 1.0, 1.0), 5)

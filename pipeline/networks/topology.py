@@ -18,6 +18,9 @@ from pipeline.networks.contract import NetworkTask, Size, as_size
 Count = Annotated[int, Field(ge=1)]
 Voxels = tuple[Count, Count, Count]
 Widths = Annotated[tuple[Count, ...], Field(min_length=2)]
+Kernels = Annotated[tuple[Voxels, ...], Field(min_length=2)]
+Strides = Annotated[tuple[Voxels, ...], Field(min_length=1)]
+Convs = Count | Annotated[tuple[Count, ...], Field(min_length=2)]
 LevelCount = Annotated[int, Field(ge=2)]
 
 # nnU-Net stops pooling an axis below this many voxels (experiment_planning, `UNet_featuremap_min_edge_length`).
@@ -117,9 +120,9 @@ def topology(
     """Return the kernel of each level and the stride into each level but the first.
 
     An axis is halved while its voxels are at most twice as long as the shortest of those that can still be halved, so
-    that a thick axis waits until the others have become as coarse, and while the feature map keeps 4 voxels; it is
-    convolved with a kernel of 3 as soon as its voxels are at most twice as long as the shortest, else of 1 (Isensee et
-    al. 2021, supplementary note 2). A 2-D network's flat axis has strides and kernels of 1.
+    that a thick axis waits until the others have become as coarse, and while the feature map keeps 4 voxels (Isensee et
+    al. 2021, supplementary note 2). Kernels are those of `fitted_kernels`. A 2-D network's flat axis has strides and
+    kernels of 1.
 
     Raises:
         ValueError: the patch cannot be halved as often as `levels` says.
@@ -147,12 +150,19 @@ def topology(
 def fitted_kernels(
     spacing_mm: tuple[float, float, float], strides: Sequence[Size], flat_axis: int | None = None
 ) -> tuple[Size, ...]:
-    """Return the kernel of each level: 3 along an axis whose voxels are at most twice as long as the shortest, else 1;
-    the flat axis counts as endlessly thick.
+    """Return the kernel of each level: 1 along an axis until its voxels are at most twice as long as the shortest, 3
+    from there on, as nnU-Net has it; the flat axis counts as endlessly thick.
+
+    An axis that is halved has 3 too: a strided convolution with a kernel of 1 would leave voxels out.
     """
     spacing = [inf if axis == flat_axis else mm for axis, mm in enumerate(spacing_mm)]
-    kernels = []
+    kernels = [(1, 1, 1)]
     for stride in ((1, 1, 1), *strides):
         spacing = [mm * s for mm, s in zip(spacing, stride, strict=True)]
-        kernels.append(as_size(3 if mm <= 2 * min(spacing) else 1 for mm in spacing))
-    return tuple(kernels)
+        kernels.append(
+            as_size(
+                3 if before == 3 or s > 1 or mm <= 2 * min(spacing) else 1
+                for before, s, mm in zip(kernels[-1], stride, spacing, strict=True)
+            )
+        )
+    return tuple(kernels[1:])
