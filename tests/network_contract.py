@@ -90,6 +90,7 @@ def training_gives_the_same_shapes_and_a_gradient_to_every_parameter(case: Case)
     network = copy.deepcopy(case.network).train()
     first, *coarser = network.deep_supervision(case.images)
     assert first.shape == case.logits.shape
+    assert bool(coarser) == network.coarse_logits
     torch.stack([logits.square().mean() for logits in (first, *coarser)]).sum().backward()
     still = [key for key, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert still == []

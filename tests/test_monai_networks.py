@@ -83,13 +83,18 @@ def test_a_weight_is_saved_once() -> None:
         ("segresnet", {"blocks_up": [1]}, "blocks_up: needs 3 numbers"),
         ("mednext", {"blocks": [1, 1]}, "expansion: needs 2 numbers"),
         ("swin_unetr", {"width": 12, "heads": 5}, r"width: needs a multiple of heads \(5\)"),
-        ("unetr", {"hidden": 30, "heads": 4}, "divisible"),
+        ("unetr", {"hidden": 30, "heads": 4}, r"hidden: needs a multiple of heads \(4\), got 30"),
     ],
 )
 def test_options_that_contradict_one_another_are_refused(name: str, options: dict[str, object], problem: str) -> None:
     assert check_options(name, options) == []
     with pytest.raises(ValueError, match=problem):
         build_network(name, options, TASK)
+
+
+def test_a_patch_too_small_for_dynunet_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"a patch of \(8, 8, 8\) voxels holds 2 levels, and DynUNet has three"):
+        build_network("dynunet", {}, NetworkTask(1, 2, (8, 8, 8), (1.0, 1.0, 1.0)))
 
 
 def test_options_are_typed() -> None:

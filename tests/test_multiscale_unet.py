@@ -111,6 +111,13 @@ def test_planes_of_a_flat_task_stay_apart() -> None:
         torch.testing.assert_close(logits[..., 1:2], network(image[..., 1:2]), atol=1e-5, rtol=1e-4)
 
 
+def test_an_image_of_another_size_is_refused() -> None:
+    network = build(**SHALLOW)
+    x, y, z = network.input_size((8, 8, 8))
+    with pytest.raises(ValueError, match=rf"an image of \({x}, {y + 1}, {z}\) voxels.*such as \({x}, {y + 4}, {z}\)"):
+        network(noise(1, 2, x, y + 1, z))
+
+
 def test_context_no_wider_than_the_unet_is_refused() -> None:
     with pytest.raises(ValueError, match="sees 8 voxels beyond the bottleneck, the U-Net itself 14"):
         build(width=4, context_convs=1)

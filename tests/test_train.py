@@ -46,10 +46,19 @@ def test_a_fold_that_is_not_there_is_named(prepared: Config) -> None:
         train.run(prepared, fold="7")
 
 
-def test_deep_supervision_of_a_network_without_it_is_refused(prepared: Config) -> None:
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("segresnet", {"blocks_down": (1, 1, 1), "blocks_up": (1, 1)}),
+        ("unet", {"width": 4, "levels": 3, "coarse_heads": False}),
+    ],
+)
+def test_deep_supervision_of_a_network_without_it_is_refused(
+    prepared: Config, name: str, options: dict[str, object]
+) -> None:
     config = changed(prepared.changed(name="deep"), "training", deep_supervision=True)
-    config = changed(config, "network", name="segresnet", options={"blocks_down": (1, 1, 1), "blocks_up": (1, 1)})
-    with pytest.raises(ConfigError, match="segresnet has no coarser outputs"):
+    config = changed(config, "network", name=name, options=options)
+    with pytest.raises(ConfigError, match=f"{name} has no coarser outputs"):
         train.run(config)
     assert not Workspace(config.workspace).run("deep", 0).exists()
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from network_variants import FLAT_TASK, TASK
 from torch import Tensor, nn
 
-from pipeline.networks import NetworkTask, build_network
+from pipeline.networks import NetworkTask, build_network, check_options
 from pipeline.networks.blocks import ResidualUnit, trim
 from pipeline.networks.contract import Size, as_size, centre_crop
 from pipeline.networks.topology import Levels, topology
@@ -236,6 +236,12 @@ def test_planes_of_the_flat_axis_stay_apart(options: dict[str, Any]) -> None:
 def test_options_that_contradict_one_another_are_named(task: NetworkTask, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_network("unet", options, task)
+
+
+@pytest.mark.parametrize("option", ["widths", "kernels", "strides", "convs"])
+def test_levels_of_which_there_are_none_are_refused(option: str) -> None:
+    problems = dict(check_options("unet", {option: []}))
+    assert any(key.startswith(f"options.{option}") and "at least" in text for key, text in problems.items())
 
 
 def test_given_widths_kernels_and_convs_are_taken() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.networks.blocks import Activation, Norm, Padding
 from pipeline.networks.contract import NetworkTask
-from pipeline.networks.topology import Count, LevelCount, Voxels, Widths
+from pipeline.networks.topology import Convs, Count, Kernels, LevelCount, Strides, Widths
 from pipeline.networks.unet import Downsampling, UNet, unet
 from pipeline.networks.upsampling import UpsamplingMode
 
@@ -16,9 +16,9 @@ def autoencoder(
     max_width: Count = 320,
     widths: Widths | None = None,
     levels: LevelCount | None = None,
-    kernels: tuple[Voxels, ...] | None = None,
-    strides: tuple[Voxels, ...] | None = None,
-    convs: Count | tuple[Count, ...] = 2,
+    kernels: Kernels | None = None,
+    strides: Strides | None = None,
+    convs: Convs = 2,
     norm: Norm = "instance",
     activation: Activation = "leaky_relu",
     residual: bool = False,

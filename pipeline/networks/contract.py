@@ -42,10 +42,12 @@ class Network(nn.Module):
     Attributes:
         margin: voxels lost on each side of each axis; 0 for padded convolutions.
         stride: per axis, the least common multiple of pooling and subsampling factors.
+        coarse_logits: whether `deep_supervision` gives logits of coarser levels too.
     """
 
     margin: Size = (0, 0, 0)
     stride: Size = (1, 1, 1)
+    coarse_logits: bool = False
 
     def input_size(self, output: Size) -> Size:
         """Return the smallest legal input that yields at least `output` voxels.

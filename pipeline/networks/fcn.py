@@ -11,11 +11,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.networks.blocks import Norm, conv_stage
-from pipeline.networks.contract import Network, NetworkTask, Size
+from pipeline.networks.contract import Network, NetworkTask, Size, as_size
+from pipeline.networks.topology import Count
 from pipeline.networks.upsampling import linear_transposed
 from pipeline.networks.upsampling import upsampling as plain_upsampling
-
-Count = Annotated[int, Field(ge=1)]
 
 # No convolution follows that could fill the holes which bed of nails and max unpooling leave.
 Upsampling = Literal["nearest", "linear", "cubic", "transposed", "nearest_conv", "linear_conv", "pixel_shuffle"]
@@ -49,6 +48,7 @@ class FCN(Network):
         self.enlargements = nn.ModuleList(enlargements)
         self.last = last
         self.stride = stride
+        self.coarse_logits = not isinstance(last, nn.Identity)
 
     def _scores(self, image: Tensor) -> list[Tensor]:
         """Return the scores that each skip leaves, coarsest first."""
@@ -67,8 +67,7 @@ class FCN(Network):
     def deep_supervision(self, image: Tensor) -> tuple[Tensor, ...]:
         """Return the logits, then the scores before they are enlarged, finest first."""
         scores = self._scores(image)
-        coarser = () if isinstance(self.last, nn.Identity) else reversed(scores)
-        return (self.last(scores[-1]), *coarser)
+        return (self.last(scores[-1]), *(reversed(scores) if self.coarse_logits else ()))
 
 
 def fcn(
@@ -145,7 +144,7 @@ def _encoder(task: NetworkTask, widths: Sequence[int], step: Size, *, convs: int
 def _head(task: NetworkTask, channels: int, width: int, kernel: Size, dropout: float) -> nn.Sequential:
     """Return what VGG's fully connected layers become, and the scores; no norm, for one voxel may be all there is."""
     return nn.Sequential(
-        nn.Conv3d(channels, width, kernel, padding=(kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)),
+        nn.Conv3d(channels, width, kernel, padding=as_size(k // 2 for k in kernel)),
         nn.ReLU(inplace=True),
         nn.Dropout3d(dropout),
         nn.Conv3d(width, width, 1),
@@ -167,8 +166,7 @@ class SimpleFCN(Network):
 
     def __init__(self, task: NetworkTask, width: int) -> None:
         super().__init__()
-        kernel, step = task.cubic(3), task.cubic(2)
-        padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
+        kernel, padding, step = task.cubic(3), task.cubic(1, 0), task.cubic(2)
         self.stride = task.cubic(4)
         self.layers = nn.Sequential(
             nn.Conv3d(task.in_channels, width, kernel, padding=padding),

@@ -10,11 +10,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.networks.contract import Network, NetworkTask, Size, as_size, total_stride
-from pipeline.networks.topology import topology
+from pipeline.networks.topology import Count, topology
 
-Width = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=1)]
-Counts = tuple[Count, ...]
+Counts = Annotated[tuple[Count, ...], Field(min_length=1)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -65,6 +63,8 @@ class MonaiNetwork(Network):
 class MonaiNetworkOfLevels(MonaiNetwork):
     """A MONAI network that gives logits of coarser levels too."""
 
+    coarse_logits = True
+
     def deep_supervision(self, image: Tensor) -> tuple[Tensor, ...]:
         """Return the logits, then those of coarser levels."""
         return self._logits(image)
@@ -102,18 +102,26 @@ class FixedSizeNetwork(MonaiNetwork):
 def dynunet(
     task: NetworkTask,
     *,
-    width: Width = 32,
-    max_width: Width = 320,
+    width: Count = 32,
+    max_width: Count = 320,
     levels: Annotated[int, Field(ge=3)] | None = None,
     norm: Literal["batch", "instance"] = "instance",
     residual: bool = False,
 ) -> Network:
     """Build MONAI's DynUNet, its re-implementation of nnU-Net's network, with strides and kernels fitted as for
     `unet`.
+
+    Raises:
+        ValueError: the patch cannot be halved as often as `levels` says, or twice.
     """
     from monai.networks.nets.dynunet import DynUNet
 
     kernels, strides = topology(task.patch_size, task.spacing_mm, levels, task.flat_axis)
+    if len(kernels) < 3:
+        raise ValueError(
+            f"a patch of {task.patch_size} voxels holds {len(kernels)} levels, and DynUNet has three at least; take a "
+            "larger preprocessing.patch_size"
+        )
     in_plane = [_without(task.flat_axis, stride) for stride in strides]
     network = DynUNet(
         spatial_dims=_spatial_dims(task),
@@ -165,8 +173,8 @@ def segresnet(
 def attention_unet(
     task: NetworkTask,
     *,
-    width: Width = 32,
-    max_width: Width = 320,
+    width: Count = 32,
+    max_width: Count = 320,
     levels: Annotated[int, Field(ge=2)] | None = None,
     dropout: Probability = 0.0,
 ) -> Network:
@@ -191,7 +199,7 @@ def attention_unet(
 def basic_unet_plus_plus(
     task: NetworkTask,
     *,
-    width: Width = 32,
+    width: Count = 32,
     norm: Literal["batch", "instance"] = "instance",
     dropout: Probability = 0.0,
 ) -> Network:
@@ -214,7 +222,7 @@ def basic_unet_plus_plus(
 def mednext(
     task: NetworkTask,
     *,
-    width: Width = 32,
+    width: Count = 32,
     kernel: Literal[3, 5, 7] = 3,
     blocks: Counts = (2, 2, 2, 2),
     expansion: Counts = (2, 2, 2, 2),
@@ -253,7 +261,7 @@ def mednext(
 def unetr(
     task: NetworkTask,
     *,
-    width: Width = 16,
+    width: Count = 16,
     hidden: Count = 768,
     mlp: Count = 3072,
     heads: Count = 12,
@@ -268,6 +276,8 @@ def unetr(
     """
     from monai.networks.nets.unetr import UNETR
 
+    if hidden % heads:
+        raise ValueError(f"hidden: needs a multiple of heads ({heads}), got {hidden}")
     stride = task.cubic(16)
     size = as_size(-(-n // s) * s for n, s in zip(task.patch_size, stride, strict=True))
     network = UNETR(

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.networks.contract import Network, NetworkTask, Size, as_size, centre_crop
+from pipeline.networks.topology import Count
 
 Norm = Literal["batch", "none"]
 Activation = Literal["prelu", "relu"]
-Count = Annotated[int, Field(ge=1)]
 Factors = tuple[Count | tuple[Count, Count, Count], ...]
 Maps = tuple[Count, ...]
 Positions = tuple[Annotated[int, Field(ge=2)], ...]
@@ -237,7 +237,9 @@ def multiscale_pathways(
     preset = PRESETS[size]
     maps = preset.feature_maps if feature_maps is None else feature_maps
     if max(residual_layers, default=0) > len(maps):
-        raise ValueError(f"residual_layers {residual_layers}: a pathway has {len(maps)} layers")
+        raise ValueError(
+            f"residual_layers: a pathway has {len(maps)} layers, as many as feature_maps, got {list(residual_layers)}"
+        )
     return MultiscalePathways(
         task.in_channels,
         task.num_classes,

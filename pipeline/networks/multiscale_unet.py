@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from pipeline.networks.blocks import Activation, conv_stage, lost_voxels, trim
 from pipeline.networks.contract import NetworkTask, Size, as_size
-from pipeline.networks.topology import Count, LevelCount, fitted_levels
+from pipeline.networks.topology import Convs, Count, LevelCount, fitted_levels
 from pipeline.networks.unet import Design, Downsampling, UNet
 from pipeline.networks.upsampling import UpsamplingMode
 
@@ -78,6 +78,7 @@ class MultiscaleUNet(UNet):
                 f"the U-Net itself {max(own)}; take more of them, a larger context_factor, or fewer levels"
             )
         self.margin = as_size(m + b for m, b in zip(self.margin, self.beyond, strict=True))
+        self._lost_in_encoder = as_size(n + 2 * b for n, b in zip(self._lost_in_encoder, self.beyond, strict=True))
 
     def encode(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return the features of bottleneck and context, and those of the levels above, finest first.
@@ -85,11 +86,12 @@ class MultiscaleUNet(UNet):
         Raises:
             ValueError: the image's size is none that `input_size` returns.
         """
-        bottleneck, skips = super().encode(trim(image, self.beyond))
+        self._refuse_illegal(image)
+        *skips, bottleneck = self.encoder(trim(image, self.beyond))
         blocks = functional.avg_pool3d(trim(image, self.unseen), self.stride)
         scale = [float(f) for f in self.context_factor]
         context = functional.interpolate(self.context(blocks), scale_factor=scale, mode="nearest")
-        return torch.cat([bottleneck, context], dim=1), skips
+        return torch.cat([self.dropout(bottleneck), context], dim=1), skips
 
 
 def _beyond(missing: int, stride: int) -> int:
@@ -104,14 +106,14 @@ def multiscale_unet(
     width: Count = 32,
     max_width: Count = 320,
     levels: LevelCount = 3,
-    convs: Count | tuple[Count, ...] = 2,
+    convs: Convs = 2,
     norm: Literal["batch", "none"] = "batch",
     activation: Activation = "leaky_relu",
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
     residual: bool = False,
     downsampling: Downsampling = "strided",
     upsampling: UpsamplingMode = "transposed",
-    context_factor: Annotated[int, Field(ge=1)] = 2,
+    context_factor: Count = 2,
     context_convs: Count = 3,
     context_width: Count | None = None,
 ) -> MultiscaleUNet:

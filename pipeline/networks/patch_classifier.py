@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.networks.blocks import ConvBlock
 from pipeline.networks.contract import Network, NetworkTask, Size, as_size
-
-Width = Annotated[int, Field(ge=1)]
+from pipeline.networks.topology import Count
 
 KERNEL = 3
 # Pooling windows of 3 that step by 2 overlap (Krizhevsky et al. 2012) and, unlike windows of 2, keep the field odd:
@@ -99,11 +98,11 @@ class DilatedConvolution(nn.Module):
 def patch_classifier(
     task: NetworkTask,
     *,
-    widths: tuple[Width, ...] = (16, 32),
-    convs: Annotated[int, Field(ge=1)] = 2,
+    widths: Annotated[tuple[Count, ...], Field(min_length=1)] = (16, 32),
+    convs: Count = 2,
     pooling: bool = True,
     seen: Literal[1, 3, 5, 7] = 3,
-    hidden: tuple[Width, ...] = (64,),
+    hidden: tuple[Count, ...] = (64,),
     norm: Literal["batch", "none"] = "batch",
 ) -> PatchClassifier:
     """Build a patch classifier; its field is 27 voxels a side by default.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.networks.blocks import Activation, ConvBlock, Norm, Padding, conv_stage, lost_voxels, trim
 from pipeline.networks.contract import Network, NetworkTask, Size, as_size, centre_crop, total_stride
-from pipeline.networks.topology import Count, LevelCount, Levels, Voxels, Widths, fitted_levels
+from pipeline.networks.topology import Convs, Count, Kernels, LevelCount, Levels, Strides, Widths, fitted_levels
 from pipeline.networks.upsampling import MaxUnpool, UpsamplingMode, border, positions_of_largest, upsampling
 
 Downsampling = Literal["max", "average", "strided"]
@@ -125,6 +125,7 @@ class UNet(Network):
         self.heads = nn.ModuleList(
             nn.Conv3d(widths[k], num_classes, 1) for k in upwards if k == 0 or design.coarse_heads
         )
+        self.coarse_logits = len(self.heads) > 1
 
     def input_size(self, output: Size) -> Size:
         """Return the smallest legal input: what the encoder loses, and a multiple of the stride."""
@@ -139,14 +140,18 @@ class UNet(Network):
         Raises:
             ValueError: the image's size is none that `input_size` returns; a level would be pooled off its centre.
         """
+        self._refuse_illegal(image)
+        *skips, bottleneck = self.encoder(image)
+        return self.dropout(bottleneck), skips
+
+    def _refuse_illegal(self, image: Tensor) -> None:
+        """Raise where a level would be pooled off its centre."""
         size = as_size(image.shape[2:])
         if any((n - lost) % s for n, s, lost in zip(size, self.stride, self._lost_in_encoder, strict=True)):
             raise ValueError(
                 f"cannot take an image of {size} voxels; legal sizes are {self._lost_in_encoder} and a multiple of "
                 f"{self.stride}, such as {self.input_size(self.output_size(size))}"
             )
-        *skips, bottleneck = self.encoder(image)
-        return self.dropout(bottleneck), skips
 
     def decode(self, bottleneck: Tensor, skips: Sequence[Tensor]) -> list[Tensor]:
         """Return the decoder's features of each level, coarsest first.
@@ -238,9 +243,9 @@ def unet(
     max_width: Count = 320,
     widths: Widths | None = None,
     levels: LevelCount | None = None,
-    kernels: tuple[Voxels, ...] | None = None,
-    strides: tuple[Voxels, ...] | None = None,
-    convs: Count | tuple[Count, ...] = 2,
+    kernels: Kernels | None = None,
+    strides: Strides | None = None,
+    convs: Convs = 2,
     norm: Norm = "instance",
     activation: Activation = "leaky_relu",
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,

@@ -222,7 +222,7 @@ class FoldTask:
             loss = build_loss(section.loss, section.loss_options)
         except ValueError as error:
             raise ConfigError(f"training.loss {section.loss}: {error}") from error
-        if section.deep_supervision and type(network).deep_supervision is Network.deep_supervision:
+        if section.deep_supervision and not network.coarse_logits:
             raise ConfigError(
                 f"training.deep_supervision: network {self.config.network.name} has no coarser outputs; leave it false"
             )
