@@ -208,9 +208,17 @@ def test_a_studys_missing_runs_are_named_with_their_commands(study: Path) -> Non
 
 def test_a_run_of_other_settings_is_not_the_studys(study: Path) -> None:
     path = study / "narrow.yaml"
-    path.write_text(path.read_text().replace("steps: 2}", "steps: 5}"))
+    path.write_text(path.read_text().replace("validation_every_epochs: 2", "validation_every_epochs: 1"))
     with pytest.raises(EvaluationError, match="narrow/fold_0: was trained with other settings than the study's"):
         compare.run(["study.yaml"], workspace=study / "work")
+
+
+def test_a_study_of_unequal_budgets_is_refused_before_anything_is_trained(study: Path) -> None:
+    path = study / "narrow.yaml"
+    path.write_text(path.read_text().replace("steps: 2}", "steps: 5}"))
+    with pytest.raises(EvaluationError, match="different budgets: narrow: 5 steps; wide: 2 steps"):
+        compare.run(["study.yaml"], make=True, workspace=study / "new")
+    assert not (study / "new").exists()
 
 
 def test_a_run_that_began_with_another_model_is_not_the_studys(study: Path) -> None:

@@ -35,7 +35,8 @@ METHODS = (
     "Intervals: 95 % bootstrap percentiles of the mean, or of the mean difference, patients drawn with replacement. "
     "They say how much would change with other patients, not with another training.",
     "p: Wilcoxon's signed-rank test, two-sided and exact, zeros ranked (Pratt), ties sharing their mean rank; with n "
-    "patients that differ it cannot be below 2/2^n. p, Holm: corrected for the pairs in one metric and class.",
+    "patients that differ it cannot be below 2/2^n. p, Holm: corrected for all pairs in one metric and class, of which "
+    "those with the baseline are shown here, and all stand in pairs.csv.",
     "Ranks: the share of bootstrap resamples of the patients in which a member has that rank by its mean; members that "
     "tie share the better one.",
     "Seconds a case: the median, from images in memory to the label map on the native grid. Peak memory: of any case; "
@@ -86,8 +87,11 @@ def as_markdown(result: ComparisonResult) -> str:
 
 
 def as_note(result: ComparisonResult, links: Mapping[str, str]) -> str:
-    """Return the members' table alone as Markdown, each name leading to its address."""
-    return "\n\n".join([_subject(result), *result.warnings, _markdown_table(_members(result), links)])
+    """Return the members' table alone as Markdown, each name leading to its address.
+
+    MLflow cuts what is long, so warnings come last.
+    """
+    return "\n\n".join([_subject(result), _markdown_table(_members(result), links), *result.warnings])
 
 
 def as_text(result: ComparisonResult) -> str:
@@ -213,8 +217,12 @@ def _classes(result: ComparisonResult, metric: str) -> Table:
 
 
 def _pairs(result: ComparisonResult, metric: str, class_names: Sequence[str]) -> Table:
-    """Return a metric's pairs in some classes."""
-    pairs = [pair for pair in result.pairs if pair.metric == metric and pair.class_name in class_names]
+    """Return a metric's pairs with the baseline, in some classes: of 17 members all would be 136."""
+    pairs = [
+        pair
+        for pair in result.pairs
+        if pair.metric == metric and pair.class_name in class_names and result.baseline in (pair.first, pair.second)
+    ]
     columns = ("pair", "class", "patients", "difference", "better, tied, worse", "p", "p, Holm")
     return Table(f"{heading(METRICS[metric])}: pairs", columns, tuple(map(_pair_row, pairs)))
 

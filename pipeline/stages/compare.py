@@ -14,7 +14,7 @@ from pipeline.evaluation.members import Member
 from pipeline.evaluation.statistics import MEAN
 from pipeline.records import write_text
 from pipeline.stages.member_runs import names_of, read_run, run_folders
-from pipeline.stages.study import load_study, make_missing, study_members, study_runs
+from pipeline.stages.study import load_study, make_missing, refuse_unequal_budgets, study_members, study_runs
 from pipeline.stages.workspace import Workspace
 from pipeline.tracking import RunLog, environment_tags, read_state, send_pending, tracked_runs
 
@@ -71,6 +71,8 @@ def run(
     if len(targets) == 1 and targets[0].endswith((".yaml", ".yml")):
         study = load_study(Path(targets[0]))
         runs = study_runs(study, workspace)
+        if not allow_different_budgets:
+            refuse_unequal_budgets(runs)
         if make:
             make_missing(runs, device)
         members, folders = study_members(runs), [run.folder for run in runs]

@@ -116,13 +116,17 @@ def initialise(task: FoldTask, state: TrainState) -> Initialisation | None:
 
 
 def _refuse_seen_cases(task: FoldTask, folder: Path, model: Model) -> None:
-    """Raise where the model was trained on the very cases that this training is validated on."""
+    """Raise where the model was trained on the cases that this training is validated on.
+
+    Data sets are told by their name, for which of their cases took part may differ.
+    """
     description = model.description
-    if description.manifest_digest == task.manifest.digest() and description.fold != task.fold:
+    if description.manifest_name == task.manifest.name and description.fold != task.fold:
+        held_out = "no fold" if description.fold is None else f"fold {description.fold}"
         raise ConfigError(
-            f"training.init_from: {folder} was trained with fold {description.fold} held out, so it has seen the "
-            f"validation cases of fold {task.fold}; train it with --fold {task.fold} too, and write {{fold}} for the "
-            "fold in its path"
+            f"training.init_from: {folder} was trained on {description.manifest_name} with {held_out} held out, so it "
+            f"has seen the validation cases of fold {task.fold}; train it with --fold {task.fold} too, and write "
+            "{fold} for the fold in its path"
         )
 
 

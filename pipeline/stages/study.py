@@ -22,7 +22,7 @@ from pipeline.evaluation.members import Member, MemberRun
 from pipeline.model import model_digest
 from pipeline.records import Record
 from pipeline.stages.fold_task import FACTS, configuration_digest, initial_model_of
-from pipeline.stages.member_runs import read_run
+from pipeline.stages.member_runs import budget_of, read_run
 from pipeline.stages.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -151,6 +151,21 @@ def _runs_of(study: Study, path: Path, workspace: Path | None) -> Iterator[Study
             yield StudyRun(path, own.name, config, overrides, fold)
 
 
+def refuse_unequal_budgets(runs: list[StudyRun]) -> None:
+    """See that all would be trained as long, before any is.
+
+    Raises:
+        EvaluationError: they would not; names each configuration's budget.
+    """
+    budgets = {run.member: budget_of(run.config.training) for run in runs}
+    if len(set(budgets.values())) > 1:
+        said = "; ".join(f"{member}: {budget}" for member, budget in budgets.items())
+        raise EvaluationError(
+            f"different budgets: {said}; give the study one by `set: {{training.budget: ...}}`, or say "
+            "--allow-different-budgets"
+        )
+
+
 def study_members(runs: list[StudyRun]) -> list[Member]:
     """Read a study's members.
 
@@ -177,12 +192,14 @@ def make_missing(runs: list[StudyRun], device: str) -> None:
     """
     for number, run in enumerate(runs, start=1):
         try:
-            run.read()
+            failures = run.read().failures
         except PipelineError as error:
             log.info("%d of %d: %s", number, len(runs), error)
         else:
-            log.info("%d of %d: %s is there", number, len(runs), run.folder)
-            continue
+            if not failures:
+                log.info("%d of %d: %s is there", number, len(runs), run.folder)
+                continue
+            log.info("%d of %d: %s: %d cases failed, evaluated again", number, len(runs), run.folder, len(failures))
         command = [sys.executable, "-m", "pipeline", *run.arguments(), "--device", device]
         if status := subprocess.run(command, check=False).returncode:
             log.warning("%s: ended with exit code %d", run.folder, status)
