@@ -30,7 +30,7 @@ class Case:
 
     def build(self, task: NetworkTask = TASK) -> Network:
         torch.manual_seed(0)
-        return build_network(self.name, self.options, task).eval()
+        return with_statistics(build_network(self.name, self.options, task)).eval()
 
     @cached_property
     def network(self) -> Network:
@@ -45,6 +45,15 @@ class Case:
         with torch.no_grad():
             logits: Tensor = self.network(self.images)
         return logits
+
+
+def with_statistics(network: Network) -> Network:
+    """Give batch norms other statistics than 0 and 1, as if they had been trained."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm3d | nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)  # type: ignore[arg-type]
+            nn.init.uniform_(module.running_var, 0.5, 2.0)  # type: ignore[arg-type]
+    return network
 
 
 def noise(size: Size, samples: int = 1) -> Tensor:
@@ -179,4 +188,4 @@ CHECKS = (
     tiles_equal_the_whole_volume,
 )
 
-__all__ = ["CHECKS", "Case"]
+__all__ = ["CHECKS", "Case", "noise", "with_statistics"]

@@ -46,6 +46,7 @@ VARIANTS: dict[str, list[Options]] = {
         {"feature_maps": [4, 4, 6, 6, 6, 6, 8, 8], "hidden": [8, 8]},
         {"size": "small", "feature_maps": [4, 6, 4], "residual_layers": [3], "hidden": [], "norm": "none"},
         {"factors": [], "feature_maps": [4, 4], "residual_layers": [], "hidden": [4]},
+        {"factors": [2, [3, 2, 1]], "feature_maps": [4, 6], "residual_layers": [2], "hidden": [8]},
     ],
     "multiscale_unet": [
         {"width": 4},

@@ -5,12 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from network_contract import noise, with_statistics
 from network_variants import FLAT_TASK, TASK
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.inference.tiling import Windowing
-from pipeline.inference.windows import stream_logits
 from pipeline.networks import NetworkTask, build_network
 from pipeline.networks.multiscale_pathways import MultiscalePathways, Pathway
 
@@ -21,17 +20,9 @@ SMALL_FIELD: dict[str, Any] = {"feature_maps": [4, 6], "residual_layers": [2], "
 def build(task: NetworkTask = TASK, **options: Any) -> MultiscalePathways:
     """Build a network whose batch norms do something."""
     torch.manual_seed(0)
-    network = build_network("multiscale_pathways", options, task).eval()
+    network = with_statistics(build_network("multiscale_pathways", options, task)).eval()
     assert isinstance(network, MultiscalePathways)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm3d):
-            nn.init.uniform_(module.running_mean, -0.5, 0.5)  # type: ignore[arg-type]
-            nn.init.uniform_(module.running_var, 0.5, 2.0)  # type: ignore[arg-type]
     return network
-
-
-def noise(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
 def seen(network: nn.Module, image: Tensor, voxel: int) -> tuple[int, int]:
@@ -63,13 +54,13 @@ def test_published_configuration() -> None:
 @pytest.mark.parametrize(("factor", "field"), [(1, 17), (3, 51), (5, 85)])
 def test_field_of_a_pathway(factor: int, field: int) -> None:
     pathway = Pathway(1, (2,) * 8, (3, 3, 3), residual_layers=(4, 6, 8), norm="none", activation="prelu")
-    first, last = seen(lambda image: pathway(functional.avg_pool3d(image, factor)), noise(1, 1, field, 85, 85), 0)  # type: ignore[arg-type]
+    first, last = seen(lambda image: pathway(functional.avg_pool3d(image, factor)), noise((field, 85, 85))[:, :1], 0)  # type: ignore[arg-type]
     assert (first, last) == (0, field - 1)
 
 
 def test_the_margin_is_what_an_output_sees() -> None:
     network = build(**NARROW)
-    image = noise(1, 2, 105, 105, 105)
+    image = noise((105, 105, 105))
     # Voxel 7 is central to its blocks of 3 and of 5; its neighbours, which the hidden 3^3 kernel sees, share them.
     assert seen(network, image, 7) == (45 + 7 - 42, 45 + 7 + 42)
     assert seen(network, image, 0) == (0, 45 + 4 + 40)
@@ -78,7 +69,7 @@ def test_the_margin_is_what_an_output_sees() -> None:
 
 def test_residual_link_adds_the_cropped_input_of_the_layer_before() -> None:
     pathway = Pathway(1, (2, 3, 4, 5), (3, 3, 3), residual_layers=(4,), norm="none", activation="relu")
-    image = noise(1, 1, 9, 10, 11)
+    image = noise((9, 10, 11))[:, :1]
     second = pathway.layers[1](pathway.layers[0](image))
     fourth = pathway.layers[3](pathway.layers[2](second))
     expected = torch.cat([fourth[:, :3] + second[:, :, 2:-2, 2:-2, 2:-2], fourth[:, 3:]], dim=1)
@@ -98,7 +89,7 @@ def patch_wise(network: MultiscalePathways, image: Tensor, voxel: tuple[int, int
 
 def test_dense_segment_equals_patches_at_the_voxels_central_to_every_block() -> None:
     network = build(**NARROW)
-    image = noise(1, 2, *network.input_size((15, 30, 15)))
+    image = noise(network.input_size((15, 30, 15)))
     with torch.no_grad():
         dense = network(image)[0]
         for y in (7, 22):
@@ -109,32 +100,10 @@ def test_dense_segment_equals_patches_at_the_voxels_central_to_every_block() -> 
     assert beside.abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        NARROW,
-        {**SMALL_FIELD, "factors": [2, 3]},
-        {**SMALL_FIELD, "factors": [[3, 2, 1]], "norm": "none"},
-    ],
-)
-def test_tiles_equal_the_whole_volume(options: dict[str, Any]) -> None:
-    network = build(**options)
-    image = noise(2, 34, 17, 40)
-    whole_input = network.input_size((34, 17, 40))
-    beyond = [(m, n - m - size) for n, m, size in zip(whole_input, network.margin, (34, 17, 40), strict=True)]
-    with torch.no_grad():
-        whole = network(functional.pad(image, [p for pair in reversed(beyond) for p in pair])[None])[0]
-    # A window of one voxel is rounded up to one stride.
-    stream = stream_logits(network, image, Windowing((1, 1, 1)), batch=2, dtype=torch.float32)
-    assert stream.tiling.count >= 3 * 2 * 3
-    tiles = torch.cat([planes.logits for planes in stream], dim=1).movedim(1, stream.axis + 1)
-    torch.testing.assert_close(tiles, whole[:, :34, :17, :40], atol=1e-5, rtol=0)
-
-
 def test_planes_of_a_flat_task_stay_apart() -> None:
     network = build(FLAT_TASK, **NARROW)
     assert (network.margin, network.stride) == ((45, 45, 0), (15, 15, 1))
-    image = noise(1, 2, *network.input_size((15, 15, 3)))
+    image = noise(network.input_size((15, 15, 3)))
     with torch.no_grad():
         logits = network(image)
         torch.testing.assert_close(logits[..., 1:2], network(image[..., 1:2]), atol=1e-5, rtol=1e-4)
@@ -144,7 +113,7 @@ def test_planes_of_a_flat_task_stay_apart() -> None:
 def test_any_output_is_legal() -> None:
     network = build(**SMALL_FIELD)
     assert network.margin == (15, 15, 15)
-    image = noise(1, 2, 31, 38, 46)
+    image = noise((31, 38, 46))
     with torch.no_grad():
         logits = network(image)
         first = network(image[:, :, :, :37])
@@ -175,7 +144,7 @@ def test_a_factor_for_each_axis() -> None:
 def test_an_image_that_the_margins_eat_is_refused() -> None:
     network = build(**SMALL_FIELD)
     with pytest.raises(ValueError, match=r"an image of \(31, 30, 31\) voxels: it loses \(15, 15, 15\)"):
-        network(noise(1, 2, 31, 30, 31))
+        network(noise((31, 30, 31)))
 
 
 def test_residual_link_to_a_layer_that_is_not_there_is_refused() -> None:

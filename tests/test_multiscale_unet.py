@@ -4,12 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from network_contract import noise, with_statistics
 from network_variants import FLAT_TASK, TASK
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
-from pipeline.inference.tiling import Windowing
-from pipeline.inference.windows import stream_logits
 from pipeline.networks import NetworkTask, build_network
 from pipeline.networks.multiscale_unet import MultiscaleUNet
 
@@ -19,22 +17,14 @@ SHALLOW: dict[str, Any] = {"width": 4, "levels": 2, "convs": 1}
 def build(task: NetworkTask = TASK, **options: Any) -> MultiscaleUNet:
     """Build a network whose batch norms do something."""
     torch.manual_seed(0)
-    network = build_network("multiscale_unet", options, task).eval()
+    network = with_statistics(build_network("multiscale_unet", options, task)).eval()
     assert isinstance(network, MultiscaleUNet)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm3d):
-            nn.init.uniform_(module.running_mean, -0.5, 0.5)  # type: ignore[arg-type]
-            nn.init.uniform_(module.running_var, 0.5, 2.0)  # type: ignore[arg-type]
     return network
-
-
-def noise(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
 def seen(network: MultiscaleUNet) -> list[tuple[int, int]]:
     """Return the first voxel and the last, counted from the end, on which any logit of a smallest input depends."""
-    image = noise(1, 2, *network.input_size((1, 1, 1))).requires_grad_()
+    image = noise(network.input_size((1, 1, 1))).requires_grad_()
     network(image).square().sum().backward()
     assert image.grad is not None
     touched = image.grad[0].abs().sum(0)
@@ -80,32 +70,10 @@ def test_context_lies_where_the_bottleneck_does() -> None:
     torch.testing.assert_close(context, voxels.view(-1, 4).mean(1).repeat_interleave(2))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        SHALLOW,
-        {**SHALLOW, "norm": "none", "context_factor": 3, "upsampling": "linear", "downsampling": "max"},
-        {"width": 4, "residual": True},
-    ],
-)
-def test_tiles_equal_the_whole_volume(options: dict[str, Any]) -> None:
-    network = build(**options)
-    image = noise(2, 34, 17, 40)
-    whole_input = network.input_size((34, 17, 40))
-    beyond = [(m, n - m - size) for n, m, size in zip(whole_input, network.margin, (34, 17, 40), strict=True)]
-    with torch.no_grad():
-        whole = network(functional.pad(image, [p for pair in reversed(beyond) for p in pair])[None])[0]
-    # The smallest window that holds one stride.
-    stream = stream_logits(network, image, Windowing(network.stride), batch=2, dtype=torch.float32)
-    assert stream.tiling.count >= 3 * 2 * 3
-    tiles = torch.cat([planes.logits for planes in stream], dim=1).movedim(1, stream.axis + 1)
-    torch.testing.assert_close(tiles, whole[:, :34, :17, :40], atol=1e-5, rtol=0)
-
-
 def test_planes_of_a_flat_task_stay_apart() -> None:
     network = build(FLAT_TASK, width=4)
     assert (network.margin, network.stride) == ((32, 32, 0), (8, 8, 1))
-    image = noise(1, 2, *network.input_size((1, 1, 3)))
+    image = noise(network.input_size((1, 1, 3)))
     with torch.no_grad():
         logits = network(image)
         torch.testing.assert_close(logits[..., 1:2], network(image[..., 1:2]), atol=1e-5, rtol=1e-4)
@@ -115,7 +83,7 @@ def test_an_image_of_another_size_is_refused() -> None:
     network = build(**SHALLOW)
     x, y, z = network.input_size((8, 8, 8))
     with pytest.raises(ValueError, match=rf"an image of \({x}, {y + 1}, {z}\) voxels.*such as \({x}, {y + 4}, {z}\)"):
-        network(noise(1, 2, x, y + 1, z))
+        network(noise((x, y + 1, z)))
 
 
 def test_context_no_wider_than_the_unet_is_refused() -> None:

@@ -6,8 +6,6 @@ from network_variants import FLAT_TASK, TASK
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.inference.tiling import Windowing
-from pipeline.inference.windows import stream_logits
 from pipeline.networks import NetworkTask
 from pipeline.networks.patch_classifier import PatchClassifier, patch_classifier
 
@@ -95,14 +93,3 @@ def test_the_dense_network_shares_the_weights() -> None:
         before = dense(image)
         network.connected[-1].bias += 1  # type: ignore[operator]
         torch.testing.assert_close(dense(image), before + 1)
-
-
-def test_tiles_equal_one_pass() -> None:
-    network = classifier(convs=1)
-    image = torch.randn(2, 23, 9, 12, generator=torch.Generator().manual_seed(3))
-    stream = stream_logits(network, image, Windowing((7, 8, 6)), batch=2, dtype=torch.float32)
-    tiled = torch.cat([planes.logits for planes in stream], dim=1)  # the longest axis is x
-    with torch.no_grad():
-        whole = network(functional.pad(image, [10] * 6)[None])[0]
-    assert tiled.shape == whole.shape
-    assert (tiled - whole).abs().max() < 1e-4
