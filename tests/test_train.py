@@ -1,6 +1,7 @@
 """The train stage in one process: what it refuses, what it keeps, and what evaluate makes of it."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -8,9 +9,10 @@ from pipeline.config import Config
 from pipeline.config_loading import load_config, packaged
 from pipeline.data.phantoms import write_phantom_dataset
 from pipeline.data.plan import read_plan, write_plan
+from pipeline.data.volume import read_header
 from pipeline.errors import ConfigError, StoreError, TrainingError
 from pipeline.records import exclusively
-from pipeline.stages import evaluate, manifest, preprocess, train
+from pipeline.stages import evaluate, manifest, preprocess, segment, train
 from pipeline.stages.workspace import Workspace
 
 SETTINGS = (
@@ -72,14 +74,21 @@ def test_a_patch_that_the_network_cannot_halve_is_rounded_up_with_the_reason(pre
         assert plan.reasons["patch_size"] == "set in the configuration; rounded up to what fcn can yield"
 
 
-def test_a_2d_network_trains_on_planes_across_the_thickest_axis_and_is_evaluated(prepared: Config) -> None:
+def test_a_2d_network_goes_the_whole_way_plane_by_plane(prepared: Config, tmp_path: Path) -> None:
     options = {"width": 4, "levels": 2}
     config = changed(prepared.changed(name="flat"), "network", spatial_dims=2, options=options)
+    config = changed(config, "inference", flip_axes=("x", "z"))
     (folder,) = train.run(config)
     plan = read_plan(folder / "plan.yaml")
     assert plan.patch_size == (16, 16, 1)
     assert plan.batch_size == 32
     assert not evaluate.run(config).failures
+    image = next((config.data.manifest.parent / "set" / "imagesTr").glob("*.nii.gz"))
+    with pytest.raises(TrainingError, match="another configuration"):
+        train.run(changed(config, "inference", flip_axes=()), resume=True)
+    report = segment.run(str(folder / "models/best"), [image], tmp_path / "labels", device="cpu")
+    assert not report.failures
+    assert read_header(tmp_path / "labels" / image.name).geometry.matches(read_header(image).geometry)
 
 
 def test_a_network_with_margin_reads_more_than_its_patch_and_is_evaluated(prepared: Config) -> None:
