@@ -100,7 +100,8 @@ def fcn(
         head_kernel: voxels a side of the first of them.
         norm: of the encoder's convolutions; batch, instance, group or none.
         dropout: probability of zeroing a whole feature map of the head.
-        upsampling: transposed is a learned convolution that begins as linear interpolation.
+        upsampling: transposed is a learned convolution that begins as linear interpolation. bed_of_nails and
+            max_unpool are not taken: no convolution follows that would fill the holes they leave.
 
     Raises:
         ValueError: so few stages never come to the stride.

@@ -198,6 +198,8 @@ class MultiscalePathways(Network):
             before = (self.layers + 1) * reach
             blocks = before + (n - 1 + reach) // f + 1 + self.layers * reach
             image = image.narrow(axis, margin - before * f, blocks * f)
+        if factor == (1, 1, 1):
+            return pathway(image)  # type: ignore[no-any-return]
         features = pathway(functional.avg_pool3d(image, factor))
         features = functional.interpolate(features, scale_factor=[float(f) for f in factor], mode="nearest")
         for axis, (f, n, reach) in enumerate(zip(factor, output, self.reach, strict=True), 2):
