@@ -217,7 +217,7 @@ def _classes(result: ComparisonResult, metric: str) -> Table:
 
 
 def _pairs(result: ComparisonResult, metric: str, class_names: Sequence[str]) -> Table:
-    """Return a metric's pairs with the baseline, in some classes: of 17 members all would be 136."""
+    """Return a metric's pairs with the baseline, in some classes: of 16 members all would be 120."""
     pairs = [
         pair
         for pair in result.pairs
