@@ -138,7 +138,8 @@ def _merged(base: Entry, over: Entry, keys: Keys = ()) -> Entry:
     whole = section is not None and not section.merges
     if whole or not (isinstance(base.value, dict) and isinstance(over.value, dict)):
         return over
-    merged = {key: entry for key, entry in base.value.items() if (*keys, key) not in _foreign_options(base, over, keys)}
+    foreign = _foreign_options(base, over, keys)
+    merged = {key: entry for key, entry in base.value.items() if (*keys, key) not in foreign}
     for key, entry in over.value.items():
         merged[key] = _merged(merged[key], entry, (*keys, key)) if key in merged else entry
     return Entry(over.place, merged)

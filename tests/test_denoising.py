@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from phantom_experiments import changed
 from torch import Tensor
 
 from pipeline.config import BudgetSection, Config
@@ -45,10 +46,6 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Config:
     config = load_config(packaged("demo.yaml"), [f"data.manifest={path}", *SETTINGS]).changed(workspace=folder / "work")
     preprocess.run(config)
     return config
-
-
-def changed(config: Config, section: str, **values: object) -> Config:
-    return config.changed(**{section: getattr(config, section).changed(**values)})
 
 
 def task_of(config: Config) -> DenoisingTask:

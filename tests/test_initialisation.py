@@ -5,17 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from phantom_experiments import changed, preprocessed
 from safetensors.torch import load_file
 from tiny_models import make_model
 from torch import Tensor
 
 from pipeline.config import Config, NetworkSection, Task
-from pipeline.config_loading import load_config, packaged
-from pipeline.data.phantoms import write_phantom_dataset
+from pipeline.config_loading import load_config
 from pipeline.errors import ConfigError, ModelError, TrainingError
 from pipeline.model import Model, save_model
 from pipeline.networks.fitting import network_for, outputs_of
-from pipeline.stages import manifest, preprocess, train
+from pipeline.stages import train
 from pipeline.stages.fold_task import FoldTask
 from pipeline.stages.initialisation import Initialisation, initialise
 from pipeline.stages.workspace import Workspace
@@ -33,16 +33,7 @@ SETTINGS = (
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """An experiment on preprocessed phantoms, one step long."""
-    folder = tmp_path_factory.mktemp("init")
-    manifest.run(write_phantom_dataset(folder / "set", cases=4), folder / "mine.json", folds=2)
-    config = load_config(packaged("demo.yaml"), [f"data.manifest={folder / 'mine.json'}", *SETTINGS])
-    config = config.changed(workspace=folder / "work")
-    preprocess.run(config)
-    return config
-
-
-def changed(config: Config, section: str, **values: object) -> Config:
-    return config.changed(**{section: getattr(config, section).changed(**values)})
+    return preprocessed(tmp_path_factory.mktemp("init"), SETTINGS, cases=4, folds=2)
 
 
 def task_of(config: Config, init_from: Path | str) -> FoldTask:

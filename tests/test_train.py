@@ -4,15 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+from phantom_experiments import changed, preprocessed
 
 from pipeline.config import Config
-from pipeline.config_loading import load_config, packaged
-from pipeline.data.phantoms import write_phantom_dataset
 from pipeline.data.plan import read_plan, write_plan
 from pipeline.data.volume import read_header
 from pipeline.errors import ConfigError, StoreError, TrainingError
 from pipeline.records import exclusively
-from pipeline.stages import evaluate, manifest, preprocess, segment, train
+from pipeline.stages import evaluate, segment, train
 from pipeline.stages.workspace import Workspace
 
 SETTINGS = (
@@ -26,16 +25,7 @@ SETTINGS = (
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """An experiment on preprocessed phantoms, two steps long."""
-    folder = tmp_path_factory.mktemp("train")
-    manifest.run(write_phantom_dataset(folder / "set", cases=6), folder / "mine.json", folds=3)
-    config = load_config(packaged("demo.yaml"), [f"data.manifest={folder / 'mine.json'}", *SETTINGS])
-    config = config.changed(workspace=folder / "work")
-    preprocess.run(config)
-    return config
-
-
-def changed(config: Config, section: str, **values: object) -> Config:
-    return config.changed(**{section: getattr(config, section).changed(**values)})
+    return preprocessed(tmp_path_factory.mktemp("train"), SETTINGS, cases=6, folds=3)
 
 
 def test_nothing_to_resume_is_an_error(prepared: Config) -> None:

@@ -292,7 +292,18 @@ def unet(
         convs=convs,
         padding=padding,
     )
-    design = Design(fitted, norm, activation, dropout, residual, skips, downsampling, upsampling, padding, coarse_heads)
+    design = Design(
+        levels=fitted,
+        norm=norm,
+        activation=activation,
+        dropout=dropout,
+        residual=residual,
+        skips=skips,
+        downsampling=downsampling,
+        upsampling=upsampling,
+        padding=padding,
+        coarse_heads=coarse_heads,
+    )
     return UNet(task.in_channels, task.num_classes, design)
 
 

@@ -1,0 +1,22 @@
+"""Experiments on phantoms, as several stages' tests begin them."""
+
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.config_loading import load_config, packaged
+from pipeline.data.phantoms import write_phantom_dataset
+from pipeline.stages import manifest, preprocess
+
+
+def preprocessed(folder: Path, settings: tuple[str, ...], *, cases: int, folds: int) -> Config:
+    """Return the demo's configuration with other settings, on phantoms that are preprocessed."""
+    manifest.run(write_phantom_dataset(folder / "set", cases=cases), folder / "mine.json", folds=folds)
+    config = load_config(packaged("demo.yaml"), [f"data.manifest={folder / 'mine.json'}", *settings])
+    config = config.changed(workspace=folder / "work")
+    preprocess.run(config)
+    return config
+
+
+def changed(config: Config, section: str, **values: object) -> Config:
+    """Return a configuration with other values in one section."""
+    return config.changed(**{section: getattr(config, section).changed(**values)})
