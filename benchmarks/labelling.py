@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.data.axes import axis_maps
 from pipeline.geometry import Geometry
 from pipeline.inference.labelling import label_from_planes
 from pipeline.inference.planes import LogitPlanes
+from pipeline.volumes.axes import axis_maps
 
 AXIS = 2
 Result = tuple[NDArray[np.uint8], float, float]  # labels, seconds, MB at the peak beyond the input

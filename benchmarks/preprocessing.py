@@ -25,7 +25,7 @@ READ_ALL = """
 import sys
 from pathlib import Path
 from pipeline.data.manifest import load_manifest
-from pipeline.data.volume import read_image
+from pipeline.volumes.volume import read_image
 manifest = load_manifest(Path(sys.argv[1]))
 for case in manifest.cases:
     for file in filter(None, [*case.images.values(), case.label]):

@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from pipeline.data.resampling import Order, resample_image, resample_label
-from pipeline.data.volume import Volume
 from pipeline.geometry import Geometry
+from pipeline.volumes.resampling import Order, resample_image, resample_label
+from pipeline.volumes.volume import Volume
 
 THREADS = 2
 Image = NDArray[np.float32]

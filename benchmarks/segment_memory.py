@@ -24,13 +24,14 @@ import torch
 
 from pipeline.config import InferenceSection, NetworkSection
 from pipeline.data.plan import ChannelFingerprint, Fingerprint, Normalisation, Plan
-from pipeline.data.volume import Volume, write_image
 from pipeline.geometry import Geometry
 from pipeline.hardware import autocast, keep_freed_memory, pick_dtype
 from pipeline.inference.tiling import Windowing
 from pipeline.inference.windows import stream_logits
 from pipeline.model import Model, ModelDescription, save_model
 from pipeline.networks import Network, NetworkTask, build_network
+from pipeline.volumes.volume import Volume
+from pipeline.volumes.writing import write_image
 
 PATCH = (96, 96, 96)
 SPACING_MM = (1.5, 1.5, 1.5)

@@ -45,6 +45,7 @@ Triple = tuple[Positive, Positive, Positive]
 Size = tuple[Count, Count, Count]
 Auto = Literal["auto"]
 Task = Literal["segment", "denoise"]
+Output = Literal["softmax", "regions"]
 
 
 class Section(Record):

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from pipeline.config import InferenceSection
 from pipeline.data.plan import Plan
-from pipeline.data.volume import Volume, smallest_type
 from pipeline.errors import ModelError, VolumeError
 from pipeline.geometry import Geometry
 from pipeline.hardware import Precision, pick_device, pick_dtype
@@ -33,6 +32,7 @@ from pipeline.inference.windows import stream_logits
 from pipeline.model import load_model, refuse_other_task
 from pipeline.networks import Network
 from pipeline.preparation.preprocessing import PreparedImage, prepare_images
+from pipeline.volumes.volume import Volume, smallest_type
 
 # Voxels of a forward pass, from which on a larger batch gains nothing (a GPU that cannot hold as many halves it).
 BATCH_VOXELS = {"cpu": 64**3, "cuda": 4 * 128**3}

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from pipeline.data.manifest import Case, ImageFile, Manifest, load_manifest, save_manifest
-from pipeline.data.volume import Volume, write_image, write_label
 from pipeline.geometry import Geometry
 from pipeline.preparation.survey import known_examinations
 from pipeline.records import file_digest
 from pipeline.stages.check import run
+from pipeline.volumes.volume import Volume
+from pipeline.volumes.writing import write_image, write_label
 
 REPOSITORY = Path(__file__).parents[1]
 CASES = 6

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.volume import read_header
+from pipeline.volumes.stored import read_header
 
 
 @pytest.mark.slow

@@ -15,7 +15,8 @@ from safetensors.numpy import load_file
 
 from pipeline.config_loading import packaged
 from pipeline.data.phantoms import LABEL_PAIRS, LABELS, make_phantom, write_phantom_dataset
-from pipeline.data.volume import read_label, write_image
+from pipeline.volumes.volume import read_label
+from pipeline.volumes.writing import write_image
 
 pytestmark = pytest.mark.slow
 

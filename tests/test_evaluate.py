@@ -14,7 +14,6 @@ from tiny_models import NEAREST_MEAN, make_model, make_plan, nearest_mean
 from pipeline.config import BudgetSection, Config, DataSection, EvaluationSection, TrainingSection
 from pipeline.config_loading import dump_config
 from pipeline.data.manifest import Case, ImageFile, Manifest, load_manifest, save_manifest
-from pipeline.data.volume import Volume, read_header, read_label, write_image, write_label
 from pipeline.errors import ManifestError, ModelError, PipelineError
 from pipeline.evaluation.metrics import METRICS, score_case
 from pipeline.geometry import Geometry
@@ -25,6 +24,9 @@ from pipeline.stages import evaluate
 from pipeline.stages.evaluate import EvaluationReport
 from pipeline.tracking import RunLog
 from pipeline.tracking.log import read_events
+from pipeline.volumes.stored import read_header
+from pipeline.volumes.volume import Volume, read_label
+from pipeline.volumes.writing import write_image, write_label
 
 PLAN = make_plan(spacing_mm=(1.0, 1.0, 2.5))
 VALUES = np.array(PLAN.class_values, np.uint8)

@@ -10,10 +10,11 @@ from scipy import ndimage
 
 from pipeline.data.manifest import Case, ImageFile, Manifest
 from pipeline.data.phantoms import LABELS, make_phantom
-from pipeline.data.volume import Volume, write_image, write_label
 from pipeline.geometry import Geometry
 from pipeline.preparation.examination import LEVELS, CaseExamination, Intensities, pooled
 from pipeline.preparation.examining import LARGEST_SAMPLE, examine_case
+from pipeline.volumes.volume import Volume
+from pipeline.volumes.writing import write_image, write_label
 
 GRID = Geometry((12, 10, 8), np.diag([-1.0, 1.5, 2.0, 1.0]))
 

@@ -8,8 +8,8 @@ import pytest
 
 from pipeline.data.formats import FORMATS, find_cases, modality_of, pairs_of, patient_of
 from pipeline.data.phantoms import write_phantom_dataset
-from pipeline.data.volume import read_image
 from pipeline.errors import ManifestError
+from pipeline.volumes.volume import read_image
 
 
 def touch(root: Path, *names: str) -> Path:

@@ -8,8 +8,9 @@ import torch
 from pipeline.config import Config
 from pipeline.config_loading import load_config, packaged
 from pipeline.data.phantoms import make_phantom, write_phantom_dataset
-from pipeline.data.volume import read_label, write_image
 from pipeline.stages import evaluate, manifest, preprocess, segment, train
+from pipeline.volumes.volume import read_label
+from pipeline.volumes.writing import write_image
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from pipeline.data.axes import AxisMap, axis_maps
 from pipeline.geometry import Geometry
 from pipeline.inference import labelling
 from pipeline.inference.labelling import label_from_planes
 from pipeline.inference.planes import LogitPlanes
+from pipeline.volumes.axes import AxisMap, axis_maps
 
 ORDERS = list(itertools.product(itertools.permutations("RAS"), itertools.product((False, True), repeat=3)))
 OPPOSITE = {"R": "L", "A": "P", "S": "I"}

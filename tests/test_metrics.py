@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.data.volume import read_label
 from pipeline.evaluation.metrics import METRICS, Comparison, Row, _surface, score_case
+from pipeline.volumes.volume import read_label
 
 CLASSES = ("background", "left", "right")
 DISTANCES = [name for name, metric in METRICS.items() if metric.unit == "mm"]

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from tiny_models import NEAREST_MEAN, NearestMean, make_model, make_plan
 
-from pipeline.data.volume import Volume, read_header, read_image, read_label, write_image
 from pipeline.geometry import FloatArray, Geometry
 from pipeline.model import save_model
 from pipeline.networks import NETWORKS
 from pipeline.stages import segment
+from pipeline.volumes.stored import read_header
+from pipeline.volumes.volume import Volume, read_image, read_label
+from pipeline.volumes.writing import write_image
 
 ORIENTATIONS = [
     "".join(letters[sign] for letters, sign in zip(axes, signs, strict=True))

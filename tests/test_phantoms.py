@@ -15,8 +15,8 @@ from pipeline.data.phantoms import (
     make_phantom,
     write_phantom_dataset,
 )
-from pipeline.data.volume import Volume, read_image, read_label
 from pipeline.geometry import FloatArray, Geometry
+from pipeline.volumes.volume import Volume, read_image, read_label
 
 
 def centroid_mm(mask: np.ndarray, geometry: Geometry) -> FloatArray:

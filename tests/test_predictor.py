@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from tiny_models import NEAREST_MEAN, make_model, make_plan, nearest_mean
 
 from pipeline.config import InferenceSection
-from pipeline.data.volume import Volume
 from pipeline.errors import ModelError, VolumeError
 from pipeline.geometry import Geometry
 from pipeline.model import save_model
 from pipeline.networks import NETWORKS
 from pipeline.predictor import Predictor
+from pipeline.volumes.volume import Volume
 
 CPU = torch.device("cpu")
 VALUES = np.array([0, 1, 7])

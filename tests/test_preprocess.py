@@ -16,11 +16,12 @@ from pipeline.data.manifest import Case, ImageFile, Manifest, load_manifest, sav
 from pipeline.data.phantoms import write_phantom_dataset
 from pipeline.data.plan import read_plan, write_plan
 from pipeline.data.store import CaseStore
-from pipeline.data.volume import read_image, write_image
 from pipeline.errors import ConfigError, ManifestError, PipelineError, StoreError
 from pipeline.records import write_text
 from pipeline.stages import manifest as manifest_stage
 from pipeline.stages.preprocess import run
+from pipeline.volumes.volume import read_image
+from pipeline.volumes.writing import write_image
 
 ROOT = Path(__file__).parents[1]
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from pipeline.data.plan import Normalisation, Plan
-from pipeline.data.volume import Volume
 from pipeline.errors import VolumeError
 from pipeline.geometry import Geometry
 from pipeline.preparation.examination import nonzero_box
@@ -21,6 +20,7 @@ from pipeline.preparation.preprocessing import (
     sample_class_voxels,
     target_geometry,
 )
+from pipeline.volumes.volume import Volume
 
 PLAN = Plan(
     channels={"T1": "MR"},

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from pipeline.data.axes import AxisMap, axis_maps
-from pipeline.data.resampling import resample_image, resample_label
-from pipeline.data.volume import Volume
 from pipeline.geometry import Geometry
+from pipeline.volumes.axes import AxisMap, axis_maps
+from pipeline.volumes.resampling import resample_image, resample_label
+from pipeline.volumes.volume import Volume
 
 OPPOSITE = {"R": "L", "A": "P", "S": "I"}
 CODES = [

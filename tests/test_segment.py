@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 
 from pipeline.cli import app
 from pipeline.data.manifest import Case, ImageFile, Manifest, save_manifest
-from pipeline.data.volume import Volume, read_label, write_image
 from pipeline.errors import ModelError, PipelineError
 from pipeline.geometry import Geometry
 from pipeline.model import save_model
@@ -23,6 +22,8 @@ from pipeline.networks import NETWORKS
 from pipeline.stages import segment
 from pipeline.stages.models import resolve_model
 from pipeline.stages.segment_inputs import find_inputs
+from pipeline.volumes.volume import Volume, read_label
+from pipeline.volumes.writing import write_image
 
 SHAPE = (24, 26, 30)
 

@@ -14,7 +14,6 @@ import pytest
 from PIL import Image
 from tiny_models import NEAREST_MEAN, make_model, make_plan, nearest_mean
 
-from pipeline.data.volume import Volume, write_image
 from pipeline.errors import ModelError, PipelineError
 from pipeline.geometry import Geometry
 from pipeline.model import save_model
@@ -22,6 +21,8 @@ from pipeline.networks import NETWORKS
 from pipeline.stages import sync, ui
 from pipeline.tracking import RunLog, environment_tags, fetch_model, pending, read_state, send_pending, start_follower
 from pipeline.tracking.log import EVENTS, flatten, locked, read_events, safe_name, tracking_uri, write_state
+from pipeline.volumes.volume import Volume
+from pipeline.volumes.writing import write_image
 
 pytestmark = pytest.mark.filterwarnings("ignore:::mlflow")  # what it says of its own dependencies
 

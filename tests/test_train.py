@@ -8,11 +8,11 @@ from phantom_experiments import changed, preprocessed
 
 from pipeline.config import Config
 from pipeline.data.plan import read_plan, write_plan
-from pipeline.data.volume import read_header
 from pipeline.errors import ConfigError, StoreError, TrainingError
 from pipeline.records import exclusively
 from pipeline.stages import evaluate, segment, train
 from pipeline.stages.workspace import Workspace
+from pipeline.volumes.stored import read_header
 
 SETTINGS = (
     "preprocessing.patch_size=[16, 16, 16]",

@@ -9,24 +9,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from pipeline.data.cases import read_case_images, read_case_label
 from pipeline.data.manifest import Case, ImageFile, Manifest
-from pipeline.data.stored import content_digest, files_of
-from pipeline.data.volume import (
-    Volume,
-    count_values,
-    is_volume,
-    read_case_images,
-    read_case_label,
-    read_header,
-    read_image,
-    read_label,
-    stem_of,
-    write_image,
-    write_label,
-)
 from pipeline.errors import GeometryError, VolumeError
 from pipeline.geometry import Geometry
 from pipeline.records import file_digest
+from pipeline.volumes.stored import content_digest, files_of, is_volume, read_header, stem_of
+from pipeline.volumes.volume import Volume, count_values, read_image, read_label
+from pipeline.volumes.writing import write_image, write_label
 
 AFFINE = np.array([[-2.0, 0, 0, 40], [0, 1.5, 0, -30], [0, 0, 3, 10], [0, 0, 0, 1]])
 AXIS_ORDERS = [

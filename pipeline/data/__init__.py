@@ -1,1 +1,1 @@
-"""Cases, volumes and their files: what the rest of the pipeline is fed with."""
+"""Data sets: their cases, what is decided of them, and what is kept of them."""

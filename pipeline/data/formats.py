@@ -17,8 +17,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.data.manifest import Case, Modality
-from pipeline.data.stored import is_volume, stem_of
 from pipeline.errors import ManifestError
+from pipeline.volumes.stored import is_volume, stem_of
 
 
 @dataclass(frozen=True)

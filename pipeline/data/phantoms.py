@@ -18,9 +18,10 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from pipeline.data.volume import Volume, write_image, write_label
 from pipeline.geometry import FloatArray, Geometry
 from pipeline.records import write_json, write_text
+from pipeline.volumes.volume import Volume
+from pipeline.volumes.writing import write_image, write_label
 
 LABELS = {"background": 0, "left": 1, "right": 2}
 LABEL_PAIRS = (("left", "right"),)

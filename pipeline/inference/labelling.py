@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.axes import AxisMap, Indices, axis_maps
-from pipeline.data.resampling import agreed
 from pipeline.geometry import FloatArray, Geometry
 from pipeline.inference.planes import LogitPlanes
+from pipeline.volumes.axes import AxisMap, Indices, axis_maps
+from pipeline.volumes.resampling import agreed
 
 Classes = NDArray[Any]
 Logits = NDArray[np.float32]

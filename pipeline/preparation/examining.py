@@ -13,8 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.manifest import Case, ImageFile, Manifest
-from pipeline.data.stored import Header, bytes_of, content_digest, files_of, pick_channel, read_stored
-from pipeline.data.volume import count_values, whole_numbers
 from pipeline.errors import GeometryError, PipelineError, VolumeError
 from pipeline.geometry import FloatArray, Geometry, Grid
 from pipeline.preparation.examination import (
@@ -29,6 +27,8 @@ from pipeline.preparation.examination import (
     nonzero_box,
 )
 from pipeline.records import digest_of
+from pipeline.volumes.stored import Header, bytes_of, content_digest, files_of, pick_channel, read_stored
+from pipeline.volumes.volume import count_values, whole_numbers
 
 Array = NDArray[Any]
 Value = TypeVar("Value")

@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.plan import Normalisation, Plan
-from pipeline.data.resampling import resample_image, resample_label
 from pipeline.data.store import Index, Labels, PreparedCase
-from pipeline.data.volume import Volume
 from pipeline.errors import VolumeError
 from pipeline.geometry import Geometry
 from pipeline.preparation.examination import nonzero_box
+from pipeline.volumes.resampling import resample_image, resample_label
+from pipeline.volumes.volume import Volume
 
 # Coordinates kept per class: enough that patches centred on them look drawn from all voxels, small enough to keep.
 CLASS_VOXELS = 10_000

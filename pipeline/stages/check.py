@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.data.cases import read_case_label, read_file
 from pipeline.data.manifest import Case, Manifest, load_manifest
-from pipeline.data.stored import Array
-from pipeline.data.volume import read_case_label, read_file
 from pipeline.errors import PipelineError
 from pipeline.preparation.examination import CaseExamination, Problem
 from pipeline.preparation.survey import compare_cases, examine_cases
 from pipeline.progress import track
 from pipeline.records import atomic_path
 from pipeline.stages.workspace import Workspace
+from pipeline.volumes.stored import Array
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -115,8 +115,8 @@ def _draw(manifest: Manifest, examinations: Sequence[CaseExamination], folder: P
 def _picture(manifest: Manifest, case: Case) -> Figure:
     """Draw a case's first channel and its label, in RAS order so that left is left in every picture."""
     # Not at the top: torch takes longer to start than most checks take.
-    from pipeline.data.resampling import resample_image, resample_label
     from pipeline.pictures import draw_overlay
+    from pipeline.volumes.resampling import resample_image, resample_label
 
     channel = next(name for name in manifest.channels if name in case.images)
     image = read_file(manifest, case.images[channel])

@@ -16,12 +16,13 @@ import torch
 from pipeline.config import Config, DataSection
 from pipeline.config_loading import load_config, packaged
 from pipeline.data.phantoms import LABELS, make_phantom, write_phantom_dataset
-from pipeline.data.volume import read_label, write_image, write_label
 from pipeline.evaluation.metrics import Comparison, dice
 from pipeline.model import load_model, save_model
 from pipeline.networks.fitting import network_for
 from pipeline.stages import manifest, segment
 from pipeline.stages import run as run_stage
+from pipeline.volumes.volume import read_label
+from pipeline.volumes.writing import write_image, write_label
 
 log = logging.getLogger(__name__)
 

@@ -13,10 +13,9 @@ from statistics import median
 
 from pipeline.config import Config, EvaluationSection
 from pipeline.config_loading import load_config
+from pipeline.data.cases import read_case_images, read_case_label
 from pipeline.data.manifest import Case, Manifest, load_manifest
 from pipeline.data.plan import Plan
-from pipeline.data.resampling import resample_image, resample_label
-from pipeline.data.volume import Volume, read_case_images, read_case_label, read_label, write_label
 from pipeline.errors import ModelError, PipelineError, VolumeError
 from pipeline.evaluation import report
 from pipeline.evaluation.metrics import score_case
@@ -40,6 +39,9 @@ from pipeline.stages.dataset import taking_part
 from pipeline.stages.evaluation_cases import Task, choose, is_own, models_of, own_manifest
 from pipeline.stages.workspace import Workspace
 from pipeline.tracking import RunLog, send_pending
+from pipeline.volumes.resampling import resample_image, resample_label
+from pipeline.volumes.volume import Volume, read_label
+from pipeline.volumes.writing import write_label
 
 log = logging.getLogger(__name__)
 

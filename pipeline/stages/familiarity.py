@@ -8,9 +8,9 @@ import numpy as np
 
 from pipeline.data.manifest import Modality
 from pipeline.data.plan import Fingerprint, Plan
-from pipeline.data.volume import Volume
 from pipeline.geometry import Geometry
 from pipeline.preparation.examining import AIR_HU, LARGEST_SAMPLE
+from pipeline.volumes.volume import Volume
 
 # How far beyond the training cases' range is still like them: a quarter in voxel size, twice in extent.
 SPACING_SLACK, EXTENT_SLACK = 1.25, 2.0

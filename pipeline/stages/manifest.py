@@ -12,10 +12,10 @@ from pydantic import ValidationError
 from pipeline.data.formats import Found, find_cases, pairs_of
 from pipeline.data.manifest import Case, ImageFile, Manifest, save_manifest
 from pipeline.data.splitting import assign_folds
-from pipeline.data.stored import content_digest
-from pipeline.data.volume import count_values, read_label
 from pipeline.errors import ManifestError, PipelineError
 from pipeline.progress import track
+from pipeline.volumes.stored import content_digest
+from pipeline.volumes.volume import count_values, read_label
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.volume import read_image
 from pipeline.predictor import Predictor
+from pipeline.volumes.volume import read_image
 
 
 class PathPredictor:

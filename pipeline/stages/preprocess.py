@@ -16,10 +16,10 @@ from typing import Literal
 import psutil
 
 from pipeline.config import Config, PreprocessingSection
+from pipeline.data.cases import read_case_images, read_case_label
 from pipeline.data.manifest import Case, Manifest
 from pipeline.data.plan import Fingerprint, Plan, read_plan, write_plan
 from pipeline.data.store import STORE_FORMAT_VERSION, CaseStore
-from pipeline.data.volume import read_case_images, read_case_label
 from pipeline.errors import ConfigError, ManifestError, PipelineError, StoreError
 from pipeline.preparation.examination import CaseExamination
 from pipeline.preparation.planning import fingerprint, make_plan

@@ -14,8 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.plan import Fingerprint
-from pipeline.data.stored import content_digest
-from pipeline.data.volume import Volume, read_image, write_label
 from pipeline.errors import PipelineError
 from pipeline.geometry import Geometry
 from pipeline.hardware import Precision, keep_freed_memory
@@ -28,6 +26,9 @@ from pipeline.stages.familiarity import unfamiliar
 from pipeline.stages.models import resolve_model
 from pipeline.stages.segment_inputs import SUFFIX, SegmentInput, find_inputs
 from pipeline.stages.segment_report import CaseResult, SegmentReport, add_to_journal, read_journal
+from pipeline.volumes.stored import content_digest
+from pipeline.volumes.volume import Volume, read_image
+from pipeline.volumes.writing import write_label
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.data.manifest import load_manifest
-from pipeline.data.volume import is_volume, stem_of
 from pipeline.errors import PipelineError
+from pipeline.volumes.stored import is_volume, stem_of
 
 SUFFIX = ".nii.gz"
 

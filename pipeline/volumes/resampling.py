@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from pipeline.data.axes import AxisMap, AxisMaps, Indices, axis_maps, rounded_along
-from pipeline.data.volume import Volume
 from pipeline.geometry import FloatArray, Geometry
+from pipeline.volumes.axes import AxisMap, AxisMaps, Indices, axis_maps, rounded_along
+from pipeline.volumes.volume import Volume
 
 Order = Literal[1, 3]
 Array = NDArray[Any]

@@ -1,0 +1,1 @@
+"""Voxels that know where they are: on disk, in memory, and from one grid to another."""
