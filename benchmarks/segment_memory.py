@@ -129,7 +129,7 @@ def measure_share(classes: int, repeats: int) -> None:
     keep_freed_memory()
     network, dtype = make_network(classes), pick_dtype("auto", CPU)
     image = torch.randn(1, 144, 120, 110)
-    stream = stream_logits(network, image, Windowing(PATCH), batch=1, dtype=dtype)
+    stream = stream_logits([network], image, Windowing(PATCH), batch=1, dtype=dtype)
     batch = torch.randn(1, 1, *PATCH)
 
     def windows_s() -> float:

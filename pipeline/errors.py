@@ -39,3 +39,7 @@ class TrainingError(PipelineError):
 
 class EvaluationError(PipelineError):
     """Results of evaluations cannot be read, or cannot be compared with each other."""
+
+
+class ResourceError(PipelineError):
+    """The machine has not the memory or the disk space that a case needs."""

@@ -139,7 +139,7 @@ class Predictor:
         self._network.eval()
         try:
             voxels = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))
-            stream = stream_logits(self._network, voxels, self._windowing, batch=self.batch, dtype=self.dtype)
+            stream = stream_logits([self._network], voxels, self._windowing, batch=self.batch, dtype=self.dtype)
             classes = label_from_planes(
                 _finite(stream), axis=stream.axis, prepared=geometry, native=native, thick_axis=self.plan.thick_axis
             )

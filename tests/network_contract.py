@@ -170,7 +170,7 @@ def tiles_equal_the_whole_volume(case: Case) -> None:
     x, y, z = volume
     with torch.no_grad():
         whole = network(F.pad(image[None], padding))
-    stream = stream_logits(network, image, Windowing(window), batch=1, dtype=torch.float32)
+    stream = stream_logits([network], image, Windowing(window), batch=1, dtype=torch.float32)
     tiled = torch.cat([planes.logits for planes in stream], dim=1).movedim(1, stream.axis + 1)
     assert stream.tiling.count > 1
     assert (tiled - whole[0, :, :x, :y, :z]).abs().max() < 1e-4

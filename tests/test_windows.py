@@ -57,7 +57,7 @@ def make_image(*shape: int, channels: int = 1) -> Tensor:
 
 def collect(network: Network, image: Tensor, windowing: Windowing, batch: int = 2) -> Tensor:
     """Put a stream's planes together to (K, X, Y, Z), each plane once and in order."""
-    stream = stream_logits(network, image, windowing, batch=batch, dtype=torch.float32)
+    stream = stream_logits([network], image, windowing, batch=batch, dtype=torch.float32)
     planes = list(stream)
     assert [p.start for p in planes] == np.cumsum([0] + [p.logits.shape[1] for p in planes])[:-1].tolist()
     assert stream.axis == int(np.argmax(image.shape[1:]))
@@ -187,19 +187,19 @@ def test_window_smaller_than_the_stride_is_refused() -> None:
     network.stride = (16, 16, 16)
     network.input_size = lambda output: tuple(n + 6 for n in output)  # type: ignore[method-assign,assignment,return-value]
     with pytest.raises(ValueError, match="does not hold the network's stride of 16"):
-        stream_logits(network, make_image(20, 20, 20), Windowing((8, 8, 8)), batch=1, dtype=torch.float32)
+        stream_logits([network], make_image(20, 20, 20), Windowing((8, 8, 8)), batch=1, dtype=torch.float32)
 
 
 def test_network_that_breaks_its_contract_is_refused() -> None:
     network = ValidNetwork()
     network.margin = (2, 2, 2)
     with pytest.raises(ValueError, match="the network makes"):
-        list(stream_logits(network, make_image(20, 20, 20), Windowing((8, 8, 8)), batch=1, dtype=torch.float32))
+        list(stream_logits([network], make_image(20, 20, 20), Windowing((8, 8, 8)), batch=1, dtype=torch.float32))
 
 
 def test_consumer_between_planes_is_not_in_inference_mode() -> None:
     for planes in stream_logits(
-        make_network(), make_image(24, 8, 8), Windowing((8, 8, 8)), batch=1, dtype=torch.float32
+        [make_network()], make_image(24, 8, 8), Windowing((8, 8, 8)), batch=1, dtype=torch.float32
     ):
         assert not torch.is_inference_mode_enabled()
         assert not planes.logits.is_inference()

@@ -13,7 +13,7 @@ the whole volume.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,11 +45,15 @@ class LogitStream:
         batch: windows a forward pass; halved for good where the device runs out of memory.
     """
 
-    def __init__(self, network: Network, image: Tensor, windowing: Windowing, batch: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, networks: Sequence[Network], image: Tensor, windowing: Windowing, batch: int, dtype: torch.dtype
+    ) -> None:
         _, x, y, z = image.shape
         self.batch = batch
-        self._network, self._image, self._windowing, self._dtype = network, image, windowing, dtype
+        network = networks[0]
+        self._networks, self._image, self._windowing, self._dtype = networks, image, windowing, dtype
         self._device = next(network.parameters()).device
+        self._margin = network.margin
         self._input = network.input_size(windowing.window)
         a, b, c = (size - 2 * margin for size, margin in zip(self._input, network.margin, strict=True))
         self._output = (a, b, c)
@@ -72,19 +76,22 @@ class LogitStream:
             if ring is not None:
                 yield from ring.finish(slab)
             passes = [(start, flip) for start in self.tiling.starts(slab) for flip in self._windowing.flips]
-            for batch, logits in self._forward_all(passes):
-                ring = ring or _Ring(self.tiling, self._windowing, logits.shape[1], self._device)
-                for (start, flip), own in zip(batch, logits, strict=True):
-                    ring.add(start, flip, own)
+            for network in self._networks:
+                for batch, logits in self._forward_all(network, passes):
+                    ring = ring or _Ring(
+                        self.tiling, self._windowing, len(self._networks), logits.shape[1], self._device
+                    )
+                    for (start, flip), own in zip(batch, logits, strict=True):
+                        ring.add(start, flip, own)
         if ring is not None:
             yield from ring.finish(self.tiling.shape[self.axis])
 
-    def _forward_all(self, passes: list[Pass]) -> Iterator[tuple[list[Pass], Tensor]]:
+    def _forward_all(self, network: Network, passes: list[Pass]) -> Iterator[tuple[list[Pass], Tensor]]:
         """Yield batches with their logits (N, K, *output); one that the device cannot hold is redone in halves."""
         done = 0
         while done < len(passes):
             batch = passes[done : done + self.batch]
-            logits = self._forward(batch)
+            logits = self._forward(network, batch)
             if logits is not None:
                 yield batch, logits
                 done += len(batch)
@@ -95,12 +102,12 @@ class LogitStream:
 
     # A decorator, not a block in __iter__: a generator would leave the mode on in its consumer's code.
     @torch.inference_mode()
-    def _forward(self, batch: list[Pass]) -> Tensor | None:
+    def _forward(self, network: Network, batch: list[Pass]) -> Tensor | None:
         """Return the logits (N, K, *output) of a batch, or None where the device has no memory for so many windows."""
         try:
             images = self._read(batch).to(self._device)
             with autocast(self._device, self._dtype):
-                logits: Tensor = self._network(images)
+                logits: Tensor = network(images)
         except torch.cuda.OutOfMemoryError:
             # Handled by the caller: while the exception lives, so do the failed pass' tensors.
             if len(batch) == 1:
@@ -114,7 +121,7 @@ class LogitStream:
         """Return the inputs (N, C, *input) of a batch, zeros beyond the volume, flipped."""
         images = self._image.new_zeros((len(batch), len(self._image), *self._input))
         for values, (start, flip) in zip(images, batch, strict=True):
-            first = [at - margin for at, margin in zip(start, self._network.margin, strict=True)]
+            first = [at - margin for at, margin in zip(start, self._margin, strict=True)]
             inside, outside = cut(first, self._input, self.tiling.shape)
             values[:, *inside] = self._image[:, *outside]
             if flip:
@@ -123,12 +130,12 @@ class LogitStream:
 
 
 def stream_logits(
-    network: Network, image: Tensor, windowing: Windowing, *, batch: int, dtype: torch.dtype
+    networks: Sequence[Network], image: Tensor, windowing: Windowing, *, batch: int, dtype: torch.dtype
 ) -> LogitStream:
-    """Run a network over a volume in windows.
+    """Run a network, or an ensemble, over a volume in windows.
 
     Args:
-        network: in eval mode; runs on the device of its weights, where the ring lies too.
+        networks: in eval mode, on one device, where the ring lies too; the logits are their mean.
         image: (C, X, Y, Z) float32, on the CPU or on that device; a volume smaller than a window is padded with zeros,
             centred, and its padding cut off again.
         windowing: how the volume is cut and put together.
@@ -140,7 +147,7 @@ def stream_logits(
     """
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
-    return LogitStream(network, image, windowing, batch, dtype)
+    return LogitStream(networks, image, windowing, batch, dtype)
 
 
 class _Ring:
@@ -149,9 +156,12 @@ class _Ring:
     Plane i of the volume lies at i modulo the depth. The axes keep the volume's order, so that sums run along memory.
     """
 
-    def __init__(self, tiling: Tiling, windowing: Windowing, num_classes: int, device: torch.device) -> None:
+    def __init__(
+        self, tiling: Tiling, windowing: Windowing, networks: int, num_classes: int, device: torch.device
+    ) -> None:
         self._tiling = tiling
         self._windowing = windowing
+        self._passes = networks * len(windowing.flips)
         self._weights = tiling.weights.to(device)
         self._finished = 0
         extent = [tiling.depth if axis == tiling.axis else n for axis, n in enumerate(tiling.shape)]
@@ -191,7 +201,7 @@ class _Ring:
     def _totals(self, first: int, stop: int) -> Tensor:
         """Return the sum of the weights at the planes from `first` to `stop`, in the volume's order of axes."""
         vectors = [axis.total for axis in self._tiling.axes]
-        vectors[self._tiling.axis] = vectors[self._tiling.axis][first:stop] * len(self._windowing.flips)
+        vectors[self._tiling.axis] = vectors[self._tiling.axis][first:stop] * self._passes
         return outer(vectors).to(self._sums.device)
 
 

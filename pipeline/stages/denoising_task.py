@@ -119,7 +119,7 @@ class DenoisingValidation:
         was_training = self.network.training
         self.network.eval()
         try:
-            stream = stream_logits(self.network, noisy, windowing, batch=batch, dtype=self.task.dtype)
+            stream = stream_logits([self.network], noisy, windowing, batch=batch, dtype=self.task.dtype)
             # Planes run along the stream's axis, the second here: (C, n, A, B).
             return torch.cat([planes.logits for planes in stream], 1).movedim(1, stream.axis + 1)
         finally:
