@@ -169,6 +169,21 @@ def test_a_box_beyond_the_grid_is_clipped() -> None:
     assert cropped_to(grid, []) == grid
 
 
+def test_where_the_body_is_is_told_before_air_becomes_a_number_like_any_other() -> None:
+    plan = PLAN.changed(channels={"T1": "CT"}, normalisation={"T1": {"scheme": "zscore"}})
+    grid = make_grid("LPI")
+    array = np.full((1, *grid.shape), -1000.0, np.float32)
+    array[0, :6, :6, :6] = 40.0  # right, front and head: the last voxels of the plan's RAS
+    prepared = prepare_images({"T1": Volume(array, grid)}, plan, grid)
+    assert prepared.body is not None
+    assert prepared.body.occupied.shape == tuple(-(-n // 4) for n in prepared.geometry.shape)
+    assert not prepared.body.any_in((0, 0, 0), tuple(n - 20 for n in prepared.geometry.shape))
+    assert prepared.body.any_in(tuple(n - 1 for n in prepared.geometry.shape), prepared.geometry.shape)
+    case = prepare_case({"T1": Volume(array, grid)}, None, plan, grid)
+    assert case.body is not None
+    np.testing.assert_array_equal(case.body.occupied, prepared.body.occupied)
+
+
 def test_box_around_the_nonzero_voxels() -> None:
     mask = np.zeros((5, 6, 7), bool)
     assert nonzero_box(mask) is None

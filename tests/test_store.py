@@ -1,5 +1,6 @@
 """The store of preprocessed cases: what is written comes back, damage is named, killed writers leave no half a case."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.data.store import CaseStore, PreparedCase
+from pipeline.data.store import STORE_FORMAT_VERSION, CaseStore, PreparedCase
 from pipeline.errors import StoreError
 from pipeline.geometry import Geometry
+from pipeline.records import digest_of
+from pipeline.volumes.body import Body
 
 
 def make_case(shape: tuple[int, int, int] = (20, 24, 18), *, channels: int = 2, seed: int = 0) -> PreparedCase:
@@ -26,6 +29,7 @@ def make_case(shape: tuple[int, int, int] = (20, 24, 18), *, channels: int = 2, 
         native=Geometry((5, 6, 7), np.diag([4.0, 4.0, 8.0, 1.0])),
         class_voxels={index: np.argwhere(label == index).astype(np.int32) for index in (1, 2)},
         channels_present=("T1", "T2")[:channels],
+        body=Body(rng.random(tuple(-(-n // 4) for n in shape)) < 0.5),
     )
 
 
@@ -34,6 +38,10 @@ def assert_same(one: PreparedCase, other: PreparedCase) -> None:
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
         assert getattr(one, name).dtype == getattr(other, name).dtype
     assert (one.geometry, one.native, one.channels_present) == (other.geometry, other.native, other.channels_present)
+    assert (one.body is None) == (other.body is None)
+    if one.body is not None and other.body is not None:
+        np.testing.assert_array_equal(one.body.occupied, other.body.occupied)
+        assert one.body.occupied.dtype == other.body.occupied.dtype
     assert one.class_voxels.keys() == other.class_voxels.keys()
     for index, voxels in one.class_voxels.items():
         np.testing.assert_array_equal(voxels, other.class_voxels[index])
@@ -54,8 +62,12 @@ def test_a_case_comes_back_as_it_was_written(tmp_path: Path, shape: tuple[int, i
     store.write("a", case, "key-1")
     assert_same(store.read("a"), case)
     assert not same(store.read("a"), replace(case, channels_present=("T1",)))
+    assert not same(store.read("a"), replace(case, body=Body(~case.body.occupied)))
+    store.write("b", replace(case, body=None), "key")
+    assert_same(store.read("b"), replace(case, body=None))
+    assert not same(store.read("b"), case)
     assert store.key_of("a") == "key-1"
-    assert store.case_ids() == ("a",)
+    assert store.case_ids() == ("a", "b")
 
 
 def test_an_unlabelled_case_comes_back_without_label(tmp_path: Path) -> None:
@@ -109,7 +121,9 @@ def test_a_box_outside_the_grid_is_refused(
         store.open("a").read_image(start, stop)
 
 
-@pytest.mark.parametrize("name", ["image.b2nd", "label.b2nd", "reference.b2nd", "class_voxels.b2nd", "case.json"])
+@pytest.mark.parametrize(
+    "name", ["image.b2nd", "label.b2nd", "reference.b2nd", "class_voxels.b2nd", "body.b2nd", "case.json"]
+)
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str) -> None:
     store = CaseStore(tmp_path)
@@ -127,6 +141,19 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str) -> None
     for look in (store.read, store.verify):
         with pytest.raises(StoreError, match=f"a/{name}: cannot be used .*medseg preprocess"):
             look("a")
+
+
+def test_a_case_of_another_format_is_stale(tmp_path: Path) -> None:
+    store = CaseStore(tmp_path)
+    store.write("a", make_case(), "key")
+    path = tmp_path / "a" / "case.json"
+    content = json.loads(path.read_text())
+    del content["sha256"]
+    content["format_version"] = STORE_FORMAT_VERSION - 1
+    path.write_text(json.dumps({**content, "sha256": digest_of(content)}))
+    assert store.key_of("a") is None
+    with pytest.raises(StoreError, match=f"format version {STORE_FORMAT_VERSION - 1}, not {STORE_FORMAT_VERSION}"):
+        store.read("a")
 
 
 def test_a_missing_case_is_an_error_and_has_no_key(tmp_path: Path) -> None:

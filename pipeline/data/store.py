@@ -4,10 +4,11 @@
                label.b2nd           (X, Y, Z) class indices on the plan's grid
                reference.b2nd       (X, Y, Z) class indices of the original label on the native grid
                class_voxels.b2nd    (n, 4) class and voxel on the plan's grid: where foreground patches are drawn from
+               body.b2nd            blocks of the plan's grid that may hold body; missing where that is not known
                case.json            key, geometries, class counts, and the checksum of each file
 
-An unlabelled case has only image.b2nd and case.json. Names that begin with a dot are unfinished or replaced folders of
-killed writers.
+An unlabelled case has only image.b2nd, body.b2nd and case.json. Names that begin with a dot are unfinished or replaced
+folders of killed writers.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from pydantic import ValidationError
 from pipeline.errors import StoreError
 from pipeline.geometry import Geometry, Grid
 from pipeline.records import Record, atomic_folder, digest_of, exclusively
+from pipeline.volumes.body import Body
 
-STORE_FORMAT_VERSION = 1
+STORE_FORMAT_VERSION = 2
 
 # A patch reads the blocks it touches: 32^3 loses little at its rim. A case this small is read whole, as one block.
 CHUNK, BLOCK, WHOLE_VOXELS = 128, 32, 64**3
@@ -53,6 +55,7 @@ class PreparedCase:
         native: the native grid.
         class_voxels: class index -> (n, 3) int32 voxels of `label`; classes that do not occur are left out.
         channels_present: channels that the case has; the others are zeros in `image`.
+        body: where the body may be on the plan's grid; None where that is not known.
     """
 
     image: NDArray[np.float16]
@@ -62,6 +65,7 @@ class PreparedCase:
     native: Geometry
     class_voxels: dict[int, NDArray[np.int32]]
     channels_present: tuple[str, ...]
+    body: Body | None = None
 
 
 class CaseRecord(Record):
@@ -243,6 +247,7 @@ class CaseStore:
             native=record.native.geometry,
             class_voxels=_split_by_class(arrays["class_voxels.b2nd"]) if "class_voxels.b2nd" in arrays else {},
             channels_present=record.channels_present,
+            body=Body(arrays["body.b2nd"]) if "body.b2nd" in arrays else None,
         )
 
     def open(self, case_id: str) -> StoredCase:
@@ -296,6 +301,7 @@ def _arrays(prepared: PreparedCase) -> dict[str, NDArray[Any]]:
         "label.b2nd": prepared.label,
         "reference.b2nd": prepared.reference,
         "class_voxels.b2nd": np.concatenate(rows) if rows else None,
+        "body.b2nd": None if prepared.body is None else prepared.body.occupied,
     }
     return {name: array for name, array in arrays.items() if array is not None}
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pipeline.data.manifest import Case, ImageFile, Manifest
 from pipeline.errors import GeometryError, PipelineError, VolumeError
 from pipeline.geometry import FloatArray, Geometry, Grid
+from pipeline.preparation.body import is_body
 from pipeline.preparation.examination import (
     EXAMINATION_VERSION,
     LEVELS,
@@ -37,7 +38,6 @@ Value = TypeVar("Value")
 GRID_TOLERANCE_VOXELS = 0.1
 # Quantiles and moments are taken from at most about so many voxels, evenly spread: the error is a thousandth.
 LARGEST_SAMPLE = 2**20
-AIR_HU = -500.0
 
 
 def examine_case(manifest: Manifest, case: Case) -> CaseExamination:
@@ -256,7 +256,7 @@ def _foreground_mm(label: _Drawn, labels: dict[str, int]) -> FloatArray:
 def _examine_channel(voxels: Array, geometry: Geometry, modality: str, points: FloatArray | None) -> ChannelExamination:
     """Describe a channel's voxels (X, Y, Z); `points` are the foreground's in mm."""
     sample = _thinned(voxels.ravel(order="K"))
-    body = sample[sample > AIR_HU] if modality == "CT" else sample[sample != 0]
+    body = sample[is_body(sample, modality)]
     return ChannelExamination(
         grid=Grid.of(geometry),
         content=_content_digest(voxels),

@@ -18,7 +18,9 @@ from pipeline.data.plan import Normalisation, Plan
 from pipeline.data.store import Index, Labels, PreparedCase
 from pipeline.errors import VolumeError
 from pipeline.geometry import Geometry
+from pipeline.preparation.body import body_of
 from pipeline.preparation.examination import nonzero_box
+from pipeline.volumes.body import Body
 from pipeline.volumes.resampling import resample_image, resample_label
 from pipeline.volumes.volume import Volume
 
@@ -38,10 +40,12 @@ class PreparedImage:
     Attributes:
         array: (C, X, Y, Z) float32, normalised, channels in the plan's order; zeros for a missing channel.
         geometry: the plan's grid.
+        body: where the body may be; None where that is not known.
     """
 
     array: NDArray[np.float32]
     geometry: Geometry
+    body: Body | None = None
 
 
 def prepare_images(images: Mapping[str, Volume], plan: Plan, native: Geometry) -> PreparedImage:
@@ -57,11 +61,12 @@ def prepare_images(images: Mapping[str, Volume], plan: Plan, native: Geometry) -
     """
     _refuse_unknown(images, plan)
     target = target_geometry(images, plan, native)
+    body = body_of(images, plan.channels, target)
     array = np.zeros((len(plan.channels), *target.shape), np.float32)
     for index, channel in enumerate(plan.channels):
         if channel in images:
             _prepare_channel(channel, images[channel], target, plan, out=array[index])
-    return PreparedImage(array, target)
+    return PreparedImage(array, target, body)
 
 
 def prepare_case(images: Mapping[str, Volume], label: Volume | None, plan: Plan, native: Geometry) -> PreparedCase:
@@ -92,6 +97,7 @@ def prepare_case(images: Mapping[str, Volume], label: Volume | None, plan: Plan,
         native=native,
         class_voxels={} if drawn is None else sample_class_voxels(drawn),
         channels_present=tuple(channel for channel in plan.channels if channel in images),
+        body=prepared.body,
     )
 
 

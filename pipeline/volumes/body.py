@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+# Voxels along each side of a block: 1/64 of a volume to keep, and finer than any window is stepped.
 BLOCK = 4
-"""Voxels along each side of a block: 1/64 of a volume's voxels, and finer than any window is stepped."""
 
 Size = tuple[int, int, int]
 
