@@ -69,7 +69,7 @@ class ConfidenceSums:
         """
         flat = logits.reshape(len(logits), -1)
         doubtful = doubtful_voxels(flat, self.temperature, self.output)
-        for voxels in doubtful.split(max(1, _LOGITS_AT_ONCE // len(self.labels))):
+        for voxels in torch.split(doubtful, max(1, _LOGITS_AT_ONCE // len(self.labels))):
             self._add(flat.index_select(1, voxels).div_(self.temperature))
 
     def structures(self, fold_dice: Mapping[str, float | None] | None = None) -> dict[str, StructureConfidence]:
