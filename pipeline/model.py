@@ -5,6 +5,7 @@ MODEL/weights.safetensors   the network's weights
       plan.yaml             how an image is treated before the network sees it; labels and their values
       fingerprint.json      what the training cases were like
       config.yaml           the configuration it was trained with, as text
+      calibration.json      what its validation cases taught about its confidence; where there were none, it is missing
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_model as save_weights
 
-from pipeline.config import InferenceSection, NetworkSection, Task
+from pipeline.config import InferenceSection, NetworkSection, Output, Task
 from pipeline.data.plan import Fingerprint, Plan, read_plan, write_plan
 from pipeline.errors import ConfigError, ModelError
 from pipeline.hardware import Precision
@@ -38,6 +39,9 @@ WEIGHTS, DESCRIPTION, PLAN, FINGERPRINT, CONFIG = FILES = (
     "config.yaml",
 )
 
+# What the members of an ensemble have in common: all of the plan but what only training and readers go by.
+_SHARED_PLAN = tuple(sorted(set(Plan.model_fields) - {"batch_size", "reasons"}))
+
 
 class ModelDescription(Record):
     """What a model is and where it came from.
@@ -48,7 +52,9 @@ class ModelDescription(Record):
         task: segment; or denoise, whose network returns the image's channels, and serves only to begin a training with.
         network: its name in the NETWORKS table and its options.
         in_channels: channels of the image.
-        num_classes: channels of what the network returns: a segmentation's classes, background included.
+        num_classes: channels of what the network returns: a segmentation's classes, background included, or regions.
+        output: softmax: a voxel has the label of the largest logit; regions: they may overlap, there is one for each
+            label but the background, in their order, and a voxel has the label of the last whose logit is above 0.
         precision: in which the network was trained and computes: auto, fp32, bf16 or fp16.
         inference: how a whole volume is predicted.
         manifest_name, manifest_digest: the data set it was trained on.
@@ -65,6 +71,7 @@ class ModelDescription(Record):
     network: NetworkSection
     in_channels: int
     num_classes: int
+    output: Output = "softmax"
     precision: Precision
     inference: InferenceSection
     manifest_name: str
@@ -165,10 +172,34 @@ def refuse_other_task(folder: Path, description: ModelDescription) -> None:
         )
 
 
+def refuse_other_member(first_folder: Path, first: Model, folder: Path, other: Model) -> None:
+    """Raise where two models do not make an ensemble, whose members see the same windows of the same prepared image.
+
+    Raises:
+        ModelError: names what differs.
+    """
+    pairs = {
+        **{f"plan.{name}": (getattr(first.plan, name), getattr(other.plan, name)) for name in _SHARED_PLAN},
+        "output": (first.description.output, other.description.output),
+        "inference": (first.description.inference, other.description.inference),
+        "the network's windows": (_windows_of(first), _windows_of(other)),
+    }
+    # Labels in another order are other classes, which dictionaries do not tell.
+    differing = [f"{name} ({mine} and {its})" for name, (mine, its) in pairs.items() if repr(mine) != repr(its)]
+    if differing:
+        raise ModelError(f"{first_folder} and {folder} make no ensemble: they differ in {'; '.join(differing)}")
+
+
+def _windows_of(model: Model) -> str:
+    """Say what decides where windows lie, and what the network reads for them."""
+    network, window = model.network, model.plan.patch_size
+    return f"inputs of {network.input_size(window)}, margins of {network.margin}, in steps of {network.stride}"
+
+
 def _build(folder: Path, description: ModelDescription, plan: Plan) -> Network:
     """Build the network that a description and a plan speak of."""
     got = (description.in_channels, description.num_classes)
-    channels, outputs = len(plan.channels), outputs_of(description.task, plan)
+    channels, outputs = len(plan.channels), outputs_of(description.task, plan, description.output)
     if got != (channels, outputs):
         raise ModelError(
             f"{folder}: {DESCRIPTION} has {got[0]} channels and {got[1]} classes, {PLAN} {channels} and {outputs}; "

@@ -4,14 +4,16 @@
     label = predictor.predict(read_image(Path("patient.nii.gz")))
     write_label(Path("patient_label.nii.gz"), label)
 
-The model is loaded once and serves any number of volumes.
+The models are loaded once and serve any number of volumes. Several are an ensemble: their logits are averaged.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.config import InferenceSection
+from pipeline.confidence.calibration import Calibration, read_calibration
+from pipeline.confidence.judging import Confidence, judge, temperature_of
+from pipeline.confidence.measuring import ConfidenceSums
+from pipeline.config import InferenceSection, Output
 from pipeline.data.plan import Plan
 from pipeline.errors import ModelError, VolumeError
 from pipeline.geometry import Geometry
@@ -27,71 +32,127 @@ from pipeline.hardware import Precision, pick_device, pick_dtype
 from pipeline.inference.labelling import label_from_planes
 from pipeline.inference.planes import LogitPlanes
 from pipeline.inference.postprocessing import postprocess
+from pipeline.inference.probabilities import ProbabilityRequest
 from pipeline.inference.tiling import Size, Windowing
-from pipeline.inference.windows import stream_logits
-from pipeline.model import load_model, refuse_other_task
+from pipeline.inference.windows import LogitStream, stream_logits
+from pipeline.model import Model, load_model, refuse_other_member, refuse_other_task
 from pipeline.networks import Network
 from pipeline.preparation.preprocessing import PreparedImage, prepare_images
+from pipeline.volumes.body import Body
 from pipeline.volumes.volume import Volume, smallest_type
 
 # Voxels of a forward pass, from which on a larger batch gains nothing (a GPU that cannot hold as many halves it).
 BATCH_VOXELS = {"cpu": 64**3, "cuda": 4 * 128**3}
 
+# Is shown finished planes of logits and the axis of the plan's grid that they are stacked along, before they are gone.
+Watcher = Callable[[LogitPlanes, int], None]
 
-class Predictor:
-    """A network and all that is needed to segment volumes with it.
+
+@dataclass(frozen=True)
+class Engine:
+    """How the machine is used; but for rounding by device and precision, no label depends on it.
 
     Attributes:
-        plan: how an image is treated before the network sees it; labels and their values.
+        device: auto, cpu, cuda or cuda:N.
+        precision: auto, fp32, bf16 or fp16; None: as the models were trained.
+        batch: windows a forward pass; None: as many as keep the device busy.
+        skip_empty: leave windows out that hold no body.
+    """
+
+    device: str = "auto"
+    precision: Precision | None = None
+    batch: int | None = None
+    skip_empty: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """What is made of a prepared case.
+
+    Attributes:
+        classes: native.shape, class indices of the smallest unsigned type.
+        confidence: how far they can be trusted; measured before postprocessing.
+        windows_run: windows that the networks have seen; each flip and each network sees all of them.
+        windows_skipped: windows left out, for they hold no body.
+    """
+
+    classes: NDArray[Any]
+    confidence: Confidence
+    windows_run: int
+    windows_skipped: int
+
+
+class Predictor:
+    """A network, or an ensemble, and all that is needed to segment volumes with it.
+
+    Attributes:
+        plan: how an image is treated before the networks see it; labels and their values.
         inference: overlap, blending, flips and postprocessing.
-        device: where the network runs.
-        dtype: the network computes in it.
+        output: what the networks' logits are of.
+        engine: how the machine is used.
+        device: where the networks run.
+        dtype: they compute in it.
         batch: windows a forward pass; falls for good where the device runs out of memory.
+        temperature: logits are divided by it before they become probabilities; labels do not depend on it.
     """
 
     def __init__(
         self,
-        network: Network,
+        networks: Network | Sequence[Network],
         plan: Plan,
         inference: InferenceSection,
+        engine: Engine | None = None,
         *,
-        device: torch.device,
-        dtype: torch.dtype,
-        batch: int | None = None,
+        output: Output = "softmax",
+        calibrations: Sequence[Calibration] = (),
     ) -> None:
-        self.plan = plan
-        self.inference = inference
-        self.device = device
-        self.dtype = dtype
-        self.batch = batch or windows_at_once(network, plan.patch_size, device)
-        self._network = network.to(device)
+        self.plan, self.inference, self.output = plan, inference, output
+        self.engine = engine = engine or Engine()
+        self.device = pick_device(engine.device)
+        self.dtype = pick_dtype(engine.precision or "auto", self.device)
+        self._networks = [
+            network.to(self.device) for network in ([networks] if isinstance(networks, Network) else networks)
+        ]
+        self.batch = engine.batch or windows_at_once(self._networks[0], plan.patch_size, self.device)
+        self.temperature = temperature_of(calibrations)
+        self._calibrations = tuple(calibrations)
         self._windowing = Windowing(
             window=plan.patch_size,
             overlap=inference.overlap,
             blending=inference.blending,
             flips=_all_flips(inference),
-            paired_classes=plan.paired_classes,
+            paired_classes=_paired_outputs(plan, output),
             left_right_axis=plan.left_right_axis,
         )
 
     @classmethod
-    def load(cls, folder: Path, device: str = "auto", precision: Precision | None = None) -> Predictor:
-        """Load a model's folder.
+    def load(cls, folders: Path | Sequence[Path], engine: Engine | None = None) -> Predictor:
+        """Load a model, or the members of an ensemble.
 
         Args:
-            folder: of the model, as `medseg train` writes it.
-            device: auto, cpu, cuda or cuda:N.
-            precision: auto, fp32, bf16 or fp16; None: as the model was trained.
+            folders: of the models, as `medseg train` writes them.
+            engine: how the machine is used.
 
         Raises:
-            ModelError: the folder is no whole model, or one that denoises.
+            ModelError: a folder is no whole model, or one that denoises; or models do not make an ensemble.
             ConfigError: the device is not there.
         """
-        chosen = pick_device(device)
-        model = load_model(folder, chosen)
-        refuse_other_task(folder, model.description)
-        dtype = pick_dtype(precision or model.description.precision, chosen)
-        return cls(model.network, model.plan, model.description.inference, device=chosen, dtype=dtype)
+        named = [folders] if isinstance(folders, Path) else list(folders)
+        engine = engine or Engine()
+        device = pick_device(engine.device)
+        models = [_load(folder, device) for folder in named]
+        first = models[0]
+        for folder, model in zip(named[1:], models[1:], strict=True):
+            refuse_other_member(named[0], first, folder, model)
+        calibrations = [found for found in map(read_calibration, named) if found is not None]
+        return cls(
+            [model.network for model in models],
+            first.plan,
+            first.description.inference,
+            replace(engine, precision=engine.precision or first.description.precision),
+            output=first.description.output,
+            calibrations=calibrations,
+        )
 
     def predict(self, images: Mapping[str, Volume] | Volume, native: Geometry | None = None) -> Volume:
         """Segment a case.
@@ -110,7 +171,7 @@ class Predictor:
         channels = self._channels(images) if isinstance(images, Volume) else images
         native = native or self.native_of(channels)
         prepared = self.prepare(channels, native)
-        classes = self.predict_prepared(prepared.array, prepared.geometry, native)
+        classes = self.predict_prepared(prepared.array, prepared.geometry, native, prepared.body)
         return Volume(self.values_of(classes), native)
 
     def prepare(self, images: Mapping[str, Volume], native: Geometry) -> PreparedImage:
@@ -121,32 +182,74 @@ class Predictor:
         """
         return prepare_images(images, self.plan, native)
 
-    def predict_prepared(self, image: NDArray[Any], geometry: Geometry, native: Geometry) -> NDArray[Any]:
+    def segment(
+        self,
+        prepared: PreparedImage,
+        native: Geometry,
+        *,
+        watch: Sequence[Watcher] = (),
+        probabilities: ProbabilityRequest | None = None,
+    ) -> Segmentation:
+        """Segment a prepared case and say how far the result can be trusted: what `segment` and `evaluate` call.
+
+        Args:
+            prepared: by `prepare`.
+            native: the grid wanted.
+            watch: are shown all planes of logits, in order.
+            probabilities: those wanted beside the label map; `temperature` is this predictor's, or 1.
+
+        Raises:
+            ModelError: the networks' logits are infinite or not a number.
+        """
+        sums = ConfidenceSums(tuple(self.plan.labels), self.output, self.temperature)
+        watchers = [lambda planes, _: sums.add(planes.logits), *watch]
+        with self.stream(prepared.array, prepared.body) as stream:
+            classes = self._label(_shown(stream, watchers), stream.axis, prepared.geometry, native, probabilities)
+        measured = sums.structures()
+        return Segmentation(classes, judge(measured, self._calibrations), stream.tiling.count, 0)
+
+    def predict_prepared(
+        self, image: NDArray[Any], geometry: Geometry, native: Geometry, body: Body | None = None
+    ) -> NDArray[Any]:
         """Segment a prepared case: the second half of `predict`, and what validation in training calls.
 
         Args:
             image: (C, X, Y, Z) on the plan's grid, normalised.
             geometry: the plan's grid of this case.
             native: the grid wanted.
+            body: where there is more than air; None: anywhere.
 
         Returns:
             native.shape, class indices of the smallest unsigned type.
 
         Raises:
-            ModelError: the network's logits are infinite or not a number.
+            ModelError: the networks' logits are infinite or not a number.
         """
-        was_training = self._network.training
-        self._network.eval()
-        try:
-            voxels = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))
-            stream = stream_logits([self._network], voxels, self._windowing, batch=self.batch, dtype=self.dtype)
-            classes = label_from_planes(
-                _finite(stream), axis=stream.axis, prepared=geometry, native=native, thick_axis=self.plan.thick_axis
+        with self.stream(image, body) as stream:
+            return self._label(_shown(stream), stream.axis, geometry, native)
+
+    @contextmanager
+    def stream(self, image: NDArray[Any], body: Body | None = None) -> Iterator[LogitStream]:
+        """Give the logits of a prepared image as a stream of planes; within the block networks are in eval mode.
+
+        Args:
+            image: (C, X, Y, Z) on the plan's grid, normalised.
+            body: where there is more than air; None: anywhere.
+        """
+        voxels = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))
+        with ExitStack() as stack:
+            for network in self._networks:
+                stack.callback(network.train, network.training)
+                network.eval()
+            stream = stream_logits(
+                self._networks,
+                voxels,
+                self._windowing,
+                batch=self.batch,
+                dtype=self.dtype,
             )
+            yield stream
             self.batch = stream.batch
-        finally:
-            self._network.train(was_training)
-        return postprocess(classes, self.plan, native, self.inference)
 
     def values_of(self, classes: NDArray[Any]) -> NDArray[Any]:
         """Turn class indices into the plan's label values, in the smallest type that holds them all."""
@@ -169,6 +272,26 @@ class Predictor:
                 return images[channel].geometry
         raise VolumeError(f"no channel of the model is there: expected {', '.join(self.plan.channels)}")
 
+    def _label(
+        self,
+        planes: Iterable[LogitPlanes],
+        axis: int,
+        prepared: Geometry,
+        native: Geometry,
+        probabilities: ProbabilityRequest | None = None,
+    ) -> NDArray[Any]:
+        """Label the native grid from planes of logits, and postprocess."""
+        classes = label_from_planes(
+            planes,
+            axis=axis,
+            prepared=prepared,
+            native=native,
+            thick_axis=self.plan.thick_axis,
+            output=self.output,
+            probabilities=probabilities,
+        )
+        return postprocess(classes, self.plan, native, self.inference)
+
     def _channels(self, image: Volume) -> dict[str, Volume]:
         """Take a volume of all channels apart."""
         if image.array.ndim != 4 or len(image.array) != len(self.plan.channels):
@@ -186,18 +309,33 @@ def windows_at_once(network: Network, window: Size, device: torch.device) -> int
     return max(1, BATCH_VOXELS.get(device.type, 1) // math.prod(network.input_size(window)))
 
 
-def _finite(planes: Iterable[LogitPlanes]) -> Iterator[LogitPlanes]:
-    """Yield the planes; where a logit is not a number, a label map would be background without a word.
+def _load(folder: Path, device: torch.device) -> Model:
+    """Load a model that segments."""
+    model = load_model(folder, device)
+    refuse_other_task(folder, model.description)
+    return model
+
+
+def _shown(stream: LogitStream, watchers: Sequence[Watcher] = ()) -> Iterator[LogitPlanes]:
+    """Yield the planes once watchers have seen them; where a logit is not a number, a label map would be background.
 
     Raises:
         ModelError: a logit is infinite or not a number.
     """
-    for some in planes:
-        if not torch.isfinite(some.logits).all():
+    for planes in stream:
+        if not torch.isfinite(planes.logits).all():
             raise ModelError(
                 "the network's logits are infinite or not a number; train it with training.precision: fp32"
             )
-        yield some
+        for watcher in watchers:
+            watcher(planes, stream.axis)
+        yield planes
+
+
+def _paired_outputs(plan: Plan, output: Output) -> tuple[tuple[int, int], ...]:
+    """Return the channels of the logits that swap when left and right are flipped; regions have none for background."""
+    shift = output == "regions"
+    return tuple((left - shift, right - shift) for left, right in plan.paired_classes)
 
 
 def _all_flips(inference: InferenceSection) -> tuple[tuple[int, ...], ...]:

@@ -7,7 +7,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from pipeline.confidence.calibration import Calibration, DiceRegression
+from pipeline.confidence.judging import LOW_DICE, judge, temperature_of
 from pipeline.confidence.measuring import CERTAIN_LOGITS, ConfidenceSums, StructureConfidence, label_scores, last_region
+from pipeline.confidence.reliability import Reliability
 from pipeline.config import Output
 
 LABELS = ("background", "left", "right", "stone")
@@ -129,3 +132,51 @@ def test_logits_are_left_as_they_are() -> None:
 def test_temperature_must_be_positive() -> None:
     with pytest.raises(ValueError, match="temperature must be above 0, got 0"):
         ConfidenceSums(LABELS, temperature=0)
+
+
+def calibration(temperature: float = 1.0, low: float = 0.0, **intercepts: float) -> Calibration:
+    """A calibration by which each structure's Dice is its expected Dice and an intercept."""
+    unknown = Reliability(ece=0, brier=0, ece_foreground=None, brier_foreground=None)
+    weights = {"expected_dice": 1, "entropy": 0, "log_volume": 0, "cases": 9, "mae": 0.1, "low": low}
+    labels = {label: DiceRegression(intercept=intercept, **weights) for label, intercept in intercepts.items()}
+    return Calibration(temperature=temperature, cases=9, before=unknown, after=unknown, labels=labels)
+
+
+FOUND = StructureConfidence(voxels=100, entropy=0.1, expected_dice=0.9, fold_dice=0.8)
+MISSING = StructureConfidence(voxels=0)
+
+
+def test_predicted_dice_is_the_members_mean_and_doubt_that_of_the_worst_structure() -> None:
+    members = [calibration(left=-0.1, right=-0.3), calibration(left=-0.2)]
+    judged = judge({"left": FOUND, "right": FOUND, "stone": MISSING}, members)
+    assert judged.labels["left"].predicted_dice == pytest.approx(0.75)
+    assert judged.labels["right"].predicted_dice == pytest.approx(0.6)
+    assert judged.labels["stone"] == MISSING
+    assert judged.predicted_dice == pytest.approx(0.6)
+    assert judged.doubt == pytest.approx(0.4)
+    assert (judged.entropy, judged.expected_dice, judged.fold_dice) == pytest.approx((0.1, 0.9, 0.8))
+    assert (judged.low, judged.doubtful) == (True, ("right",))
+
+
+def test_without_a_calibration_the_expected_dice_stands_in() -> None:
+    judged = judge({"left": FOUND, "right": FOUND.changed(expected_dice=LOW_DICE)})
+    assert judged.predicted_dice is None
+    assert judged.doubt == pytest.approx(1 - LOW_DICE)
+    assert (judged.low, judged.doubtful) == (False, ())
+    assert judge({"left": FOUND.changed(expected_dice=LOW_DICE - 0.01)}).doubtful == ("left",)
+
+
+@pytest.mark.parametrize(("lows", "expected"), [((0.95,), True), ((0.85,), False), ((0.95, 0.85), False)])
+def test_a_dice_below_what_most_members_saw_in_validation_is_doubtful(lows: tuple[float, ...], expected: bool) -> None:
+    assert judge({"left": FOUND}, [calibration(low=low, left=0.0) for low in lows]).low == expected
+
+
+def test_a_case_in_which_nothing_is_found_comes_first() -> None:
+    judged = judge({"left": MISSING})
+    assert (judged.doubt, judged.low, judged.doubtful) == (1.0, True, ())
+    assert (judged.entropy, judged.expected_dice, judged.predicted_dice) == (None, None, None)
+
+
+def test_an_ensembles_temperature_is_its_members_mean() -> None:
+    assert temperature_of([calibration(1.5), calibration(2.5)]) == 2.0
+    assert temperature_of([]) == 1.0

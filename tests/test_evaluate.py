@@ -169,12 +169,40 @@ def test_an_experiment_is_evaluated_out_of_fold(config: Config) -> None:
     assert [(case.case_id, case.fold) for case in report.evaluation.cases] == [("a", 0), ("b", 0), ("c", 1), ("d", 1)]
     assert report.folder == config.workspace / "runs" / "tiny" / "evaluation" / "fold"
     assert report.evaluation.title == "tiny, folds 0 1"
-    with pytest.raises(ModelError, match="name one"):
-        evaluate.run(config, cases="test")
     shutil.rmtree(config.workspace / "runs" / "tiny" / "fold_1")
     assert ids(evaluate.run(config, cases="all")) == ["a", "b", "held_out"]
     shutil.rmtree(config.workspace / "runs" / "tiny" / "fold_0")
     with pytest.raises(ModelError, match="no fold is trained"):
+        evaluate.run(config)
+
+
+@pytest.mark.parametrize("cases", ["test", "all"])
+def test_several_folds_are_an_ensemble_on_cases_that_none_has_seen(config: Config, cases: str) -> None:
+    report = evaluate.run(config, cases=cases)
+    assert [(case.case_id, case.fold) for case in report.evaluation.cases] == [("held_out", None)]
+    assert report.folder == config.workspace / "runs" / "tiny" / "evaluation" / cases
+    assert report.evaluation.title == "tiny, folds 0 1, ensemble"
+    assert report.evaluation.facts["model"] == f"{best(config, 0)}, {best(config, 1)}"
+
+
+def test_an_experiments_folder_is_the_experiment(config: Config) -> None:
+    experiment = str(config.workspace / "runs" / config.name)
+    assert ids(evaluate.run(experiment)) == ["a", "b", "c", "d"]
+    assert ids(evaluate.run(experiment, cases="test")) == ["held_out"]
+
+
+def test_what_any_member_has_seen_is_left_out(config: Config, tmp_path: Path) -> None:
+    own = {case.id: case for case in load_manifest(config.data.manifest).cases}
+    renamed = [case.changed(id=f"again_{case.id}") for case in (own["a"], own["c"], own["held_out"])]
+    write_manifest(tmp_path / "others.json", renamed, name="others")
+    report = evaluate.run(config, manifest=tmp_path / "others.json")
+    assert ids(report) == ["again_held_out"]
+    assert report.failures.keys() == {"again_a", "again_c"}
+
+
+def test_two_models_for_one_fold_are_refused(config: Config) -> None:
+    shutil.copytree(Path(best(config)).parents[1], config.workspace / "runs" / config.name / "fold_0_again")
+    with pytest.raises(ModelError, match=r"two models for one fold among .*fold_0_again"):
         evaluate.run(config)
 
 

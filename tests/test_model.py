@@ -33,6 +33,18 @@ def test_model_comes_back_as_it_was(folder: Path) -> None:
         assert torch.equal(loaded.network(image), saved.network.eval()(image))
 
 
+def test_a_model_of_regions_has_an_output_for_each_label_but_the_background(tmp_path: Path) -> None:
+    save_model(tmp_path / "best", make_model(output="regions"))
+    loaded = load_model(tmp_path / "best", CPU)
+    assert (loaded.description.output, loaded.description.num_classes) == ("regions", 2)
+    assert loaded.network(torch.zeros(1, 1, 16, 16, 8)).shape[1] == 2
+
+
+def test_a_model_that_does_not_say_is_one_of_softmax(folder: Path) -> None:
+    _replace("output: softmax\n", "")(folder / "model.yaml")
+    assert load_model(folder, CPU).description.output == "softmax"
+
+
 def test_folder_holds_nothing_else_and_no_pickle(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
     assert [path.name for path in folder.parent.iterdir()] == ["best"]

@@ -1,6 +1,7 @@
 """The Predictor: label values on the native grid, in the right place."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,11 @@ from pipeline.config import InferenceSection
 from pipeline.errors import ModelError, VolumeError
 from pipeline.geometry import Geometry
 from pipeline.model import save_model
-from pipeline.networks import NETWORKS
-from pipeline.predictor import Predictor
+from pipeline.networks import NETWORKS, Network
+from pipeline.predictor import Engine, Predictor
 from pipeline.volumes.volume import Volume
 
-CPU = torch.device("cpu")
+CPU = Engine("cpu", "fp32")
 VALUES = np.array([0, 1, 7])
 
 
@@ -29,7 +30,7 @@ def _hand_made_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def make_predictor(inference: InferenceSection | None = None, batch: int | None = None, **plan: object) -> Predictor:
     model = make_model(plan=make_plan(**plan), network=NEAREST_MEAN)
     section = inference or InferenceSection()
-    return Predictor(model.network, model.plan, section, device=CPU, dtype=torch.float32, batch=batch)
+    return Predictor(model.network, model.plan, section, replace(CPU, batch=batch))
 
 
 def make_image(geometry: Geometry, classes: NDArray[np.intp]) -> Volume:
@@ -97,10 +98,10 @@ def test_class_values_beyond_a_byte() -> None:
 
 def test_network_in_training_mode_is_handed_back_in_it() -> None:
     predictor = make_predictor()
-    predictor._network.train()
+    predictor._networks[0].train()
     grid = Geometry((8, 8, 8), np.eye(4))
     predictor.predict(make_image(grid, random_classes(8, 8, 8)))
-    assert predictor._network.training
+    assert predictor._networks[0].training
 
 
 def test_stored_half_precision_images_are_taken() -> None:
@@ -115,10 +116,111 @@ def test_loaded_model_predicts_as_the_saved_one(tmp_path: Path) -> None:
     save_model(tmp_path / "best", model)
     grid = Geometry((20, 18, 16), np.eye(4))
     image = make_image(grid, random_classes(20, 18, 16))
-    loaded = Predictor.load(tmp_path / "best", "cpu", "fp32")
-    direct = Predictor(model.network, model.plan, model.description.inference, device=CPU, dtype=torch.float32)
+    loaded = Predictor.load(tmp_path / "best", CPU)
+    direct = Predictor(model.network, model.plan, model.description.inference, CPU)
     assert np.array_equal(loaded.predict(image).array, direct.predict(image).array)
     assert len(np.unique(loaded.predict(image).array)) > 1
+
+
+def test_an_ensemble_decides_by_the_mean_of_its_members_logits(tmp_path: Path) -> None:
+    """On a volume of one window, where each member's logits are one forward pass."""
+    models = [make_model(seed) for seed in (0, 1)]
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder, model in zip(folders, models, strict=True):
+        save_model(folder, model)
+    grid = Geometry((16, 16, 8), np.eye(4))
+    image = make_image(grid, random_classes(16, 16, 8))
+    with torch.inference_mode():
+        own = [model.network.eval()(torch.from_numpy(image.array[None]))[0].double().numpy() for model in models]
+    label = Predictor.load(folders, CPU).predict(image).array
+    assert np.array_equal(label, VALUES[np.mean(own, 0).argmax(0)])
+    for logits in own:
+        assert not np.array_equal(label, VALUES[logits.argmax(0)])
+
+
+def test_an_ensemble_of_many_windows_is_the_mean_of_its_members_streams() -> None:
+    models = [make_model(seed) for seed in (0, 1)]
+    image = make_image(Geometry((20, 30, 18), np.eye(4)), random_classes(20, 30, 18)).array
+
+    def logits(*networks: Network) -> torch.Tensor:
+        predictor = Predictor(networks, models[0].plan, InferenceSection(flip_axes=("x",)), CPU)
+        with predictor.stream(image) as stream:
+            return torch.cat([planes.logits for planes in stream], 1)
+
+    first, second = (model.network for model in models)
+    torch.testing.assert_close(logits(first, second), (logits(first) + logits(second)) / 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "differs"),
+    [
+        ({"labels": {"background": 0, "right": 7, "left": 1}}, r"plan\.labels"),
+        ({"labels": {"background": 0, "left": 7, "right": 1}}, r"plan\.labels"),
+        ({"spacing_mm": (1.0, 1.0, 2.0)}, r"plan\.spacing_mm \(\(1\.0, 1\.0, 1\.0\) and \(1\.0, 1\.0, 2\.0\)\)$"),
+        ({"patch_size": (16, 16, 16)}, r"plan\.patch_size.*the network's windows"),
+    ],
+)
+def test_models_of_different_plans_make_no_ensemble(tmp_path: Path, change: dict[str, object], differs: str) -> None:
+    save_model(tmp_path / "one", make_model())
+    save_model(tmp_path / "other", make_model(plan=make_plan(**change)))
+    with pytest.raises(ModelError, match=f"one and .*other make no ensemble: they differ in {differs}"):
+        Predictor.load([tmp_path / "one", tmp_path / "other"], CPU)
+
+
+def test_models_that_are_put_together_otherwise_make_no_ensemble(tmp_path: Path) -> None:
+    save_model(tmp_path / "one", make_model())
+    save_model(tmp_path / "flipped", make_model(inference=InferenceSection(flip_axes=("y",))))
+    save_model(tmp_path / "regions", make_model(output="regions"))
+    save_model(tmp_path / "same", make_model(1, plan=make_plan(batch_size=4, reasons={})))
+    for other, differs in (("flipped", "inference"), ("regions", r"output \(softmax and regions\)")):
+        with pytest.raises(ModelError, match=differs):
+            Predictor.load([tmp_path / "one", tmp_path / other], CPU)
+    Predictor.load([tmp_path / "one", tmp_path / "same"], CPU)
+
+
+class Thresholds(Network):
+    """Two regions: an intensity above 50, and one above 150."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.limits = torch.nn.Parameter(torch.tensor([50.0, 150.0]).reshape(1, 2, 1, 1, 1))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return image - self.limits
+
+
+def test_a_voxel_has_the_label_of_the_last_region_that_holds_it() -> None:
+    grid = Geometry((13, 30, 9), np.eye(4))
+    classes = random_classes(13, 30, 9)
+    predictor = Predictor(Thresholds(), make_plan(), InferenceSection(), CPU, output="regions")
+    assert np.array_equal(predictor.predict(make_image(grid, classes)).array, VALUES[classes])
+
+
+def test_paired_regions_swap_where_left_and_right_are_flipped() -> None:
+    """Averaged with their swap, both regions begin at 100."""
+    grid = Geometry((12, 12, 12), np.eye(4))
+    classes = random_classes(12, 12, 12)
+    flipped = Predictor(Thresholds(), make_plan(), InferenceSection(flip_axes=("x",)), CPU, output="regions")
+    image = Volume(make_image(grid, classes).array + 1, grid)
+    assert np.array_equal(flipped.predict(image).array, np.where(classes > 0, 7, 0))
+
+
+def test_a_segmentation_says_how_far_it_can_be_trusted() -> None:
+    grid = Geometry((12, 20, 12), np.eye(4))
+    classes = random_classes(12, 20, 12)
+    predictor, image = make_predictor(), make_image(grid, classes)
+    seen = []
+    prepared = predictor.prepare({"T1": image}, grid)
+    found = predictor.segment(prepared, grid, watch=[lambda planes, axis: seen.append((planes.logits.shape[1], axis))])
+    assert np.array_equal(found.classes, classes)
+    assert (sum(count for count, _ in seen), {axis for _, axis in seen}) == (20, {1})
+    assert [structure.voxels for structure in found.confidence.labels.values()] == [
+        (classes == k).sum() for k in (1, 2)
+    ]
+    assert found.confidence.doubt == pytest.approx(0, abs=1e-3)
+    assert not found.confidence.low
+    empty = predictor.segment(predictor.prepare({"T1": make_image(grid, 0 * classes)}, grid), grid)
+    assert (empty.confidence.low, empty.confidence.doubt) == (True, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +248,9 @@ def test_folder_without_a_model_is_refused(tmp_path: Path) -> None:
 def test_gpu_labels_as_the_cpu_does(tmp_path: Path) -> None:
     save_model(tmp_path / "best", make_model())
     image = make_image(Geometry((40, 30, 20), np.eye(4)), random_classes(40, 30, 20))
-    on_cpu, on_gpu = (Predictor.load(tmp_path / "best", device, "fp32").predict(image) for device in ("cpu", "cuda"))
+    on_cpu, on_gpu = (
+        Predictor.load(tmp_path / "best", Engine(device, "fp32")).predict(image) for device in ("cpu", "cuda")
+    )
     assert (on_cpu.array != on_gpu.array).mean() < 1e-3
 
 
@@ -154,12 +258,12 @@ def test_logits_that_are_no_numbers_are_an_error_and_not_a_background() -> None:
     model = make_model(plan=make_plan(), network=NEAREST_MEAN)
     for tensor in (*model.network.parameters(), *model.network.buffers()):
         tensor.data.fill_(float("nan"))
-    predictor = Predictor(model.network, model.plan, InferenceSection(), device=CPU, dtype=torch.float32)
+    predictor = Predictor(model.network, model.plan, InferenceSection(), CPU)
     with pytest.raises(ModelError, match=r"logits are infinite or not a number"):
         predictor.predict(make_image(Geometry((10, 11, 12), np.eye(4)), random_classes(10, 11, 12)))
 
 
 def test_a_model_computes_in_the_precision_it_was_trained_in_unless_told_otherwise(tmp_path: Path) -> None:
     save_model(tmp_path / "model", make_model(plan=make_plan(), network=NEAREST_MEAN))
-    assert Predictor.load(tmp_path / "model", "cpu").dtype == torch.float32
-    assert Predictor.load(tmp_path / "model", "cpu", "bf16").dtype == torch.bfloat16
+    assert Predictor.load(tmp_path / "model", Engine("cpu")).dtype == torch.float32
+    assert Predictor.load(tmp_path / "model", Engine("cpu", "bf16")).dtype == torch.bfloat16

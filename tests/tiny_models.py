@@ -4,10 +4,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import InferenceSection, NetworkSection
+from pipeline.config import InferenceSection, NetworkSection, Output
 from pipeline.data.plan import ChannelFingerprint, Fingerprint, Normalisation, Plan
 from pipeline.model import Model, ModelDescription
 from pipeline.networks import Network, NetworkTask, build_network
+from pipeline.networks.fitting import outputs_of
 
 UNET = NetworkSection(name="unet", options={"width": 4, "levels": 2, "norm": "batch"})
 # A name that a test adds to NETWORKS with `nearest_mean`.
@@ -74,15 +75,18 @@ def make_model(
     plan: Plan | None = None,
     network: NetworkSection = UNET,
     inference: InferenceSection | None = None,
+    output: Output = "softmax",
 ) -> Model:
     """Make a model with random weights, or with those of the hand-made network."""
     torch.manual_seed(seed)
     plan = plan or make_plan()
+    outputs = outputs_of("segment", plan, output)
     description = ModelDescription(
         name="tiny",
         network=network,
         in_channels=len(plan.channels),
-        num_classes=len(plan.labels),
+        num_classes=outputs,
+        output=output,
         precision="fp32",
         inference=inference or InferenceSection(),
         manifest_name="phantoms",
@@ -93,6 +97,6 @@ def make_model(
         versions={"torch": torch.__version__, "numpy": np.__version__},
         created="2026-11-20T10:00:00+00:00",
     )
-    task = NetworkTask(len(plan.channels), len(plan.labels), patch_size=plan.patch_size, spacing_mm=plan.spacing_mm)
+    task = NetworkTask(len(plan.channels), outputs, patch_size=plan.patch_size, spacing_mm=plan.spacing_mm)
     built = build_network(network.name, network.options, task).eval()
     return Model(description, built, plan, make_fingerprint(tuple(plan.channels)), "name: tiny\n# a comment, ü\n")

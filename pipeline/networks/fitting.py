@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.config import NetworkSection, Task
+from pipeline.config import NetworkSection, Output, Task
 from pipeline.data.plan import Plan
 from pipeline.networks import Network, build_network
 from pipeline.networks.contract import NetworkTask, Size
@@ -13,9 +13,15 @@ from pipeline.networks.contract import NetworkTask, Size
 MOST_PLANES = 32
 
 
-def outputs_of(task: Task, plan: Plan) -> int:
-    """Return how many channels a network returns: the plan's classes, or to denoise, the image's own channels."""
-    return len(plan.channels if task == "denoise" else plan.labels)
+def outputs_of(task: Task, plan: Plan, output: Output = "softmax") -> int:
+    """Return how many channels a network returns.
+
+    To segment, the plan's classes, or with regions one for each label but the background; to denoise, the image's own
+    channels.
+    """
+    if task == "denoise":
+        return len(plan.channels)
+    return len(plan.labels) - (output == "regions")
 
 
 def network_task(plan: Plan, section: NetworkSection, outputs: int | None = None) -> NetworkTask:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import psutil
 import torch
 
+from pipeline.confidence.calibration import Calibration
 from pipeline.config import AugmentationSection, Config
 from pipeline.data.manifest import Case, Manifest
 from pipeline.data.plan import Fingerprint, Plan, read_plan
@@ -22,8 +23,9 @@ from pipeline.hardware import pick_dtype, place
 from pipeline.model import model_digest
 from pipeline.networks import Network
 from pipeline.networks.fitting import fitted_plan, network_for, outputs_of
-from pipeline.predictor import Predictor
+from pipeline.predictor import Engine, Predictor
 from pipeline.records import digest_of
+from pipeline.stages.calibrating import TEMPERATURE_CASES, calibration_of
 from pipeline.stages.models import LAST, resolve_model
 from pipeline.stages.preprocess import CASES, KEYS, sources_digest
 from pipeline.stages.validation import DiceValidation, Validation
@@ -154,6 +156,11 @@ class FoldTask:
         """Patches a step."""
         return self.config.training.batch_size or self.plan.batch_size
 
+    @property
+    def engine(self) -> Engine:
+        """How the machine is used where whole volumes are predicted."""
+        return Engine(str(self.device), self.config.training.precision)
+
     @cached_property
     def dtype(self) -> torch.dtype:
         """Type in which the network computes."""
@@ -230,8 +237,21 @@ class FoldTask:
 
     def validation(self, network: Network) -> Validation:
         """Return what scores the network on whole volumes."""
-        predictor = Predictor(network, self.plan, self.config.inference, device=self.device, dtype=self.dtype)
+        predictor = Predictor(network, self.plan, self.config.inference, self.engine)
         return DiceValidation(predictor, self.store)
+
+    def calibration(self, model: Path) -> Calibration | None:
+        """Learn from the validation cases how far a model's confidence can be trusted; None where there is nothing."""
+        if self.config.task != "segment":
+            return None
+        return calibration_of(model, self.store, self.validation_cases, self.engine)
+
+    @property
+    def calibration_passes(self) -> float:
+        """What `calibration` costs, in validations: a pass over all cases, and one over some for the temperature."""
+        if self.config.task != "segment" or not self.validation_cases:
+            return 0.0
+        return 1 + min(1.0, TEMPERATURE_CASES / len(self.validation_cases))
 
     @property
     def augmentation(self) -> AugmentationSection:

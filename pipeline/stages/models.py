@@ -1,15 +1,34 @@
-"""Which folder a model's name means."""
+"""Which folders a model's name means."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.config_loading import load_config
 from pipeline.errors import ModelError
 from pipeline.model import DESCRIPTION
 from pipeline.stages.workspace import Workspace
 
 # Where a run keeps its models; the best is meant when the run itself is named.
 BEST, LAST = Path("models/best"), Path("models/last")
+
+
+def resolve_models(texts: Sequence[str], workspace: Path, uri: str | None = None) -> list[Path]:
+    """Return the folders of the models that are named, an experiment's folds one by one, none of them twice.
+
+    Args:
+        texts: each a name that `resolve_model` takes, or an experiment: its folder or its YAML. The best models of its
+            trained folds are meant.
+        workspace: where fetched models are kept, and MLflow's database unless another is named.
+        uri: tracking server or database; none: MLFLOW_TRACKING_URI, else the workspace's.
+
+    Raises:
+        ModelError: there is no such model.
+        ConfigError: the YAML is none of an experiment.
+    """
+    found = (folder.resolve() for text in texts for folder in _resolve(text, workspace, uri))
+    return list(dict.fromkeys(found))
 
 
 def resolve_model(text: str, workspace: Path, uri: str | None = None) -> Path:
@@ -35,3 +54,29 @@ def resolve_model(text: str, workspace: Path, uri: str | None = None) -> Path:
     known = sorted(str(path.parents[2]) for path in Workspace(workspace).runs.glob(f"*/*/{BEST}/{DESCRIPTION}"))
     there = f"runs with a model: {', '.join(known)}" if known else f"no run in {workspace} has one yet: `medseg train`"
     raise ModelError(f"{text}: holds no model ({DESCRIPTION} or {BEST / DESCRIPTION}); {there}")
+
+
+def models_of_experiment(experiment: Path) -> list[Path]:
+    """Return the best model of each fold that an experiment has trained, by the experiment's folder.
+
+    Raises:
+        ModelError: no fold is trained yet.
+    """
+    found = _models_of_folds(experiment)
+    if not found:
+        raise ModelError(f"{experiment}: no fold is trained yet; run `medseg train` first")
+    return found
+
+
+def _resolve(text: str, workspace: Path, uri: str | None) -> list[Path]:
+    """Return the folders that one name means."""
+    path = Path(text)
+    if path.suffix in (".yaml", ".yml"):
+        config = load_config(path)
+        return models_of_experiment(Workspace(config.workspace).experiment(config.name))
+    return _models_of_folds(path) or [resolve_model(text, workspace, uri)]
+
+
+def _models_of_folds(experiment: Path) -> list[Path]:
+    """Return the best models that lie in the runs of a folder."""
+    return sorted(path.parent for path in experiment.glob(f"fold_*/{BEST}/{DESCRIPTION}"))
