@@ -322,7 +322,8 @@ def test_a_label_map_gets_its_inputs_very_header(tmp_path: Path, qform: int, sfo
     assert np.array_equal(written.affine, nib.load(source).affine)
     assert written.get_data_dtype() == np.uint8
     assert np.array_equal(written.dataobj, label.array)
-    assert json.loads(written.header.extensions[0].get_content()) == {"labels": {"background": 0, "liver": 3}}
+    comment = json.loads(written.header.extensions[0].get_content())
+    assert comment == {"labels": {"background": 0, "liver": 3}, "colours": {"liver": "#E69F00"}}
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["label.nii.gz"]
 
 

@@ -28,7 +28,9 @@ from pipeline.preparation.examination import (
     nonzero_box,
 )
 from pipeline.records import digest_of
-from pipeline.volumes.stored import Header, bytes_of, content_digest, files_of, pick_channel, read_stored
+from pipeline.volumes.formats.header import Header
+from pipeline.volumes.formats.streams import bytes_of
+from pipeline.volumes.stored import content_digest, files_of, pick_channel, read_stored
 from pipeline.volumes.volume import count_values, whole_numbers
 
 Array = NDArray[Any]

@@ -19,7 +19,7 @@ from pipeline.preparation.survey import compare_cases, examine_cases
 from pipeline.progress import track
 from pipeline.records import atomic_path
 from pipeline.stages.workspace import Workspace
-from pipeline.volumes.stored import Array
+from pipeline.volumes.formats.layout import Array
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,7 +13,9 @@ import numpy as np
 
 from pipeline.errors import VolumeError
 from pipeline.geometry import Geometry
-from pipeline.volumes.stored import Array, Header, pick_channel, read_stored
+from pipeline.volumes.formats.header import Header
+from pipeline.volumes.formats.layout import Array, in_c_order
+from pipeline.volumes.stored import pick_channel, read_scalars, read_stored
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,16 +43,14 @@ def read_image(path: Path, index: int | None = None) -> Volume:
         index: position on the fourth axis of a file with several volumes.
 
     Returns:
-        (1, X, Y, Z) float32, in the file's units.
+        (1, X, Y, Z) float32, in the file's units; a value beyond float32 becomes infinite.
 
     Raises:
         VolumeError: the file cannot be read as one scalar volume.
         GeometryError: its grid makes no sense.
     """
-    header, voxels = read_stored(path)
-    picked = pick_channel(header, voxels, index)
-    with np.errstate(over="ignore"):  # A float64 beyond float32 becomes infinite, which `check` reports.
-        return Volume(picked.astype(np.float32, order="C")[None], header.geometry)
+    header, scalars = read_scalars(path, index)
+    return Volume(scalars[None], header.geometry)
 
 
 def read_label(path: Path, index: int | None = None) -> Volume:
@@ -80,7 +80,7 @@ def whole_numbers(header: Header, voxels: Array) -> Array:
             raise VolumeError(f"{header.path}: a label map holds whole numbers, got {voxels[place]} at voxel {place}")
     elif voxels.dtype.kind == "b":
         voxels = voxels.view(np.uint8)
-    return voxels.astype(smallest_type(int(voxels.min()), int(voxels.max())), order="C")
+    return in_c_order(voxels, smallest_type(int(voxels.min()), int(voxels.max())))
 
 
 def count_values(label: Array) -> dict[int, int]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,12 @@ from nibabel.nifti1 import Nifti1Extension
 from pipeline.errors import VolumeError
 from pipeline.geometry import Geometry
 from pipeline.records import atomic_path
-from pipeline.volumes.stored import LPS_TO_RAS, Array, Header, read_header
+from pipeline.volumes.formats.header import Header
+from pipeline.volumes.formats.itk import LPS_TO_RAS
+from pipeline.volumes.formats.layout import Array, in_file_order, plane_slices
+from pipeline.volumes.formats.streams import write_gzip
+from pipeline.volumes.label_tables import label_colours
+from pipeline.volumes.stored import read_header
 from pipeline.volumes.volume import Volume, smallest_type
 
 # What places a NIfTI volume in space, beside pixdim.
@@ -25,6 +33,8 @@ _PLACE_FIELDS = (
 # Those of ITK's formats that are one file: of two files the second would keep its temporary name.
 _ITK_WRITTEN = (".nrrd", ".mha")
 _COMMENT = 6  # NIfTI's registered code of an extension that is free text.
+_LONGEST_NIFTI1_AXIS = 2**15 - 1
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_label(
@@ -36,28 +46,33 @@ def write_label(
         path: the file to write, .nii.gz as a rule; the suffix decides the format.
         label: (X, Y, Z) integers.
         header_of: the image that was segmented: if it is NIfTI, the label map gets its very affines, codes and units.
-        names: label name -> value, kept as JSON in a comment of the NIfTI header.
+        names: label name -> value, by class index; kept with their colours as JSON in a comment of the NIfTI header.
 
     Raises:
         ValueError: the label does not lie on the grid of `header_of`.
+        OSError: the file cannot be written, the disk being full or another reason; nothing is left of it.
     """
     header = read_header(header_of) if header_of else None
     if header and not header.geometry.matches(label.geometry, 1e-3):
         raise ValueError(f"the label's grid {label.geometry} is not that of {header_of}, {header.geometry}")
     array = label.array.astype(smallest_type(int(label.array.min()), int(label.array.max())), copy=False)
-    _write(path, array, label.geometry, _nifti_header(array, label.geometry, header), names or {})
+    nifti = _nifti_header(array, label.geometry, header)
+    if names:
+        comment = {"labels": dict(names), "colours": label_colours(names)}
+        nifti.extensions.append(Nifti1Extension(_COMMENT, json.dumps(comment).encode()))
+    _write(path, array, label.geometry, nifti)
 
 
 def write_image(path: Path, image: Volume) -> None:
     """Write an image (C, X, Y, Z) atomically: 3-D for one channel, 4-D for more; the suffix decides the format."""
     array = image.array[0] if len(image.array) == 1 else np.moveaxis(image.array, 0, -1)
-    _write(path, array, image.geometry, _nifti_header(array, image.geometry, None), {})
+    _write(path, array, image.geometry, _nifti_header(array, image.geometry, None))
 
 
 def _nifti_header(array: Array, geometry: Geometry, like: Header | None) -> Any:
     """Return a NIfTI header: with the place, codes and units of `like`, where that is NIfTI, else the grid's affine."""
     if like is None or like.nifti is None:
-        made = nib.Nifti1Header()
+        made = nib.Nifti1Header() if max(array.shape) <= _LONGEST_NIFTI1_AXIS else nib.Nifti2Header()
         made.set_data_shape(array.shape)
         made.set_qform(geometry.affine, code=1)
         made.set_sform(geometry.affine, code=1)
@@ -73,19 +88,40 @@ def _nifti_header(array: Array, geometry: Geometry, like: Header | None) -> Any:
     return made
 
 
-def _write(path: Path, array: Array, geometry: Geometry, nifti: Any, names: Mapping[str, int]) -> None:
+def _write(path: Path, array: Array, geometry: Geometry, nifti: Any) -> None:
     """Write voxels (X, Y, Z) or (X, Y, Z, N) atomically in the format of the suffix."""
-    if names:
-        nifti.extensions.append(Nifti1Extension(_COMMENT, json.dumps({"labels": dict(names)}).encode()))
-    with atomic_path(path) as temporary:
-        if path.name.lower().endswith(_ITK_WRITTEN):
-            _write_itk(temporary, array, geometry)
-        elif path.name.lower().endswith((".nii", ".nii.gz")):
-            image = nib.Nifti2Image if isinstance(nifti, nib.Nifti2Header) else nib.Nifti1Image
-            # Without an affine of its own, nibabel leaves the header's fields and codes as they are.
-            image(array, None, nifti).to_filename(temporary)
+    name = path.name.lower()
+    if not name.endswith((".nii", ".nii.gz", *_ITK_WRITTEN)):
+        raise VolumeError(f"{path}: unknown format; write .nii.gz, .nii, {', '.join(_ITK_WRITTEN)}")
+    try:
+        with atomic_path(path) as temporary:
+            if name.endswith(_ITK_WRITTEN):
+                _write_itk(temporary, array, geometry)
+            else:
+                _write_nifti(temporary, array, nifti, packed=name.endswith(".gz"))
+    except OSError as error:
+        reason = "the disk is full; make room and run it again" if error.errno in _DISK_FULL else error.strerror
+        raise OSError(error.errno, f"{path}: could not be written: {reason or error}") from error
+
+
+def _write_nifti(path: Path, array: Array, nifti: Any, *, packed: bool) -> None:
+    """Write a NIfTI file piece by piece: its header, then some planes at a time."""
+    with path.open("wb") as file:
+        if packed:
+            write_gzip(file, _nifti_pieces(array, nifti))
         else:
-            raise VolumeError(f"{path}: unknown format; write .nii.gz, .nii, {', '.join(_ITK_WRITTEN)}")
+            for piece in _nifti_pieces(array, nifti):
+                file.write(piece())
+
+
+def _nifti_pieces(array: Array, nifti: Any) -> Iterator[Callable[[], memoryview]]:
+    """Yield what makes the bytes of a NIfTI file: of its header, then of each run of planes, x fastest."""
+    start = io.BytesIO()
+    nifti.write_to(start)
+    yield start.getbuffer
+    for volume in [array] if array.ndim == 3 else np.moveaxis(array, 3, 0):
+        for planes in plane_slices(volume.shape, volume.itemsize):
+            yield partial(in_file_order, volume[..., planes])
 
 
 def _write_itk(path: Path, array: Array, geometry: Geometry) -> None:
@@ -97,7 +133,10 @@ def _write_itk(path: Path, array: Array, geometry: Geometry) -> None:
     image.SetOrigin(affine[:3, 3].tolist())
     image.SetSpacing(geometry.spacing_mm)
     image.SetDirection((affine[:3, :3] / geometry.spacing_mm).ravel().tolist())
-    sitk.WriteImage(image, str(path), True)
+    try:
+        sitk.WriteImage(image, str(path), True)
+    except RuntimeError as error:
+        raise OSError(None, str(error).strip().splitlines()[-1]) from error
 
 
 def _itk_vector(array: Array) -> Any:
