@@ -10,7 +10,7 @@ import re
 import sys
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar, cast
 
 import torch
 
@@ -19,6 +19,7 @@ from pipeline.errors import ConfigError
 log = logging.getLogger(__name__)
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Compiled = TypeVar("Compiled", bound=torch.nn.Module)
 
 # glibc's mallopt parameters, from malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -43,6 +44,8 @@ def pick_device(name: str = "auto") -> torch.device:
         raise ConfigError(
             f"device {name!r}: no CUDA device is available to torch {torch.__version__}; use --device cpu"
         )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {name!r}: there are {torch.cuda.device_count()}, the first is cuda:0")
     return device
 
 
@@ -78,9 +81,33 @@ def place(network: torch.nn.Module, device: torch.device) -> None:
             weight.data = weight.data.contiguous(memory_format=torch.channels_last_3d)
 
 
+def compiled(network: Compiled, example: torch.Tensor, dtype: torch.dtype) -> Compiled:
+    """Return a network compiled by torch.compile, or as it was where that does not work here, with one warning.
+
+    Args:
+        network: on its device, in eval mode; its weights stay shared.
+        example: (N, C, *input) on that device, for a first pass, in which it is compiled.
+        dtype: in which it computes.
+    """
+    # It forwards what it does not know, such as a network's margin, to the network.
+    faster = cast("Compiled", torch.compile(network))
+    try:
+        with torch.inference_mode(), autocast(example.device, dtype):
+            faster(example)
+    except Exception as error:  # a missing compiler, an operation it does not know, a bug of its own
+        log.warning("going on without compiling: %s", str(error).strip().partition("\n")[0])
+        return network
+    return faster
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
     """Return the context in which a network computes in `dtype`; float32 needs none."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether torch raised an error because a GPU's memory, or the process's own, is used up."""
+    return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def keep_freed_memory() -> None:

@@ -221,7 +221,8 @@ class HungryNetwork(Network):
         self.seen: list[int] = []
 
     def forward(self, image: Tensor) -> Tensor:
-        self.seen.append(len(image))
+        if not image.is_meta:
+            self.seen.append(len(image))
         if len(image) > 2:
             raise torch.cuda.OutOfMemoryError("no memory for so many windows")
         return self.inner(image)

@@ -70,6 +70,14 @@ class AxisTiling:
     weights: Tensor
     total: Tensor
 
+    def nearest(self, start: int) -> slice:
+        """Return the voxels of the volume whose nearest window, by its centre, is the one that begins at `start`."""
+        number = self.starts.index(start)
+        # Half way between the centres of two neighbours; a voxel right there belongs to the later one.
+        halfway = [-(-(a + b + len(self.weights) - 1) // 2) for a, b in itertools.pairwise(self.starts)]
+        bounds = (0, *halfway, len(self.total))
+        return slice(bounds[number], bounds[number + 1])
+
 
 @dataclass(frozen=True)
 class Tiling:
@@ -110,6 +118,19 @@ class Tiling:
         across = [(slab,) if i == self.axis else axis.starts for i, axis in enumerate(self.axes)]
         return [(x, y, z) for x, y, z in itertools.product(*across)]
 
+    def stop(self, start: Size) -> Size:
+        """Return where a window ends: its first output voxel beyond the last, along each axis."""
+        x, y, z = (at + len(axis.weights) for at, axis in zip(start, self.axes, strict=True))
+        return x, y, z
+
+    def nearest(self, start: Size) -> Box:
+        """Return the voxels of a window, in its own indices, that lie nearer to its centre than to any other's.
+
+        Over all windows they make up the volume, each voxel once.
+        """
+        x, y, z = (axis.nearest(at) for at, axis in zip(start, self.axes, strict=True))
+        return tuple(slice(part.start - at, part.stop - at) for part, at in zip((x, y, z), start, strict=True))
+
 
 def tile_volume(shape: Size, output: Size, margin: Size, stride: Size, windowing: Windowing) -> Tiling:
     """Lay windows over a volume.
@@ -139,6 +160,11 @@ def cut(start: Sequence[int], size: Sequence[int], shape: Sequence[int]) -> tupl
     """
     bounds = [(at, max(at, 0), min(at + length, n)) for at, length, n in zip(start, size, shape, strict=True)]
     return tuple(slice(a - at, b - at) for at, a, b in bounds), tuple(slice(a, b) for _, a, b in bounds)
+
+
+def flipped(values: Tensor, flip: Flip) -> Tensor:
+    """Flip (..., X, Y, Z) along axes of space."""
+    return values.flip([axis - 3 for axis in flip]) if flip else values
 
 
 def outer(vectors: Sequence[Tensor]) -> Tensor:

@@ -1,9 +1,11 @@
-"""Streamed, batched, blended windows: a network over a volume, finished planes of logits leaving in order.
+"""Streamed, batched, blended windows: networks over a volume, finished planes of logits leaving in order.
 
 Windows run in order of the volume's longest axis. Their weighted logits are summed in a ring of K x window depth
 planes, so that memory does not grow with the length of the scan. A plane below the next window's start is finished: it
-is divided by the sum of its weights and handed on. Weights are the outer product of three vectors, and so is their sum
-over a regular grid of windows: there is no count map.
+is divided by the sum of its weights and handed on.
+
+The networks of an ensemble see the windows of a slab one after the other, so that the order of sums, and with it the
+last bit of the result, does not depend on how many windows run at once. A window without body is not run at all.
 
 A network that loses voxels at its border (`margin`) is given windows that reach beyond their output, and beyond the
 volume into zeros; its outputs lie side by side, a multiple of its stride apart, which makes them equal to one pass over
@@ -14,22 +16,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from pipeline.hardware import autocast
+from pipeline.config import Output
+from pipeline.errors import ResourceError
+from pipeline.hardware import autocast, is_out_of_memory
+from pipeline.inference.agreement import AgreementCount, FoldAgreement
 from pipeline.inference.planes import LogitPlanes
-from pipeline.inference.tiling import Box, Flip, Size, Tiling, Windowing, cut, outer, tile_volume
+from pipeline.inference.ring import Ring
+from pipeline.inference.tiling import Flip, Size, Tiling, Windowing, cut, flipped, tile_volume
+from pipeline.networks.footprint import footprint
+from pipeline.volumes.body import Body
 
 if TYPE_CHECKING:
     from pipeline.networks import Network
 
 log = logging.getLogger(__name__)
-
-# Planes that leave at once: few, for they are held a second time, outside the ring.
-PLANES_AT_ONCE = 16
 
 # One forward pass of a window: its first output voxel, and the flip in which the network sees it.
 Pass = tuple[Size, Flip]
@@ -38,26 +44,37 @@ Pass = tuple[Size, Flip]
 class LogitStream:
     """The logits of a whole volume, as planes along its longest axis; made by `stream_logits`.
 
-    Iterating runs the network; each plane leaves once, in ascending order, as soon as it is finished.
+    Iterating runs the networks; each plane leaves once, in ascending order, as soon as it is finished.
 
     Attributes:
         tiling: where the windows lie.
         batch: windows a forward pass; halved for good where the device runs out of memory.
+        run: windows that were run, each counted once, whatever its flips and networks.
+        skipped: windows that were left out, for they hold no body.
+        agreement: how far an ensemble's networks agree, once all planes have left; None of one network.
     """
 
     def __init__(
-        self, networks: Sequence[Network], image: Tensor, windowing: Windowing, batch: int, dtype: torch.dtype
+        self,
+        networks: Sequence[Network],
+        image: Tensor,
+        windowing: Windowing,
+        *,
+        output: Output,
+        batch: int,
+        dtype: torch.dtype,
+        body: Body | None,
+        ring_folder: Path | None,
     ) -> None:
         _, x, y, z = image.shape
-        self.batch = batch
-        network = networks[0]
+        self.batch, self.run, self.skipped = batch, 0, 0
+        self.agreement: FoldAgreement | None = None
         self._networks, self._image, self._windowing, self._dtype = networks, image, windowing, dtype
-        self._device = next(network.parameters()).device
-        self._margin = network.margin
-        self._input = network.input_size(windowing.window)
-        a, b, c = (size - 2 * margin for size, margin in zip(self._input, network.margin, strict=True))
-        self._output = (a, b, c)
-        self.tiling = tile_volume((x, y, z), self._output, network.margin, network.stride, windowing)
+        self._kind, self._body, self._ring_folder = output, body, ring_folder
+        self._device = next(networks[0].parameters()).device
+        self._input, self._margin = networks[0].input_size(windowing.window), networks[0].margin
+        self._output = networks[0].output_size(self._input)
+        self.tiling = tiling_of(networks, (x, y, z), windowing)
 
     @property
     def axis(self) -> int:
@@ -68,32 +85,58 @@ class LogitStream:
         """Yield finished planes, on the CPU.
 
         Raises:
-            ValueError: the network's output is not its input less the margin.
-            torch.cuda.OutOfMemoryError: the device has no memory for a single window.
+            ValueError: a network's output is not its input less the margin.
+            ResourceError: there is no memory for a single window, or for the ring.
         """
-        ring: _Ring | None = None
+        self.run = self.skipped = 0
+        num_logits = footprint(self._networks[0], len(self._image), self._input).num_logits
+        ring = self._new_ring(num_logits)
+        agreement = self._new_agreement(num_logits)
+        sums: list[Ring | AgreementCount] = [ring, agreement] if agreement else [ring]
         for slab in self.tiling.slabs:
-            if ring is not None:
-                yield from ring.finish(slab)
-            passes = [(start, flip) for start in self.tiling.starts(slab) for flip in self._windowing.flips]
+            yield from ring.finish(slab)
+            starts = self._starts(slab, sums)
+            passes = [(start, flip) for start in starts for flip in self._windowing.flips]
             for network in self._networks:
-                for batch, logits in self._forward_all(network, passes):
-                    ring = ring or _Ring(
-                        self.tiling, self._windowing, len(self._networks), logits.shape[1], self._device
-                    )
-                    for (start, flip), own in zip(batch, logits, strict=True):
-                        ring.add(start, flip, own)
-        if ring is not None:
-            yield from ring.finish(self.tiling.shape[self.axis])
+                for start, flip, logits in self._logits(network, passes):
+                    for sum_ in sums:
+                        sum_.add(start, flip, logits)
+        yield from ring.finish(self.tiling.shape[self.axis])
+        self.agreement = agreement.result() if agreement else None
 
-    def _forward_all(self, network: Network, passes: list[Pass]) -> Iterator[tuple[list[Pass], Tensor]]:
-        """Yield batches with their logits (N, K, *output); one that the device cannot hold is redone in halves."""
+    def _new_ring(self, num_logits: int) -> Ring:
+        """Return an empty ring on the networks' device; one on disk lies on the CPU."""
+        passes = len(self._networks) * len(self._windowing.flips)
+        device = self._device if self._ring_folder is None else torch.device("cpu")
+        return Ring(self.tiling, self._windowing, passes, num_logits, self._kind, device, self._ring_folder)
+
+    def _new_agreement(self, num_logits: int) -> AgreementCount | None:
+        """Return an empty count of an ensemble's agreement."""
+        if len(self._networks) == 1:
+            return None
+        return AgreementCount(self.tiling, self._windowing, len(self._networks), num_logits, self._kind)
+
+    def _starts(self, slab: int, sums: Sequence[Ring | AgreementCount]) -> list[Size]:
+        """Return the windows of a slab that hold body, and have the others noted as left out."""
+        kept = []
+        for start in self.tiling.starts(slab):
+            if self._body is None or self._body.any_in(start, self.tiling.stop(start)):
+                kept.append(start)
+            else:
+                for sum_ in sums:
+                    sum_.skip(start)
+                self.skipped += 1
+        self.run += len(kept)
+        return kept
+
+    def _logits(self, network: Network, passes: list[Pass]) -> Iterator[tuple[Size, Flip, Tensor]]:
+        """Yield the logits (K, *output) of each pass; a batch that the device cannot hold is redone in halves."""
         done = 0
         while done < len(passes):
             batch = passes[done : done + self.batch]
             logits = self._forward(network, batch)
             if logits is not None:
-                yield batch, logits
+                yield from ((start, flip, own) for (start, flip), own in zip(batch, logits, strict=True))
                 done += len(batch)
             else:
                 self.batch = len(batch) // 2
@@ -103,15 +146,20 @@ class LogitStream:
     # A decorator, not a block in __iter__: a generator would leave the mode on in its consumer's code.
     @torch.inference_mode()
     def _forward(self, network: Network, batch: list[Pass]) -> Tensor | None:
-        """Return the logits (N, K, *output) of a batch, or None where the device has no memory for so many windows."""
+        """Return the logits (N, K, *output) of a batch, or None where there is no memory for so many windows."""
         try:
             images = self._read(batch).to(self._device)
             with autocast(self._device, self._dtype):
                 logits: Tensor = network(images)
-        except torch.cuda.OutOfMemoryError:
-            # Handled by the caller: while the exception lives, so do the failed pass' tensors.
-            if len(batch) == 1:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
                 raise
+            if len(batch) == 1:
+                raise ResourceError(
+                    f"{self._device} has no memory for a single window of {self._input} voxels; free some, take "
+                    "another device, or a model with a smaller window"
+                ) from error
+            # Handled by the caller: while the exception lives, so do the failed pass' tensors.
             return None
         if logits.shape[2:] != self._output:
             raise ValueError(f"the network makes {tuple(logits.shape[2:])} of {self._input}, not {self._output}")
@@ -125,12 +173,20 @@ class LogitStream:
             inside, outside = cut(first, self._input, self.tiling.shape)
             values[:, *inside] = self._image[:, *outside]
             if flip:
-                values.copy_(_flipped(values, flip).clone())
+                values.copy_(flipped(values, flip).clone())
         return images
 
 
 def stream_logits(
-    networks: Sequence[Network], image: Tensor, windowing: Windowing, *, batch: int, dtype: torch.dtype
+    networks: Sequence[Network],
+    image: Tensor,
+    windowing: Windowing,
+    *,
+    batch: int,
+    dtype: torch.dtype,
+    output: Output = "softmax",
+    body: Body | None = None,
+    ring_folder: Path | None = None,
 ) -> LogitStream:
     """Run a network, or an ensemble, over a volume in windows.
 
@@ -140,76 +196,41 @@ def stream_logits(
             centred, and its padding cut off again.
         windowing: how the volume is cut and put together.
         batch: windows a forward pass at most, each flip counted.
-        dtype: the network computes in it under autocast; sums are float32.
+        dtype: the networks compute in it under autocast; sums are float32.
+        output: what the logits stand for: it says what certain background looks like.
+        body: windows without any of it are not run. Within the body the logits are the same, bit for bit; voxels that
+            no window covers are certain background. None: all windows are run.
+        ring_folder: the unfinished planes lie in a file there; None: in memory.
 
     Returns:
         The stream of planes: within float32's rounding the weighted sum of all windows divided by the weights' sum.
+
+    Raises:
+        ValueError: the batch is empty, or the networks want windows of different sizes or at different places.
     """
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
-    return LogitStream(networks, image, windowing, batch, dtype)
+    return LogitStream(
+        networks, image, windowing, output=output, batch=batch, dtype=dtype, body=body, ring_folder=ring_folder
+    )
 
 
-class _Ring:
-    """The sum of weighted logits over the planes that windows still reach.
+def tiling_of(networks: Sequence[Network], shape: Size, windowing: Windowing) -> Tiling:
+    """Lay the windows of an ensemble over a volume.
 
-    Plane i of the volume lies at i modulo the depth. The axes keep the volume's order, so that sums run along memory.
+    Raises:
+        ValueError: its networks want windows of different sizes or at different places.
     """
-
-    def __init__(
-        self, tiling: Tiling, windowing: Windowing, networks: int, num_classes: int, device: torch.device
-    ) -> None:
-        self._tiling = tiling
-        self._windowing = windowing
-        self._passes = networks * len(windowing.flips)
-        self._weights = tiling.weights.to(device)
-        self._finished = 0
-        extent = [tiling.depth if axis == tiling.axis else n for axis, n in enumerate(tiling.shape)]
-        self._sums = torch.zeros((num_classes, *extent), dtype=torch.float32, device=device)
-
-    def add(self, start: Size, flip: Flip, logits: Tensor) -> None:
-        """Add one window's logits (K, *output), seen in a flip."""
-        order = self._windowing.class_order(flip, len(logits))
-        inside, outside = cut(start, self._weights.shape, self._tiling.shape)
-        axis = self._tiling.axis
-        shift = inside[axis].start - outside[axis].start
-        for first, stop in self._pieces(outside[axis].start, outside[axis].stop):
-            source = _along(inside, axis, first + shift, stop + shift)
-            target = _along(outside, axis, first % self._tiling.depth, (stop - 1) % self._tiling.depth + 1)
-            weights = self._weights[source]
-            # Class by class, a window's piece stays in the processor's cache: 3 ms against 22 ms at 20 classes of 96^3.
-            for sums, channel in zip(self._sums, order, strict=True):
-                sums[target].addcmul_(_flipped(logits[channel], flip)[source].float(), weights)
-
-    def finish(self, stop: int) -> Iterator[LogitPlanes]:
-        """Yield the planes below `stop` that have not left yet, and make room for the next."""
-        axis, depth = self._tiling.axis, self._tiling.depth
-        for first, end in self._pieces(self._finished, stop, PLANES_AT_ONCE):
-            planes = self._sums.narrow(axis + 1, first % depth, end - first)
-            logits = planes / self._totals(first, end)
-            planes.zero_()
-            self._finished = end
-            yield LogitPlanes(first, logits.movedim(axis + 1, 1).contiguous().cpu())
-
-    def _pieces(self, first: int, stop: int, longest: int = 2**31) -> Iterator[tuple[int, int]]:
-        """Yield the planes from `first` to `stop` in pieces that lie together in the ring."""
-        while first < stop:
-            end = min(stop, first + longest, first - first % self._tiling.depth + self._tiling.depth)
-            yield first, end
-            first = end
-
-    def _totals(self, first: int, stop: int) -> Tensor:
-        """Return the sum of the weights at the planes from `first` to `stop`, in the volume's order of axes."""
-        vectors = [axis.total for axis in self._tiling.axes]
-        vectors[self._tiling.axis] = vectors[self._tiling.axis][first:stop] * self._passes
-        return outer(vectors).to(self._sums.device)
-
-
-def _along(box: Box, axis: int, start: int, stop: int) -> Box:
-    """Return a box with other bounds along one axis."""
-    return (*box[:axis], slice(start, stop), *box[axis + 1 :])
-
-
-def _flipped(values: Tensor, flip: Flip) -> Tensor:
-    """Flip (..., X, Y, Z) along axes of space."""
-    return values.flip([axis - 3 for axis in flip]) if flip else values
+    first, *others = networks
+    size = first.input_size(windowing.window)
+    tiling = tile_volume(shape, first.output_size(size), first.margin, first.stride, windowing)
+    for other in others:
+        own = other.input_size(windowing.window)
+        theirs = tile_volume(shape, other.output_size(own), other.margin, other.stride, windowing)
+        if (own, other.margin, [a.starts for a in theirs.axes]) != (
+            size,
+            first.margin,
+            [a.starts for a in tiling.axes],
+        ):
+            raise ValueError(f"the networks of an ensemble read windows of {size} and {own} voxels; they must agree")
+    return tiling

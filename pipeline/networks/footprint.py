@@ -1,0 +1,107 @@
+"""What a forward pass takes in memory, found without computing it and without touching the network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from pipeline.networks.contract import Network, Size
+from pipeline.networks.reach_rules import NORMS
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one window takes in a network that computes in float32.
+
+    Attributes:
+        num_logits: channels of the logits.
+        activation_bytes: most bytes that the window and what is computed of it take at once, with what the kernels of
+            convolutions rearrange for themselves.
+        weight_bytes: of the parameters and buffers.
+    """
+
+    num_logits: int
+    activation_bytes: int
+    weight_bytes: int
+
+
+_KNOWN: WeakKeyDictionary[Network, dict[tuple[int, Size], Footprint]] = WeakKeyDictionary()
+
+
+def footprint(network: Network, in_channels: int, size: Size) -> Footprint:
+    """Return what a window takes in memory; the network stays as it is, on whatever device. Asked again, it is known.
+
+    Args:
+        network: in eval mode.
+        in_channels: channels of the image.
+        size: voxels of the network's input.
+
+    Raises:
+        ValueError: the network does not take inputs of that size.
+    """
+    known = _KNOWN.setdefault(network, {})
+    if (in_channels, size) not in known:
+        known[in_channels, size] = _found(network, torch.empty(1, in_channels, *size, device="meta"))
+    return known[in_channels, size]
+
+
+def _found(network: Network, image: Tensor) -> Footprint:
+    """Run a network on tensors without values in place of its own."""
+    own = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    valueless = {name: torch.empty_like(tensor, device="meta") for name, tensor in own.items()}
+    mode = LiveBytes(image, valueless.values())
+    with torch.no_grad(), mode:
+        logits: Tensor = functional_call(network, valueless, (image,))
+    return Footprint(logits.shape[1], mode.peak_bytes, sum(tensor.nbytes for tensor in own.values()))
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all tensors made within it that are still in use.
+
+    Args:
+        image: counted from the beginning.
+        others: there anyway; neither they nor their views count.
+
+    Attributes:
+        peak_bytes: most bytes in use at once.
+    """
+
+    def __init__(self, image: Tensor, others: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._others = {tensor.untyped_storage()._cdata for tensor in others}
+        self._live = WeakTensorKeyDictionary()
+        self._live[image] = None
+        self.peak_bytes = image.nbytes
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Keep torch from loading its compiler only to be left out of it."""
+        return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation and count anew."""
+        if func.overloadpacket in NORMS:
+            # Torch would work out the shape of the statistics by a road that loads its compiler: a second.
+            result: Any = (torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0))
+        else:
+            result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self._others:
+                self._live[leaf] = None
+        storages = (tensor.untyped_storage() for tensor in self._live)
+        live = sum({s._cdata: s.nbytes() for s in storages}.values())
+        if func.overloadpacket is torch.ops.aten.convolution:
+            live += args[0].nbytes + result.nbytes  # both are copied to the layout that its kernels want
+        self.peak_bytes = max(self.peak_bytes, live)
+        return result
