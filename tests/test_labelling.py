@@ -34,15 +34,25 @@ def interpolated(values: np.ndarray, axis: int, axis_map: AxisMap) -> np.ndarray
     return (1 - weight) * values.take(axis_map.lower, axis) + weight * values.take(axis_map.upper, axis)
 
 
-def reference(logits: np.ndarray, axis: int, prepared: Geometry, native: Geometry, thick: int | None = None):
-    """All K volumes interpolated in float64, then the argmax: slow and obvious."""
+def decided(logits: np.ndarray, output: str) -> np.ndarray:
+    """The class at each voxel of (K, X, Y, Z) logits, by the words of the two rules."""
+    if output == "softmax":
+        return logits.argmax(axis=0)
+    classes = np.zeros(logits.shape[1:], int)
+    for region, values in enumerate(logits, 1):
+        classes[values > 0] = region
+    return classes
+
+
+def reference(logits, axis: int, prepared: Geometry, native: Geometry, thick: int | None = None, output="softmax"):
+    """All K volumes interpolated in float64, then decided: slow and obvious."""
     maps = axis_maps(prepared, native)
     assert maps is not None
     by_source = {m.axis: m.rounded() if m.axis == thick else m for m in maps}
     volumes = logits.astype(np.float64)
     for own in (axis, *(own for own in range(3) if own != axis)):
         volumes = interpolated(volumes, own + 1, by_source[own])
-    classes = volumes.argmax(axis=0).transpose([m.axis for m in maps])
+    classes = decided(volumes, output).transpose([m.axis for m in maps])
     for own, axis_map in enumerate(maps):
         np.moveaxis(classes, own, 0)[~axis_map.inside] = 0
     return classes
@@ -65,9 +75,9 @@ def grids(shape=(9, 8, 7), native=(11, 10, 13), code="RAS"):
 def test_equals_interpolating_all_logits_in_every_axis_order(code):
     prepared, native = grids(code=code)
     logits = organs(np.random.default_rng(3), 5, prepared.shape, smooth=1.0)
-    for axis in range(3):
-        got = label_from_planes(stream(logits, axis, 2), axis=axis, prepared=prepared, native=native)
-        np.testing.assert_array_equal(got, reference(logits, axis, prepared, native))
+    for axis, output in itertools.product(range(3), ("softmax", "regions")):
+        got = label_from_planes(stream(logits, axis, 2), axis=axis, prepared=prepared, native=native, output=output)
+        np.testing.assert_array_equal(got, reference(logits, axis, prepared, native, output=output))
         assert got.shape == native.shape
         assert got.dtype == np.uint8
 
@@ -92,10 +102,10 @@ shifts = st.tuples(*[st.sampled_from([-3.0, -1.0, -0.5, 0.0, 0.25, 0.5, 1.0, 2.3
 @settings(max_examples=300, deadline=None)
 @given(
     sizes, spacings, sizes, spacings, shifts, st.sampled_from(CODES), axis_of_stream, st.none() | axis_of_stream,
-    st.sampled_from([1, 2, 3, 6]), st.booleans(), st.integers(0, 2**32 - 1),
+    st.sampled_from([1, 2, 3, 6]), st.sampled_from(["softmax", "regions"]), st.booleans(), st.integers(0, 2**32 - 1),
 )  # fmt: skip
 def test_equals_interpolating_all_logits_on_any_pair_of_grids(
-    shape, spacing, native_shape, native_spacing, shift, code, axis, thick, classes, few_values, seed
+    shape, spacing, native_shape, native_spacing, shift, code, axis, thick, classes, output, few_values, seed
 ):
     affine = np.diag([*native_spacing, 1.0])
     affine[:3, 3] = shift
@@ -106,9 +116,9 @@ def test_equals_interpolating_all_logits_on_any_pair_of_grids(
     logits = rng.integers(-1, 2, (classes, *shape)) if few_values else rng.normal(size=(classes, *shape))
     logits = logits.astype(np.float32)
     got = label_from_planes(
-        stream(logits, axis, 1 + seed % 3), axis=axis, prepared=prepared, native=native, thick_axis=thick
+        stream(logits, axis, 1 + seed % 3), axis=axis, prepared=prepared, native=native, thick_axis=thick, output=output
     )
-    np.testing.assert_array_equal(got, reference(logits, axis, prepared, native, thick))
+    np.testing.assert_array_equal(got, reference(logits, axis, prepared, native, thick, output))
 
 
 def test_a_row_of_three_voxels_by_hand():
@@ -129,6 +139,15 @@ def test_a_third_class_wins_between_corners_where_it_leads_at_none():
     native = Geometry((5, 1, 1), np.diag([0.25, 1.0, 1.0, 1.0]))
     got = label_from_planes(stream(logits, 0), axis=0, prepared=Geometry((2, 1, 1), np.eye(4)), native=native)
     np.testing.assert_array_equal(got[:, 0, 0], [0, 2, 2, 2, 1])
+
+
+def test_the_last_region_above_zero_by_hand():
+    """Regions that overlap: the first holds everywhere, the second until midway, the third from 0.75 on."""
+    logits = np.array([[1.0, 1.0], [2.0, -2.0], [-3.0, 1.0]], np.float32).reshape(3, 2, 1, 1)
+    native = Geometry((9, 1, 1), np.diag([0.125, 1.0, 1.0, 1.0]))
+    grid = Geometry((2, 1, 1), np.eye(4))
+    got = label_from_planes(stream(logits, 0), axis=0, prepared=grid, native=native, output="regions")
+    np.testing.assert_array_equal(got[:, 0, 0], [2, 2, 2, 2, 1, 1, 1, 3, 3])  # at 0.5 and 0.75 a logit is just 0
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -170,23 +189,37 @@ def test_leads_of_a_few_ulps_are_decided_as_float64_does():
     assert set(np.unique(expected)) == {0, 1}
 
 
-@pytest.mark.parametrize("gathered", [1, 5000])
-def test_many_classes_without_any_agreement_in_small_portions(gathered, monkeypatch):
+@pytest.mark.parametrize("output", ["softmax", "regions"])
+@pytest.mark.parametrize("gathered", [1, 30_000])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_many_classes_without_any_agreement_in_small_portions(output, gathered, threads, monkeypatch):
     monkeypatch.setattr(labelling, "_GATHERED_LOGITS", gathered)
     prepared, native = grids(code="SPL")
-    logits = np.random.default_rng(2).normal(size=(118, *prepared.shape)).astype(np.float32)
-    got = label_from_planes(stream(logits, 0, 4), axis=0, prepared=prepared, native=native)
-    np.testing.assert_array_equal(got, reference(logits, 0, prepared, native))
+    logits = np.random.default_rng(2).normal(-1.5, 1.0, size=(118, *prepared.shape)).astype(np.float32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = label_from_planes(stream(logits, 0, 4), axis=0, prepared=prepared, native=native, output=output)
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_array_equal(got, reference(logits, 0, prepared, native, output=output))
 
 
-@pytest.mark.parametrize(("classes", "dtype"), [(1, np.uint8), (256, np.uint8), (257, np.uint16)])
-def test_the_smallest_type_that_holds_all_classes(classes, dtype):
+@pytest.mark.parametrize(
+    ("output", "logits", "dtype"),
+    [
+        *(("softmax", 1, np.uint8), ("softmax", 256, np.uint8), ("softmax", 257, np.uint16)),
+        *(("regions", 1, np.uint8), ("regions", 255, np.uint8), ("regions", 256, np.uint16)),
+    ],
+)
+def test_the_smallest_type_that_holds_all_classes(output, logits, dtype):
     prepared, native = grids()
-    logits = np.zeros((classes, *prepared.shape), np.float32)
-    logits[-1] = 1
-    got = label_from_planes(stream(logits, 0), axis=0, prepared=prepared, native=native)
+    values = np.zeros((logits, *prepared.shape), np.float32)
+    values[-1, :, 3:] = 1  # elsewhere the first of equal ones, or no region
+    got = label_from_planes(stream(values, 0), axis=0, prepared=prepared, native=native, output=output)
     assert got.dtype == dtype
-    assert got.max() == classes - 1
+    np.testing.assert_array_equal(got, reference(values, 0, prepared, native, output=output))
+    assert got.max() == logits - (output == "softmax")
 
 
 def test_centroids_stay_in_place_in_mm():

@@ -1,33 +1,37 @@
 """Planes of logits on the plan's grid become a label map on the native grid: exactly, streaming, in little memory.
 
-What is wanted is the argmax of all K logit volumes interpolated to the native grid; never made are those volumes.
-Linear interpolation is a convex combination of eight corners: a class that is the argmax at all corners of non-zero
-weight is the argmax at every point between them (the uniform-corner rule). Only in the cells whose corners disagree are
-logits interpolated, and there only of the classes that can win: a class whose largest corner lies below another's
-smallest is out. The winners are found in float64, so that the label map equals that of interpolating all K volumes in
-float64; float32 logits that differ at all differ by far more than float64 rounds, which is why leads of a few ulps need
-no special care.
+What is wanted is the class, at each native voxel, of all K logit volumes interpolated there; never made are those
+volumes. Linear interpolation is a convex combination of eight corners: a class that all corners of non-zero weight have
+is the class of every point between them (the uniform-corner rule; `deciding.py` says why). Only in the cells whose
+corners disagree are logits interpolated, and there only those that can win. The winners are found in float64, so that
+the label map equals that of interpolating all K volumes in float64; float32 logits that differ at all differ by far
+more than float64 rounds, which is why leads of a few ulps need no special care.
+
+Each gap between two planes is shared out among threads, in portions of rows; numpy lets go of the interpreter's lock in
+all that takes time.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from pipeline.config import Output
 from pipeline.geometry import FloatArray, Geometry
+from pipeline.inference.deciding import DECISIONS, Classes, Decision, Logits
 from pipeline.inference.planes import LogitPlanes
+from pipeline.inference.probabilities import ProbabilityPlanes, ProbabilityRequest
 from pipeline.volumes.axes import AxisMap, Indices, axis_maps
 from pipeline.volumes.resampling import agreed
 
-Classes = NDArray[Any]
-Logits = NDArray[np.float32]
-
-# Corner logits gathered at once, 8 x K x cells: 16 MB of float32.
-_GATHERED_LOGITS = 1 << 22
+# Corner logits gathered at once by a thread, 8 x cells x K: 4 MB of float32, which caches hold.
+_GATHERED_LOGITS = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,37 +43,61 @@ class _Axis:
 
     voxels: slice
     weight: FloatArray  # (n,) of the cell's upper plane
-    cell: Indices  # (n,) index into cells
+    cell: Indices  # (n,) index into cells, never falling or never rising
     cells: AxisMap  # .lower and .upper of each cell, ascending
+
+    def in_cells(self, cells: slice) -> slice:
+        """Return which of the voxels lie in some neighbouring cells."""
+        return _run(np.flatnonzero((self.cell >= cells.start) & (self.cell < cells.stop)))
 
 
 @dataclass(frozen=True, eq=False)
 class _Plane:
     """One plane of the plan's grid."""
 
-    logits: Logits  # (K, A * B)
-    classes: Classes  # (cells of A, cells of B): the class of all corners of a cell, or K where they disagree
+    logits: Logits  # (A * B, K): a corner's logits are taken all at once
+    classes: (
+        Classes  # (cells of A, cells of B): the class of all corners of a cell, or their number where they disagree
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Gap:
+    """The n native planes between two planes of the plan's grid, or on one."""
+
+    logits: tuple[Logits, ...]  # (A * B, K) of the plane below and the plane above, or the only one
+    classes: Classes  # (cells of A, cells of B): as a _Plane's, for the corners on both
+    disputed: NDArray[np.bool_]  # (cells of A, cells of B)
+    weights: FloatArray  # (n,) of the plane above
+    labels: Classes  # (n, rows, columns) in the plan's box
 
 
 @dataclass(frozen=True, eq=False)
 class _Candidates:
-    """M cells whose corners disagree, and the P classes that can win in them: cell after cell, classes ascending."""
+    """M cells whose corners disagree, and the P logits that can win in them: cell after cell, ascending."""
 
     first: Indices  # (M,) each cell's first candidate
     count: Indices  # (M,) each cell's number of candidates, at least 1
-    classes: Indices  # (P,)
+    logit: Indices  # (P,) which of the K
     corners: FloatArray  # (1 or 2 planes, 2 rows, 2 columns, P) logits
 
 
 def label_from_planes(
-    planes: Iterable[LogitPlanes], *, axis: int, prepared: Geometry, native: Geometry, thick_axis: int | None = None
+    planes: Iterable[LogitPlanes],
+    *,
+    axis: int,
+    prepared: Geometry,
+    native: Geometry,
+    thick_axis: int | None = None,
+    output: Output = "softmax",
+    probabilities: ProbabilityRequest | None = None,
 ) -> Classes:
     """Label the native grid from logits on the plan's grid, as they come.
 
     Equal, voxel for voxel, to interpolating all K logit volumes in float64, first along `axis`, then along the two
-    others in order, and taking the argmax, the first of equal classes. Native voxels outside the plan's grid (a crop)
-    are background; within it, coordinates beyond an outermost voxel's centre are moved onto it. Memory: the result, two
-    planes of K logits, and a bounded number of cells.
+    others in order, and deciding there. Native voxels outside the plan's grid (a crop) are background; within it,
+    coordinates beyond an outermost voxel's centre are moved onto it. Memory: the result, two planes of K logits, and a
+    bounded number of cells. Runs on as many threads as torch does.
 
     Args:
         planes: all planes of (K, n, A, B) finite logits, in ascending order; they may be overwritten once the next are
@@ -78,31 +106,42 @@ def label_from_planes(
         prepared: the plan's grid of this case.
         native: the grid wanted, parallel to `prepared`.
         thick_axis: axis of the plan's grid along which the nearest plane counts, not the two around.
+        output: softmax: the class of the largest logit, the first of equal ones; regions: that of the last logit above
+            0, which is one more than its index, else background.
+        probabilities: those wanted beside the label map.
 
     Returns:
         native.shape, class indices of the smallest unsigned type, in memory in the order of the planes.
 
     Raises:
-        ValueError: the grids are not parallel, or planes are missing or out of order.
+        ValueError: the grids are not parallel, planes are missing or out of order, or a class asked for is not there.
     """
     maps = axis_maps(prepared, native)
     if maps is None:
         raise ValueError(f"the plan's grid ({prepared}) is not parallel to the native one ({native})")
     # Native axes in the order of the planes: along the stream, the rows, the columns.
     order = sorted(range(3), key=lambda own: (maps[own].axis != axis, maps[own].axis))
-    stream, rows, columns = (_axis(maps[own].rounded() if maps[own].axis == thick_axis else maps[own]) for own in order)
+    across = [maps[own].rounded() if maps[own].axis == thick_axis else maps[own] for own in order]
+    asked = ProbabilityPlanes(probabilities, output, order, across) if probabilities else None
+    stream, rows, columns = map(_axis, across)
     labels: Classes = np.zeros([native.shape[own] for own in order], np.uint8)
     lower: _Plane | None = None
     count = 0
-    for upper in _planes(planes, rows, columns):
-        if lower is None:
-            labels = labels.astype(np.min_scalar_type(len(upper.logits) - 1), copy=False)
-            inside = labels[stream.voxels, rows.voxels, columns.voxels]
-        for cell in np.flatnonzero(stream.cells.upper == count):
-            around = (upper,) if lower is None or stream.cells.lower[cell] == count else (lower, upper)
-            voxels = np.flatnonzero(stream.cell == cell)
-            inside[voxels] = _label_cell(around, stream.weight[voxels], rows, columns)
-        lower, count = upper, count + 1
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        labelling = _Labelling(DECISIONS[output], rows, columns, threads)
+        for upper in labelling.planes(planes):
+            if lower is None:
+                labels = labels.astype(
+                    np.min_scalar_type(labelling.decision.count(upper.logits.shape[1]) - 1), copy=False
+                )
+                inside = labels[stream.voxels, rows.voxels, columns.voxels]
+            for cell in np.flatnonzero(stream.cells.upper == count):
+                around = (upper,) if lower is None or stream.cells.lower[cell] == count else (lower, upper)
+                voxels = stream.in_cells(slice(cell, cell + 1))
+                labelling.label(around, stream.weight[voxels], inside[voxels])
+                if asked:
+                    asked.put(stream.voxels.start + voxels.start, stream.weight[voxels], [p.logits for p in around])
+            lower, count = upper, count + 1
     if count != prepared.shape[axis]:
         raise ValueError(f"got {count} planes of logits along axis {axis}, expected {prepared.shape[axis]}")
     return labels.transpose(np.argsort(order))
@@ -111,95 +150,127 @@ def label_from_planes(
 def _axis(axis_map: AxisMap) -> _Axis:
     """Sort the voxels of one native axis that lie in the plan's box into cells."""
     inside = np.flatnonzero(axis_map.inside)
-    voxels = slice(int(inside[0]), int(inside[-1]) + 1) if inside.size else slice(0, 0)
     within = axis_map.at(inside)
     _, first, cell = np.unique(within.lower + within.upper, return_index=True, return_inverse=True)
-    return _Axis(voxels, within.weight, cell, within.at(first))
+    return _Axis(_run(inside), within.weight, cell, within.at(first))
 
 
-def _planes(planes: Iterable[LogitPlanes], rows: _Axis, columns: _Axis) -> Iterator[_Plane]:
-    """Yield plane by plane, each with the classes that its cells' corners agree on."""
-    expected = 0
-    for several in planes:
-        if several.start != expected:
-            raise ValueError(f"got planes of logits from {several.start} on, expected {expected}")
-        num_classes, count = several.logits.shape[:2]
-        expected += count
-        disputed = np.asarray(num_classes, np.min_scalar_type(num_classes))
-        for plane in range(count):
-            logits: Logits = several.logits[:, plane].numpy().copy()  # the next planes may overwrite it
-            classes = logits.argmax(axis=0).astype(disputed.dtype)
-            classes = agreed(agreed(classes, 0, rows.cells, disputed), 1, columns.cells, disputed)
-            yield _Plane(logits.reshape(num_classes, -1), classes)
+def _run(indices: Indices) -> slice:
+    """Return neighbouring indices, ascending, as a slice."""
+    return slice(int(indices[0]), int(indices[-1]) + 1) if indices.size else slice(0, 0)
 
 
-def _label_cell(around: tuple[_Plane, ...], weights: FloatArray, rows: _Axis, columns: _Axis) -> Classes:
-    """Label the n native planes that lie between two planes of the plan's grid, or on one.
+@dataclass(frozen=True, eq=False)
+class _Labelling:
+    """What labels one gap between two planes after the other."""
 
-    Args:
-        around: the plane below and the plane above, or the only one.
-        weights: (n,) of the plane above.
-        rows: the native rows in the plan's box.
-        columns: the native columns in it.
+    decision: Decision
+    rows: _Axis
+    columns: _Axis
+    threads: ThreadPoolExecutor
 
-    Returns:
-        (n, rows, columns) class indices.
-    """
-    disputed = len(around[0].logits)
-    lower, upper = around[0].classes, around[-1].classes
-    classes = np.where(lower == upper, lower, np.asarray(disputed, lower.dtype))
-    plane = classes[rows.cell][:, columns.cell]
-    labels = np.repeat(plane[None], len(weights), axis=0)
-    cells = np.flatnonzero(classes == disputed)
-    row, column = np.nonzero(plane == disputed)
-    cell = np.searchsorted(cells, rows.cell[row] * classes.shape[1] + columns.cell[column])
-    step = max(1, _GATHERED_LOGITS // (8 * disputed))
-    for start in range(0, cells.size, step):
-        part = slice(None) if cells.size <= step else np.flatnonzero((cell >= start) & (cell < start + step))
-        candidates = _candidates(around, cells[start : start + step], rows.cells, columns.cells)
-        r, c, of = row[part], column[part], cell[part] - start
-        for label, weight in zip(labels, weights, strict=True):
-            label[r, c] = _winners(candidates, of, weight, rows.weight[r], columns.weight[c])
-    return labels
+    def planes(self, planes: Iterable[LogitPlanes]) -> Iterator[_Plane]:
+        """Yield plane by plane, each with the classes that its cells' corners agree on."""
+        expected = 0
+        for several in planes:
+            if several.start != expected:
+                raise ValueError(f"got planes of logits from {several.start} on, expected {expected}")
+            num_logits, count = several.logits.shape[:2]
+            expected += count
+            for plane in range(count):
+                logits = several.logits[:, plane].flatten(1)
+                classes = self.decision.classes(logits.numpy()).reshape(several.logits.shape[2:])
+                disputed = np.asarray(self.decision.count(num_logits), classes.dtype)
+                classes = agreed(agreed(classes, 0, self.rows.cells, disputed), 1, self.columns.cells, disputed)
+                # A copy, since the next planes may overwrite it.
+                yield _Plane(logits.T.clone(memory_format=torch.contiguous_format).numpy(), classes)
+
+    def label(self, around: tuple[_Plane, ...], weights: FloatArray, labels: Classes) -> None:
+        """Label the n native planes that lie between two planes of the plan's grid, or on one.
+
+        Args:
+            around: the plane below and the plane above, or the only one.
+            weights: (n,) of the plane above.
+            labels: (n, rows, columns) in the plan's box, to be filled.
+        """
+        if not labels.size:
+            return
+        lower, upper = around[0].classes, around[-1].classes
+        num_logits = around[0].logits.shape[1]
+        disputed = np.asarray(self.decision.count(num_logits), lower.dtype)
+        classes = np.where(lower == upper, lower, disputed)
+        gap = _Gap(tuple(plane.logits for plane in around), classes, classes == disputed, weights, labels)
+        portions = _portions(gap.disputed, max(1, _GATHERED_LOGITS // (8 * num_logits)), torch.get_num_threads())
+        for _ in self.threads.map(lambda cells: self._label_rows(gap, cells), portions):
+            pass  # asked for, they raise what went wrong
+
+    def _label_rows(self, gap: _Gap, cells: slice) -> None:
+        """Label the voxels in some rows of a gap's cells."""
+        voxels = self.rows.in_cells(cells)
+        row_cell, row_weight = self.rows.cell[voxels] - cells.start, self.rows.weight[voxels]
+        labels, disputed = gap.labels[:, voxels], gap.disputed[cells]
+        labels[...] = gap.classes[cells].take(row_cell, axis=0).take(self.columns.cell, axis=1)
+        open_voxels = disputed.take(row_cell, axis=0).take(self.columns.cell, axis=1)
+        row, column = np.divmod(np.flatnonzero(open_voxels), len(self.columns.cell))
+        numbers = np.cumsum(disputed).reshape(disputed.shape) - 1
+        cell = numbers[row_cell[row], self.columns.cell[column]]
+        candidates = self._candidates(gap.logits, cells.start * disputed.shape[1] + np.flatnonzero(disputed))
+        for label, weight in zip(labels, gap.weights, strict=True):
+            label[row, column] = self._winners(candidates, cell, weight, row_weight[row], self.columns.weight[column])
+
+    def _candidates(self, around: tuple[Logits, ...], cells: Indices) -> _Candidates:
+        """Find the logits that can win in some cells, given by their flat indices."""
+        rows, columns = self.rows.cells, self.columns.cells
+        row, column = np.divmod(cells, columns.coordinates.size)
+        corners = [
+            r[row] * columns.length + c[column]
+            for r in (rows.lower, rows.upper)
+            for c in (columns.lower, columns.upper)
+        ]
+        num_logits = around[0].shape[1]
+        logits = np.empty((4 * len(around), cells.size, num_logits), np.float32)
+        places = [(plane, corner) for plane in around for corner in corners]
+        for into, (plane, corner) in zip(logits, places, strict=True):
+            plane.take(corner, axis=0, out=into, mode="clip")  # the other modes make a copy first
+        possible = self.decision.possible(logits.min(axis=0), logits.max(axis=0))
+        cell, logit = np.divmod(np.flatnonzero(possible), num_logits)  # a tenth of the time of nonzero
+        count = np.bincount(cell, minlength=cells.size)
+        values = logits[:, cell, logit].astype(np.float64)
+        return _Candidates(np.cumsum(count) - count, count, logit, values.reshape(len(around), 2, 2, -1))
+
+    def _winners(
+        self, candidates: _Candidates, cell: Indices, weight: float, row_weight: FloatArray, column_weight: FloatArray
+    ) -> Indices:
+        """Return the class decided by the interpolated logits at V voxels of one native plane.
+
+        Args:
+            candidates: of the cells.
+            cell: (V,) the voxels' cells.
+            weight: of the plane above, for this native plane.
+            row_weight: (V,) of the row after.
+            column_weight: (V,) of the column after.
+        """
+        corners = (1 - weight) * candidates.corners[0] + weight * candidates.corners[-1]  # (2 rows, 2 columns, P)
+        bar = np.full(cell.size, self.decision.bar)
+        winner = np.zeros(cell.size, np.intp)
+        rivals = np.arange(cell.size)
+        for rank in range(int(candidates.count[cell].max(initial=0))):
+            rivals = rivals[candidates.count[cell[rivals]] > rank]
+            candidate = candidates.first[cell[rivals]] + rank
+            r, c = row_weight[rivals], column_weight[rivals]
+            before, after = ((1 - r) * corners[0, side][candidate] + r * corners[1, side][candidate] for side in (0, 1))
+            value = (1 - c) * before + c * after
+            above = value > bar[rivals]
+            winner[rivals[above]] = candidates.logit[candidate[above]] + self.decision.first_class
+            if self.decision.rises:
+                bar[rivals[above]] = value[above]
+        return winner
 
 
-def _candidates(around: tuple[_Plane, ...], cells: Indices, rows: AxisMap, columns: AxisMap) -> _Candidates:
-    """Find the classes that can win in some cells, given by their flat indices."""
-    row, column = np.divmod(cells, columns.coordinates.size)
-    corners = [
-        r[row] * columns.length + c[column] for r in (rows.lower, rows.upper) for c in (columns.lower, columns.upper)
-    ]
-    logits = np.stack([plane.logits.take(corner, axis=1) for plane in around for corner in corners])  # (4 or 8, K, M)
-    possible = logits.max(axis=0) >= logits.min(axis=0).max(axis=0)
-    cell, classes = np.nonzero(possible.T)
-    count = np.bincount(cell, minlength=cells.size)
-    values = logits[:, classes, cell].astype(np.float64)
-    return _Candidates(np.cumsum(count) - count, count, classes, values.reshape(len(around), 2, 2, -1))
-
-
-def _winners(
-    candidates: _Candidates, cell: Indices, weight: float, row_weight: FloatArray, column_weight: FloatArray
-) -> Indices:
-    """Return the class of the largest interpolated logit, the first of equal ones, at V voxels of one native plane.
-
-    Args:
-        candidates: of the cells.
-        cell: (V,) the voxels' cells.
-        weight: of the plane above, for this native plane.
-        row_weight: (V,) of the row after.
-        column_weight: (V,) of the column after.
-    """
-    corners = (1 - weight) * candidates.corners[0] + weight * candidates.corners[-1]  # (2 rows, 2 columns, P)
-    best = np.full(cell.size, -np.inf)
-    winner = np.zeros(cell.size, np.intp)
-    rivals = np.arange(cell.size)
-    for rank in range(int(candidates.count[cell].max(initial=0))):
-        rivals = rivals[candidates.count[cell[rivals]] > rank]
-        candidate = candidates.first[cell[rivals]] + rank
-        r, c = row_weight[rivals], column_weight[rivals]
-        before, after = ((1 - r) * corners[0, side][candidate] + r * corners[1, side][candidate] for side in (0, 1))
-        value = (1 - c) * before + c * after
-        better = value > best[rivals]
-        best[rivals[better]] = value[better]
-        winner[rivals[better]] = candidates.classes[candidate[better]]
-    return winner
+def _portions(disputed: NDArray[np.bool_], most: int, parts: int) -> list[slice]:
+    """Share rows of cells out in portions of about as many disputed cells each, a row more than `most` at most."""
+    so_far = np.cumsum(np.count_nonzero(disputed, axis=1))
+    count = max(parts, -(-int(so_far[-1]) // most))
+    cuts = np.searchsorted(so_far, so_far[-1] * np.arange(1, count) / count)
+    bounds = np.unique([0, *cuts, len(disputed)]).tolist()
+    return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
