@@ -44,7 +44,7 @@ def plans_of(plan: dict[str, Any]) -> dict[str, Any]:
         "transpose_backward": [2, 1, 0],
         "image_reader_writer": "SimpleITKIO",
         "label_manager": "LabelManager",
-        "foreground_intensity_properties_per_channel": {},
+        "foreground_intensity_properties_per_channel": {"0": {}},  # for CT only
         "configurations": {CONFIGURATION: configuration},
     }
 
