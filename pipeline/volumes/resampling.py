@@ -2,16 +2,15 @@
 
 A `Geometry` says where each voxel centre lies, so the target of a resample is a Geometry and nothing else. Where the
 two grids are parallel (a permutation, flips, scales and offsets: reorient, crop, pad and respace all at once) each axis
-is treated by itself: interpolation along one axis is a banded matrix, and the matrix of an axis holds all that happens
-to it (anti-aliasing, the spline's prefilter, interpolation), so that an image is read and written once per axis, in
-float32, at the speed of a matrix product.
+is treated by itself, `interpolation.py` doing an image's sums. Between input and output there is never more than a
+slab, however long the volume.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,25 +18,26 @@ from scipy import ndimage
 
 from pipeline.geometry import FloatArray, Geometry
 from pipeline.volumes.axes import AxisMap, AxisMaps, Indices, axis_maps, rounded_along
+from pipeline.volumes.interpolation import Image, Interpolation, Order, interpolate, is_taken
 from pipeline.volumes.volume import Volume
 
-Order = Literal[1, 3]
 Array = NDArray[Any]
-Image = NDArray[np.float32]
 
-# An axis that shrinks by more than this is smoothed first: below it the kernel itself is smooth enough.
-_ANTI_ALIAS_ABOVE = 1.5
-# Rows of an axis' matrix multiplied at once, and the weight below which its entries are dropped: the prefilter decays
-# as 0.27^distance, so that some 15 voxels on either side count.
-_BLOCK_ROWS = 64
-_NEGLIGIBLE_WEIGHT = 1e-8
 # Voxels whose coordinates are held at once where grids are not parallel, or whose corners vote: little enough that the
 # eight corners' values and weights stay in a core's cache.
 _SLAB_VOXELS = 1 << 15
+# Voxels of a label map on which agreement is sought at once.
+_LABEL_SLAB_VOXELS = 1 << 22
 
 
 def resample_image(
-    image: Volume, onto: Geometry, *, order: Order = 3, thick_axis: int | None = None, outside: float = 0.0
+    image: Volume,
+    onto: Geometry,
+    *,
+    order: Order = 3,
+    thick_axis: int | None = None,
+    outside: float = 0.0,
+    out: Image | None = None,
 ) -> Volume:
     """Resample an image onto another grid.
 
@@ -53,20 +53,27 @@ def resample_image(
         thick_axis: axis of `onto` that is interpolated linearly whatever the order: across thick slices a cubic
             overshoots. Where the grids are not parallel all axes are then linear.
         outside: value beyond the image's box.
+        out: (C, *onto.shape) float32 to write into, and to return; None: an array of its own, or a view.
 
     Returns:
         (C, *onto.shape) float32 on `onto`.
     """
     maps = axis_maps(image.geometry, onto)
-    if maps is None:
-        return Volume(_resample_oblique(image, onto, 1 if thick_axis is not None else order, outside), onto)
-    if all(axis_map.is_identity(axis) for axis, axis_map in enumerate(maps)):
-        return Volume(image.array, onto)
-    array: Image = image.array.transpose(0, *(axis_map.axis + 1 for axis_map in maps))
-    # The axis that grows least goes first: the arrays in between stay as small as they can.
-    for axis in sorted(range(3), key=lambda axis: maps[axis].growth):
-        array = _resample_axis(array, axis + 1, maps[axis], 1 if axis == thick_axis else order)
-    return Volume(_filled(array, image.array, maps, outside), onto)
+    if maps is not None and all(map(is_taken, maps)):
+        taken: Image = _taken(image.array, maps, outside)
+        if out is None:
+            return Volume(taken, onto)
+        out[...] = taken
+        return Volume(out, onto)
+    result = np.empty((len(image.array), *onto.shape), np.float32) if out is None else out
+    orders: list[Order] = [1 if axis == thick_axis else order for axis in range(3)]
+    for source, channel in zip(image.array, result, strict=True):
+        if maps is None:
+            _resample_oblique(Volume(source, image.geometry), min(orders), outside, Volume(channel, onto))
+        else:
+            _resample_parallel(source, maps, orders, channel)
+            _fill(channel, maps, outside)
+    return Volume(result, onto)
 
 
 def resample_label(label: Volume, onto: Geometry, *, thick_axis: int | None = None, outside: int = 0) -> Volume:
@@ -92,13 +99,12 @@ def resample_label(label: Volume, onto: Geometry, *, thick_axis: int | None = No
         return Volume(_resample_label_oblique(label, onto, outside), onto)
     if thick_axis is not None:
         maps = rounded_along(maps, thick_axis)
-    array: Array = label.array.transpose([axis_map.axis for axis_map in maps])
     if all(axis_map.on_centres for axis_map in maps):
-        for axis, axis_map in enumerate(maps):
-            array = _take(array, axis, axis_map.lower)
-    else:
-        array = _vote_parallel(array, maps)
-    return Volume(_filled(array, label.array, maps, outside), onto)
+        return Volume(_taken(label.array, maps, outside), onto)
+    result = np.empty(onto.shape, label.array.dtype)
+    _vote_parallel(*_for_slabs(label.array, maps, result))
+    _fill(result, maps, outside)
+    return Volume(result, onto)
 
 
 def agreed(classes: Array, axis: int, axis_map: AxisMap, disputed: Array) -> Array:
@@ -133,78 +139,62 @@ def _take(array: Array, axis: int, indices: Indices) -> Array:
     return array[tuple(where)]
 
 
-def _filled(array: Array, source: Array, maps: AxisMaps, outside: float) -> Array:
-    """Put `outside` into the last three axes where they lie beyond the source's box; never into the source itself."""
-    beyond = [np.flatnonzero(~axis_map.inside) for axis_map in maps]
-    if not any(indices.size for indices in beyond):
+def _taken(array: Array, maps: AxisMaps, outside: float) -> Array:
+    """Return the last three axes on voxel centres of a target, no value changed; a view where it can be."""
+    if all(axis_map.is_identity(axis) for axis, axis_map in enumerate(maps)):
         return array
-    array = array.copy() if np.may_share_memory(array, source) else array
-    for axis, indices in enumerate(beyond):
-        np.moveaxis(array, axis - 3, 0)[indices] = outside
-    return array
+    leading = array.ndim - 3
+    result = array.transpose(*range(leading), *(leading + axis_map.axis for axis_map in maps))
+    for axis, axis_map in enumerate(maps):
+        result = _take(result, leading + axis, axis_map.lower)
+    if not all(axis_map.inside.all() for axis_map in maps):
+        result = result.copy() if np.may_share_memory(result, array) else result
+        _fill(result, maps, outside)
+    return result
 
 
-def _resample_axis(array: Image, axis: int, axis_map: AxisMap, order: Order) -> Image:
-    """Resample (C, X, Y, Z) along one of its axes; coordinates outside take the outermost voxel's value."""
-    if axis_map.on_centres and axis_map.shrink <= _ANTI_ALIAS_ABOVE:
-        return _take(array, axis, axis_map.lower)
-    sources = _source_matrix(axis_map.length, axis_map.shrink, order)
-    matrix = np.zeros((axis_map.coordinates.size, axis_map.length))
-    for indices, weights in _taps(axis_map, order):
-        matrix += weights[:, None] * sources[indices]
-    return _multiply_axis(array, axis, matrix)
+def _fill(array: Array, maps: AxisMaps, outside: float) -> None:
+    """Put `outside` into the last three axes where they lie beyond the source's box."""
+    for axis, axis_map in enumerate(maps):
+        beyond = np.flatnonzero(~axis_map.inside)
+        if beyond.size:
+            np.moveaxis(array, axis - 3, 0)[beyond] = outside
 
 
-def _source_matrix(length: int, shrink: float, order: Order) -> FloatArray:
-    """Return the (length, length) matrix from an axis' voxels to its coefficients: smoothed and prefiltered."""
-    matrix = np.eye(length)
-    if shrink > _ANTI_ALIAS_ABOVE:
-        # Point spreads as wide at half maximum as the spacing; their variances subtract (Cardoso et al. 2015, MICCAI,
-        # "Scale factor point spread function matching").
-        sigma_voxels = np.sqrt((shrink**2 - 1) / (8 * np.log(2)))
-        matrix = ndimage.gaussian_filter1d(matrix, sigma_voxels, axis=0, mode="nearest")
-    if order == 3 and length > 1:
-        matrix = ndimage.spline_filter1d(matrix, order=3, axis=0, mode="mirror")
-    return matrix
+def _for_slabs(source: Array, maps: AxisMaps, result: Array) -> tuple[Array, AxisMaps, Array]:
+    """Return views of source and result (X, Y, Z), and maps between them, as slabs are best cut across the first axis.
+
+    That is the outermost in the source's memory that does not grow, so that the work on the others is not repeated
+    for voxels in between; all axes run the source's way.
+    """
+    order = sorted(range(3), key=lambda new: (maps[new].growth > 1, maps[new].axis))
+    ways = [-1 if maps[new].coordinates[0] > maps[new].coordinates[-1] else 1 for new in order]
+    x, y, z = (maps[new].at(np.arange(result.shape[new])[::way]) for new, way in zip(order, ways, strict=True))
+    view = result.transpose(order)[tuple(slice(None, None, way) for way in ways)]
+    return source.transpose(x.axis, y.axis, z.axis), (x, y, z), view
 
 
-def _taps(axis_map: AxisMap, order: Order) -> Iterator[tuple[Indices, FloatArray]]:
-    """Yield indices and weights, (n,) each, of the coefficients that make up each voxel."""
-    t, last = axis_map.weight, axis_map.length - 1
-    if order == 1 or last == 0:
-        yield from ((axis_map.lower, 1 - t), (axis_map.upper, t))
-        return
-    # The cubic B-spline at distances 1 + t, t, 1 - t, 2 - t (Unser 1999, IEEE Signal Processing Magazine 16(6)),
-    # mirrored about the outermost voxel centres.
-    weights = ((1 - t) ** 3 / 6, 2 / 3 - t**2 + t**3 / 2, 2 / 3 - (1 - t) ** 2 + (1 - t) ** 3 / 2, t**3 / 6)
-    for step, weight in zip((-1, 0, 1, 2), weights, strict=True):
-        yield np.abs(last - np.abs(last - np.abs(axis_map.lower + step))), weight
+def _resample_parallel(source: Image, maps: AxisMaps, orders: Sequence[Order], result: Image) -> None:
+    """Resample an image (X, Y, Z) into another whose grid is parallel; beyond the source its outer voxels hold."""
+    source, own, view = _for_slabs(source, maps, result)
+    order_along: dict[int, Order] = {axis_map.axis: order for axis_map, order in zip(maps, orders, strict=True)}
+    interpolate(source, [Interpolation.along(axis_map, order_along[axis_map.axis]) for axis_map in own], view)
 
 
-def _multiply_axis(array: Image, axis: int, matrix: FloatArray) -> Image:
-    """Multiply the (m, n) matrix into an axis of n voxels; it is banded, so block by block of its rows."""
-    import torch  # here, since torch takes a second to load and most volumes of most data sets need no interpolation
-
-    before, after = array.shape[:axis], array.shape[axis + 1 :]
-    lines = np.require(array, np.float32, ["C", "W"]).reshape(int(np.prod(before)), -1, int(np.prod(after)))
-    source = torch.from_numpy(lines)
-    result = torch.empty(source.shape[0], len(matrix), source.shape[2])
-    for start in range(0, len(matrix), _BLOCK_ROWS):
-        rows = slice(start, start + _BLOCK_ROWS)
-        used = np.flatnonzero(np.abs(matrix[rows]).max(axis=0) > _NEGLIGIBLE_WEIGHT)
-        columns = slice(used[0], used[-1] + 1)
-        block = torch.from_numpy(matrix[rows, columns].astype(np.float32))
-        if after:
-            result[:, rows] = block @ source[:, columns]
-        else:  # the last axis: one product of all lines
-            torch.mm(source[:, columns, 0], block.T, out=result[:, rows, 0])
-    return result.numpy().reshape(*before, len(matrix), *after)
-
-
-def _vote_parallel(array: Array, maps: AxisMaps) -> Array:
-    """Resample a label map whose axes are those of `maps`, by the uniform-corner rule."""
-    array = np.ascontiguousarray(array)
+def _vote_parallel(array: Array, maps: AxisMaps, result: Array) -> None:
+    """Resample a label map by the uniform-corner rule, slab by slab of its first axis, into `result`."""
     disputed = _unused_value(array)
+    planes = max(1, _LABEL_SLAB_VOXELS // max(array[0].size, result[0].size))
+    for start in range(0, len(result), planes):
+        rows = slice(start, min(start + planes, len(result)))
+        first = maps[0].at(np.arange(rows.start, rows.stop))
+        low, high = int(first.lower.min()), int(first.upper.max()) + 1
+        near = AxisMap(first.axis, high - low, first.coordinates - low)
+        result[rows] = _vote_slab(np.ascontiguousarray(array[low:high]), (near, *maps[1:]), disputed)
+
+
+def _vote_slab(array: Array, maps: AxisMaps, disputed: Array) -> Array:
+    """Resample a contiguous label map by the uniform-corner rule."""
     result = array.astype(disputed.dtype, copy=False)
     for axis in sorted(range(3), key=lambda axis: maps[axis].growth):
         result = agreed(result, axis, maps[axis], disputed)
@@ -214,7 +204,7 @@ def _vote_parallel(array: Array, maps: AxisMaps) -> Array:
         voxels = open_voxels[start : start + _SLAB_VOXELS]
         x, y, z = (m.at(place) for m, place in zip(maps, np.unravel_index(voxels, result.shape), strict=True))
         flat[voxels] = _vote(array, (x, y, z))
-    return result.astype(array.dtype, copy=False)
+    return result
 
 
 def _unused_value(array: Array) -> Array:
@@ -275,25 +265,23 @@ def _oblique_maps(source: Geometry, onto: Geometry, rows: slice) -> AxisMaps:
     return x, y, z
 
 
-def _resample_oblique(image: Volume, onto: Geometry, order: Order, outside: float) -> Image:
-    """Resample an image between grids that are not parallel, slab by slab."""
-    shrinks = np.abs(np.linalg.inv(image.geometry.affine)[:3, :3] @ onto.affine[:3, :3]).max(axis=1)
-    coefficients: Image = image.array
-    for axis, shrink in enumerate(shrinks):
-        if order == 3 or shrink > _ANTI_ALIAS_ABOVE:
-            matrix = _source_matrix(image.geometry.shape[axis], float(shrink), order)
-            coefficients = _multiply_axis(coefficients, axis + 1, matrix)
-    result = np.empty((len(coefficients), *onto.shape), np.float32)
+def _resample_oblique(image: Volume, order: Order, outside: float, result: Volume) -> None:
+    """Resample an image (X, Y, Z) into another whose grid is not parallel, slab by slab."""
+    source, onto = image.geometry, result.geometry
+    shrinks = np.abs(np.linalg.inv(source.affine)[:3, :3] @ onto.affine[:3, :3]).max(axis=1)
+    sums = [
+        Interpolation.coefficients(n, float(shrink), order) for n, shrink in zip(source.shape, shrinks, strict=True)
+    ]
+    coefficients = np.empty(source.shape, np.float32)
+    interpolate(image.array, sums, coefficients)
     for rows in _slabs(onto):
-        maps = _oblique_maps(image.geometry, onto, rows)
+        maps = _oblique_maps(source, onto, rows)
         coordinates = np.stack([axis_map.clamped for axis_map in maps])
         inside = np.logical_and.reduce([axis_map.inside for axis_map in maps])
-        for channel, source in enumerate(coefficients):
-            values = ndimage.map_coordinates(
-                source, coordinates, output=np.float32, order=order, mode="mirror", prefilter=False
-            )
-            result[channel, rows] = np.where(inside, values, np.float32(outside)).reshape(-1, *onto.shape[1:])
-    return result
+        values = ndimage.map_coordinates(
+            coefficients, coordinates, output=np.float32, order=order, mode="mirror", prefilter=False
+        )
+        result.array[rows] = np.where(inside, values, np.float32(outside)).reshape(-1, *onto.shape[1:])
 
 
 def _resample_label_oblique(label: Volume, onto: Geometry, outside: int) -> Array:
