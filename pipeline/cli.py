@@ -1,7 +1,8 @@
 """The `medseg` command: one function a command, logging, and where a PipelineError becomes an exit code.
 
 Commands import their stage when called, so that help and a wrong YAML answer at once. Exit codes: 0 done; 1 some cases
-of a batch failed, the rest is done; 2 nothing could be done, or errors were found.
+of a batch failed, the rest is done; 2 nothing could be done, or errors were found; 130 a batch was stopped and can be
+gone on with.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -19,6 +20,9 @@ from pipeline.errors import PipelineError
 if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.config_loading import OptionChecks
+
+# As shells report Ctrl-C.
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="medseg",
@@ -175,12 +179,27 @@ def evaluate(
 @app.command()
 def segment(
     inputs: Annotated[
-        list[Path], typer.Argument(metavar="INPUT...", help="Volumes, folders of volumes, or a manifest.")
+        list[str],
+        typer.Argument(metavar="INPUT...", help="Volumes, folders, quoted patterns, a manifest, a CSV; -: a list."),
     ],
-    model: Annotated[str, typer.Option("--model", help="A folder, runs:/ID or models:/NAME@ALIAS.")],
+    model: Annotated[
+        list[str],
+        typer.Option("--model", help="A folder, runs:/ID or models:/NAME@ALIAS; several, or an experiment: ensemble."),
+    ],
     out: Annotated[Path, typer.Option("--out", help="Folder of the label maps and the report.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Segment also what is done and unchanged.")] = False,
-    device: Device = "auto",
+    device: Annotated[
+        str, typer.Option("--device", help="auto, cpu, cuda or cuda:N; cuda:0,cuda:1: a process for each.")
+    ] = "auto",
+    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Processes; default: one for each device.")] = None,
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"] | None,
+        typer.Option("--precision", help="Default: as the model was trained."),
+    ] = None,
+    compile_networks: Annotated[
+        bool, typer.Option("--compile", help="By torch.compile: a minute at the start, then faster; for long batches.")
+    ] = False,
+    no_skip: Annotated[bool, typer.Option("--no-skip", help="Run the network on windows without body too.")] = False,
     workspace: Annotated[Path, typer.Option("--workspace", help="Where runs:/ and models:/ are looked up.")] = Path(
         "work"
     ),
@@ -190,9 +209,22 @@ def segment(
     from pipeline.stages import segment as stage
 
     report = stage.run(
-        model, inputs, out, overwrite=overwrite, device=device, workspace=workspace, tracking_uri=tracking_uri
+        model,
+        inputs,
+        out,
+        overwrite=overwrite,
+        device=device,
+        jobs=jobs,
+        precision=precision,
+        compile_networks=compile_networks,
+        skip_empty=not no_skip,
+        workspace=workspace,
+        tracking_uri=tracking_uri,
+        stdin=sys.stdin,
     )
     typer.echo(report.as_text())
+    if report.not_reached:
+        raise typer.Exit(INTERRUPTED)
     if report.failures:
         raise typer.Exit(1)
 

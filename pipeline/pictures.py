@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 COLOURS = ("#E69F00", "#56B4E9", "#F0E442", "#009E73", "#D55E00", "#CC79A7", "#0072B2")
 LINES = ("solid", "dashed", "dotted")
 
+# Voxels from which a strip's grey scale is taken.
+_SAMPLED = 1 << 18
+
 
 def draw_overlay(
     image: NDArray[Any],
@@ -114,6 +117,68 @@ def _legend(figure: Figure, outlines: Mapping[str, NDArray[Any]], class_names: S
         handles += [Line2D([], [], color="gray", ls=ls, label=n) for ls, n in zip(LINES, outlines, strict=False)]
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
+
+
+def draw_strip(
+    image: NDArray[Any], spacing_mm: tuple[float, float, float], classes: NDArray[Any], height: int = 240
+) -> NDArray[np.uint8]:
+    """Draw the slices of `draw_overlay` side by side, in plain numpy: some milliseconds a case, for pages of thousands.
+
+    Args:
+        image: (X, Y, Z), any real type; shown from its 1st to its 99th percentile.
+        spacing_mm: of the three axes.
+        classes: (X, Y, Z) class indices, 0 the background; outlined in the colours of `draw_overlay`.
+        height: of the strip, in pixels; slices that are long for their height are drawn lower.
+
+    Returns:
+        (height, width, 3) red, green and blue.
+    """
+    sample = image.reshape(-1)[:: 1 + image.size // _SAMPLED]
+    finite = sample[np.isfinite(sample)]
+    low, high = np.percentile(finite, (1, 99)) if finite.size else (0.0, 1.0)
+    panels = []
+    for axis, at in enumerate(slices_of({"": classes}, image.shape)):
+        across, up = (n for n in range(3) if n != axis)
+        width_mm, height_mm = image.shape[across] * spacing_mm[across], image.shape[up] * spacing_mm[up]
+        scale = min(height / height_mm, 2 * height / width_mm)
+        size = (max(1, round(height_mm * scale)), max(1, round(width_mm * scale)))
+        grey = _stretched(np.nan_to_num(np.take(image, at, axis).T[::-1].astype(np.float32)), size)
+        panel = _coloured((grey - low) / max(high - low, 1e-6), _nearest(np.take(classes, at, axis).T[::-1], size))
+        panels.append(np.pad(panel, ((0, height - size[0]), (0, 4), (0, 0))))
+    return np.concatenate(panels, axis=1)
+
+
+def _stretched(plane: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+    """Stretch a slice (rows, columns) linearly to a size."""
+    for axis, wanted in enumerate(size):
+        length = plane.shape[axis]
+        places = np.clip((np.arange(wanted) + 0.5) * length / wanted - 0.5, 0, length - 1)
+        lower = places.astype(np.intp)
+        weight = np.expand_dims((places - lower).astype(np.float32), 1 - axis)
+        upper = np.minimum(lower + 1, length - 1)
+        plane = np.take(plane, lower, axis) * (1 - weight) + np.take(plane, upper, axis) * weight
+    return plane
+
+
+def _nearest(plane: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
+    """Stretch a slice of class indices (rows, columns) to a size."""
+    for axis, wanted in enumerate(size):
+        places = (np.arange(wanted) + 0.5) * plane.shape[axis] / wanted
+        plane = np.take(plane, places.astype(np.intp), axis)
+    return plane
+
+
+def _coloured(grey: NDArray[np.floating[Any]], classes: NDArray[Any]) -> NDArray[np.uint8]:
+    """Return (rows, columns, 3) of a slice from 0, black, to 1, white, with the outlines of its classes."""
+    around = np.pad(classes, 1)
+    rows, columns = classes.shape
+    shifts = ((0, 1), (2, 1), (1, 0), (1, 2))
+    # Where two structures meet, one line is drawn.
+    edge = np.any([around[r : r + rows, c : c + columns] < classes for r, c in shifts], axis=0)
+    picture = np.repeat((255 * grey.clip(0, 1)).astype(np.uint8)[..., None], 3, axis=-1)
+    colours = np.array([list(bytes.fromhex(colour[1:])) for colour in COLOURS], np.uint8)
+    picture[edge] = colours[(classes[edge].astype(np.intp) - 1) % len(COLOURS)]
+    return picture
 
 
 def draw_learning_curves(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:

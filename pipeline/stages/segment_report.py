@@ -1,23 +1,20 @@
-"""What became of each case of a batch: the journal that lets a batch go on, and the report."""
+"""What became of each case of a batch, and the report: report.json and report.csv."""
 
 from __future__ import annotations
 
 import csv
 import io
-import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
-
+from pipeline.confidence.judging import Confidence
 from pipeline.records import Record, write_json, write_text
 
-JOURNAL, REPORT_JSON, REPORT_CSV = "segmented.jsonl", "report.json", "report.csv"
+REPORT_JSON, REPORT_CSV = "report.json", "report.csv"
 # More would push the failures off the screen.
 WARNINGS_SHOWN = 10
-STEPS = ("read", "predict", "write")
+STEPS = ("read", "prepare", "predict", "write")
 
 
 class CaseResult(Record):
@@ -25,25 +22,51 @@ class CaseResult(Record):
 
     Attributes:
         name: of the case.
-        status: done; skipped: done before, and neither input nor model has changed; failed.
+        status: done; skipped: done before, and neither input nor models have changed; failed.
         inputs: the files that were read.
         output: the label map's file name in the report's folder; None where the case failed.
+        probabilities: which were written beside the label map, and in what type; empty where none were.
         reason: why it failed.
-        key: digest of the inputs' contents and the model.
+        key: digest of the inputs' contents, the models, and the settings that the label map depends on.
         seconds: step -> seconds; of the run in which the case was done.
+        peak_memory_bytes: while it was predicted, with the case read ahead; None where the system does not tell.
+        windows_run, windows_skipped: of the network, and those left out for want of body.
         volumes_ml: label -> its volume in ml; the background is left out.
         warnings: in what the case is unlike the training cases.
+        confidence: how far the label map can be trusted; None where that was not measured.
     """
 
     name: str
     status: Literal["done", "skipped", "failed"]
     inputs: tuple[str, ...]
     output: str | None = None
+    probabilities: str = ""
     reason: str | None = None
     key: str | None = None
     seconds: dict[str, float] = {}
+    peak_memory_bytes: int | None = None
+    windows_run: int | None = None
+    windows_skipped: int | None = None
     volumes_ml: dict[str, float] = {}
     warnings: tuple[str, ...] = ()
+    confidence: Confidence | None = None
+
+    @property
+    def doubts(self) -> str:
+        """Why the case wants a look, in a line; empty where it wants none or nothing was measured."""
+        if self.confidence is None or not self.confidence.low:
+            return ""
+        labels = self.confidence.labels
+        low = {name: labels[name] for name in self.confidence.doubtful}
+        dice = {n: one.expected_dice if one.predicted_dice is None else one.predicted_dice for n, one in low.items()}
+        return "doubtful: " + (
+            ", ".join(f"{name} (Dice of {value:.2f} expected)" for name, value in dice.items()) or "nothing was found"
+        )
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """The doubts and the warnings."""
+        return (*filter(None, [self.doubts]), *self.warnings)
 
 
 @dataclass(frozen=True)
@@ -52,13 +75,15 @@ class SegmentReport:
 
     Attributes:
         folder: of the label maps and the report.
-        model: the model's folder.
+        models: their folders.
         results: in the order of the inputs; cases that were not reached are left out.
+        not_reached: how many cases the batch was stopped before.
     """
 
     folder: Path
-    model: Path
+    models: tuple[Path, ...]
     results: tuple[CaseResult, ...]
+    not_reached: int = 0
 
     @property
     def failures(self) -> tuple[CaseResult, ...]:
@@ -67,7 +92,11 @@ class SegmentReport:
 
     def as_json(self) -> dict[str, Any]:
         """Return the report for machines."""
-        return {"model": str(self.model), "cases": [result.model_dump(mode="json") for result in self.results]}
+        return {
+            "models": [str(model) for model in self.models],
+            "not_reached": self.not_reached,
+            "cases": [result.model_dump(mode="json") for result in self.results],
+        }
 
     def as_csv(self) -> str:
         """Return a line a case; the columns of volumes are the labels that occur in any case."""
@@ -75,22 +104,28 @@ class SegmentReport:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         header = ["case", "status", "reason", "output", *(f"{step}_s" for step in STEPS)]
+        header += ["peak_memory_mb", "windows_run", "windows_skipped", "doubt", "predicted_dice"]
         writer.writerow([*header, *(f"{label}_ml" for label in labels), "warnings"])
         for result in self.results:
             row = [result.name, result.status, result.reason or "", result.output or ""]
             row += [f"{result.seconds[step]:.3f}" if step in result.seconds else "" for step in STEPS]
+            row.append("" if result.peak_memory_bytes is None else f"{result.peak_memory_bytes / 1e6:.0f}")
+            row += ["" if n is None else str(n) for n in (result.windows_run, result.windows_skipped)]
+            sure = result.confidence
+            row += [_decimals(sure.doubt), _decimals(sure.predicted_dice)] if sure else ["", ""]
             row += [f"{result.volumes_ml[label]:.4f}" if label in result.volumes_ml else "" for label in labels]
-            writer.writerow([*row, "; ".join(result.warnings)])
+            writer.writerow([*row, "; ".join(result.remarks)])
         return text.getvalue()
 
     def as_text(self) -> str:
         """Return what a person wants to know: counts, times, what failed and what looks odd."""
         counts = {status: sum(r.status == status for r in self.results) for status in ("done", "skipped", "failed")}
+        counts["not reached"] = self.not_reached
         done = [result for result in self.results if result.status == "done"]
         spent = ", ".join(f"{step} {sum(r.seconds.get(step, 0.0) for r in done):.1f} s" for step in STEPS)
         lines = [", ".join(f"{n} {status}" for status, n in counts.items() if n) + (f" ({spent})" if done else "")]
         lines += [f"failed   {result.name}: {result.reason}" for result in self.failures]
-        warnings = [f"warning  {result.name}: {text}" for result in self.results for text in result.warnings]
+        warnings = [f"warning  {result.name}: {text}" for result in self.results for text in result.remarks]
         lines += warnings[:WARNINGS_SHOWN]
         if len(warnings) > WARNINGS_SHOWN:
             lines.append(f"and {len(warnings) - WARNINGS_SHOWN} more warnings in {REPORT_CSV}")
@@ -102,21 +137,6 @@ class SegmentReport:
         write_text(self.folder / REPORT_CSV, self.as_csv())
 
 
-def read_journal(folder: Path) -> dict[str, CaseResult]:
-    """Return the last result of each case done in a folder; a line that a killed run left half written is skipped."""
-    path = folder / JOURNAL
-    results = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            result = CaseResult.model_validate(json.loads(line))
-        except (ValueError, ValidationError):
-            continue
-        results[result.name] = result
-    return results
-
-
-def add_to_journal(folder: Path, results: Iterable[CaseResult]) -> None:
-    """Append results, each a line, so that a killed run's cases need not be done again."""
-    with (folder / JOURNAL).open("a", encoding="utf-8") as file:
-        # A line of its own, whatever a killed run left of the last.
-        file.writelines("\n" + json.dumps(result.model_dump(mode="json"), ensure_ascii=False) for result in results)
+def _decimals(value: float | None) -> str:
+    """Format a share; nothing where it is not known."""
+    return "" if value is None else f"{value:.4f}"

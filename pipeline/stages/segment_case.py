@@ -1,0 +1,200 @@
+"""One case's way through `medseg segment`: read and prepare, predict, write. What goes wrong closes the case alone."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.plan import Fingerprint
+from pipeline.errors import PipelineError
+from pipeline.geometry import Geometry
+from pipeline.hardware import Precision, keep_freed_memory, peak_memory_bytes, reset_peak_memory
+from pipeline.model import FINGERPRINT, model_digest
+from pipeline.predictor import Engine, Predictor
+from pipeline.preparation.preprocessing import PreparedImage
+from pipeline.records import Record, digest_of
+from pipeline.stages.familiarity import unfamiliar
+from pipeline.stages.segment_claims import Claim
+from pipeline.stages.segment_inputs import SUFFIX, SegmentInput
+from pipeline.stages.segment_page import Preview
+from pipeline.stages.segment_report import CaseResult
+from pipeline.volumes.stored import content_digest
+from pipeline.volumes.volume import Volume, read_image
+from pipeline.volumes.writing import write_label
+
+log = logging.getLogger(__name__)
+
+
+class SegmentSettings(Record):
+    """How a batch is segmented; what its worker processes are told.
+
+    Attributes:
+        models: their folders; several are an ensemble.
+        out: folder of the label maps.
+        run: names this run in the claims and the journal; its workers share it.
+        overwrite: segment also what is done and unchanged.
+        device: auto, cpu, cuda or cuda:N.
+        precision: auto, fp32, bf16 or fp16; None: as the models were trained.
+        compile: the networks, by torch.compile.
+        skip_empty: leave windows out that hold no body.
+        max_memory_bytes: what a process may take; None: what is free.
+    """
+
+    models: tuple[Path, ...]
+    out: Path
+    run: str
+    overwrite: bool = False
+    device: str = "auto"
+    precision: Precision | None = None
+    compile: bool = False
+    skip_empty: bool = True
+    max_memory_bytes: int | None = None
+
+    @property
+    def engine(self) -> Engine:
+        """How the predictor uses the machine."""
+        return Engine(device=self.device, precision=self.precision, compile=self.compile, skip_empty=self.skip_empty)
+
+
+@dataclass
+class CaseInHand:
+    """A case on its way; `closed` once it has failed, with its `error`, or needs nothing done; `before`: how it was."""
+
+    source: SegmentInput
+    claim: Claim
+    result: CaseResult
+    before: CaseResult | None = None
+    closed: bool = False
+    error: Exception | None = None
+    native: Geometry | None = None
+    prepared: PreparedImage | None = None
+    preview: Preview | None = None
+    classes: NDArray[Any] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, source: SegmentInput, claim: Claim) -> CaseInHand:
+        """Begin a case."""
+        files = tuple(str(file.path) for file in source.files.values())
+        return cls(source, claim, CaseResult(name=source.name, status="done", inputs=files))
+
+    def close(self, result: CaseResult) -> None:
+        """Let nothing more be done."""
+        self.result, self.closed = result, True
+        self.prepared = self.preview = self.classes = None
+
+    def fail(self, reason: str, error: Exception | None = None) -> None:
+        """Close a case that cannot be segmented."""
+        self.error = error
+        self.close(self.result.changed(status="failed", reason=reason, output=None))
+
+    def attempt(self, action: Callable[[CaseInHand], None]) -> None:
+        """Do a step of the case unless it is closed; what goes wrong closes it and leaves the others alone."""
+        if self.closed:
+            return
+        try:
+            action(self)
+        except (PipelineError, OSError) as error:
+            self.fail(str(error), error)
+        except MemoryError as error:
+            self.fail(f"not enough memory{f': {error}' if str(error) else ''}")
+        except Exception as error:
+            # A bug: the traceback is wanted, and so are the other cases.
+            log.exception("%s: could not be segmented", self.source.name)
+            self.fail(f"{type(error).__name__}: {error}")
+
+    @contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        """Take down the seconds of a step."""
+        start = time.perf_counter()
+        yield
+        self.seconds[step] = round(time.perf_counter() - start, 4)
+
+
+class CaseSteps:
+    """The steps of every case of a batch, by one predictor."""
+
+    def __init__(self, settings: SegmentSettings) -> None:
+        keep_freed_memory()
+        first = settings.models[0]
+        self.settings = settings
+        self.predictor = Predictor.load(settings.models, settings.engine)
+        self._fingerprint = Fingerprint.model_validate_json((first / FINGERPRINT).read_bytes())
+        self._models = [model_digest(folder) for folder in settings.models]
+
+    @property
+    def memory_limit_bytes(self) -> float:
+        """What the cases in hand may take together."""
+        return float("inf")
+
+    def memory_bytes(self, source: SegmentInput) -> float:
+        """Return what a case takes at most."""
+        return 0.0
+
+    def read(self, case: CaseInHand) -> None:
+        """Read a case's channels and bring them to the plan's grid, unless it is done and unchanged."""
+        before = case.before
+        with case.timed("read"):
+            key = self._key(case.source)
+            if before and before.key == key and before.output and (self.settings.out / before.output).exists():
+                case.close(before.changed(status="skipped", inputs=case.result.inputs))
+                return
+            images = {channel: read_image(file.path, file.index) for channel, file in case.source.files.items()}
+        with case.timed("prepare"):
+            case.native = self.predictor.native_of(images)
+            case.prepared = self.predictor.prepare(images, case.native)
+            case.preview = Preview.of(next(image for image in images.values() if image.geometry == case.native))
+            plan = self.predictor.plan
+            warnings = unfamiliar(images, case.native, case.prepared.geometry, plan, self._fingerprint)
+            case.result = case.result.changed(key=key, warnings=warnings)
+
+    def predict(self, case: CaseInHand) -> None:
+        """Segment a prepared case."""
+        assert case.prepared is not None and case.native is not None
+        reset_peak_memory(self.predictor.device)
+        with case.timed("predict"):
+            segmentation = self.predictor.segment(case.prepared, case.native)
+        case.prepared, case.classes = None, segmentation.classes
+        case.result = case.result.changed(
+            peak_memory_bytes=peak_memory_bytes(self.predictor.device),
+            windows_run=segmentation.windows_run,
+            windows_skipped=segmentation.windows_skipped,
+            confidence=segmentation.confidence,
+        )
+
+    def write(self, case: CaseInHand) -> None:
+        """Write a label map with its input's own geometry and header codes, measure each label, draw the case."""
+        assert case.classes is not None and case.native is not None and case.preview is not None
+        plan = self.predictor.plan
+        output = case.source.name + SUFFIX
+        with case.timed("write"):
+            label = Volume(self.predictor.values_of(case.classes), case.native)
+            first = next(iter(case.source.files.values()))
+            write_label(self.settings.out / output, label, header_of=first.path, names=plan.labels)
+            case.preview.write(self.settings.out, case.source.name, case.classes)
+            volumes = _volumes_ml(case.classes, case.native, tuple(plan.labels))
+        case.result = case.result.changed(output=output, volumes_ml=volumes, seconds=case.seconds)
+        case.classes = case.preview = None
+
+    def _key(self, source: SegmentInput) -> str:
+        """Return a digest of all that a case's label map depends on."""
+        contents = {channel: [content_digest(file.path), file.index] for channel, file in source.files.items()}
+        # The precision as it was asked for: where machines of two kinds share a folder, auto is as good on both.
+        settings = {"precision": self.settings.precision, "skip_empty": self.settings.skip_empty}
+        return digest_of({"models": self._models, "files": contents, **settings})
+
+
+def _volumes_ml(classes: NDArray[Any], native: Geometry, labels: tuple[str, ...]) -> dict[str, float]:
+    """Return label -> ml, without the background."""
+    # Plane by plane: bincount makes 64-bit integers of what it counts.
+    counts = np.sum([np.bincount(plane.ravel(), minlength=len(labels)) for plane in classes], axis=0)
+    ml = (counts * native.voxel_volume_ml).round(6).tolist()
+    return dict(list(zip(labels, ml, strict=True))[1:])

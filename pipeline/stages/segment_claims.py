@@ -1,0 +1,106 @@
+"""Who works on which case of a folder: what lets several processes, and several jobs, share one batch.
+
+A case belongs to whoever holds the lock on its file in OUT/.medseg/claims. The kernel frees a lock when its holder
+dies, however it dies, so that no case is lost and none has to be waited for in vain. The file's lines are the takings
+that came to no end: normally one, the holder's; those of earlier runs and workers were left by processes that died over
+the case.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+log = logging.getLogger(__name__)
+
+CLAIMS = Path(".medseg/claims")
+
+
+@dataclass
+class Claim:
+    """A case that is this process's until it is given back.
+
+    Attributes:
+        name: of the case.
+        left_before: run of each process that died over the case, in order.
+    """
+
+    name: str
+    left_before: tuple[str, ...]
+    _file: IO[str]
+    _before: str
+
+    def give_back(self, *, ended: bool) -> None:
+        """Let others have the case.
+
+        Args:
+            ended: something became of it; otherwise nothing had been begun, and nobody is to be blamed.
+        """
+        if self._file.closed:
+            return
+        with self._file, suppress(OSError):  # A full disk: the lock matters, the line is a hint.
+            self._file.truncate(0)
+            self._file.write("" if ended else self._before)
+
+
+class Claims:
+    """The claims of one run in one folder.
+
+    Args:
+        out: the batch's folder.
+        run: the run that this process works for; the workers of one batch share it.
+    """
+
+    def __init__(self, out: Path, run: str) -> None:
+        self._folder = out / CLAIMS
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._run = run
+        self._held: dict[str, Claim] = {}
+        self._can_lock = True
+
+    def take(self, name: str) -> Claim | None:
+        """Take a case; None where another process holds it."""
+        file = (self._folder / name).open("a+", encoding="utf-8")
+        if not self._lock(file):
+            file.close()
+            return None
+        file.seek(0)
+        before = file.read()
+        with suppress(OSError):
+            file.write(f"{self._run} {os.getpid()}\n")
+            file.flush()
+        runs = tuple(line.split()[0] for line in before.splitlines() if line.strip())
+        self._held[name] = Claim(name, runs, file, before)
+        return self._held[name]
+
+    def give_all_back(self) -> None:
+        """Give back what has not been given back, as not begun."""
+        for claim in self._held.values():
+            claim.give_back(ended=False)
+
+    def _lock(self, file: IO[str]) -> bool:
+        """Lock a file if nobody holds it; where the file system knows no locks, say so once and go on without."""
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if self._can_lock:
+                log.warning("%s: its file system knows no locks (%s); let one job alone work here", self._folder, error)
+            self._can_lock = False
+        return True
+
+
+def left_by(out: Path, process: int, names: Sequence[str]) -> Iterator[str]:
+    """Yield the cases that a process of this machine held when it died."""
+    for name in names:
+        with suppress(OSError):
+            lines = (out / CLAIMS / name).read_text(encoding="utf-8").splitlines()
+            if any(line.endswith(f" {process}") for line in lines):
+                yield name

@@ -1,0 +1,111 @@
+"""The journal of a folder of label maps: what became of each case, a line each, so that a batch can be gone on with.
+
+Every process that works in the folder appends to one file, and learns from it what the others have done. A line is
+written at once, under a lock, and flushed to the disk; one that a killed process left half written is passed over.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from pipeline.records import Record
+from pipeline.stages.segment_report import CaseResult
+
+JOURNAL = Path(".medseg/journal.jsonl")
+
+
+class Entry(Record):
+    """A line: a case's result, and the run that it belongs to."""
+
+    run: str
+    result: CaseResult
+
+
+class Journal:
+    """A folder's journal, as far as it has been read.
+
+    Attributes:
+        done: case -> how it was last done, in whatever run.
+        of_run: case -> what became of it in this run, in any of its processes.
+    """
+
+    def __init__(self, out: Path, run: str) -> None:
+        self.done: dict[str, CaseResult] = {}
+        self.of_run: dict[str, CaseResult] = {}
+        self._path = out / JOURNAL
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._run = run
+        self._read_to = 0
+        self._mutex = threading.Lock()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read what has been added, by whomever; half a line is left for later."""
+        with self._mutex:
+            if not self._path.exists():
+                return
+            with self._path.open("rb") as file:
+                file.seek(self._read_to)
+                text = file.read()
+            whole = text[: text.rfind(b"\n") + 1]
+            self._read_to += len(whole)
+            for line in whole.splitlines():
+                self._take_in(line)
+
+    def add(self, result: CaseResult) -> None:
+        """Append a case's result; of one done before only that is written, in few words.
+
+        Raises:
+            OSError: it cannot be written; the journal is as it was.
+        """
+        shown = result if result.status != "skipped" else _outline(result)
+        entry = Entry(run=self._run, result=shown).model_dump(mode="json", exclude_defaults=True)
+        # The first line break ends what a killed process left of a line.
+        line = f"\n{json.dumps(entry, ensure_ascii=False)}\n".encode()
+        with self._path.open("ab", buffering=0) as file:
+            _lock(file.fileno())
+            size = os.fstat(file.fileno()).st_size
+            try:
+                # A full disk takes a part of it without a word.
+                if file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+            except OSError as error:
+                with suppress(OSError):
+                    file.truncate(size)
+                raise OSError(error.errno, error.strerror, str(self._path)) from None
+
+    def _take_in(self, line: bytes) -> None:
+        """Note what a line says; what is no whole entry is passed over."""
+        try:
+            entry = Entry.model_validate(json.loads(line))
+        except (ValueError, ValidationError):
+            return
+        result = entry.result
+        done = self.done.get(result.name)
+        if result.status == "skipped" and done is not None and done.key == result.key:
+            result = done.changed(status="skipped")
+        if result.status == "done":
+            self.done[result.name] = result
+        if entry.run == self._run:
+            self.of_run[result.name] = result
+
+
+def _outline(result: CaseResult) -> CaseResult:
+    """Return of a skipped case what finds its entry again."""
+    kept = result.model_dump(include={"name", "status", "inputs", "output", "key"})
+    return CaseResult.model_validate(kept)
+
+
+def _lock(descriptor: int) -> None:
+    """Wait for the others' lines; where the file system knows no locks, appending at once must do."""
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -1,0 +1,205 @@
+"""Worker processes: each segments the cases of one batch that it gets hold of, with a device or a share of the cores.
+
+They are further processes on the same folder: claims say who has which case, the journal what became of it. A worker
+that is killed, as the kernel does where memory runs out, costs nobody else: the others take its cases over. Run as a
+module, this is a worker; it ends when the batch does, or when its parent closes the pipe, dead or alive.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import PipelineError
+from pipeline.records import Record, write_json
+from pipeline.stages.segment_batch import Batch
+from pipeline.stages.segment_case import CaseSteps, SegmentSettings
+from pipeline.stages.segment_claims import left_by
+from pipeline.stages.segment_inputs import ChannelFile, SegmentInput
+from pipeline.stages.segment_journal import Journal
+from pipeline.stages.segment_report import CaseResult
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 0.1
+# Exit codes of a worker beside 0.
+REFUSED, DISK_FULL = 2, 3
+
+
+class Task(Record):
+    """What a worker is told, but for its device.
+
+    Attributes:
+        settings: of the batch.
+        cases: name -> channel -> file and its index, in the order in which they are taken.
+        threads: of this worker.
+        log_level: of our log.
+    """
+
+    settings: SegmentSettings
+    cases: dict[str, dict[str, tuple[Path, int | None]]]
+    threads: int
+    log_level: int
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A running worker."""
+
+    process: subprocess.Popen[bytes]
+    device: str
+
+
+class Workers:
+    """The workers of a batch, seen from their parent.
+
+    Args:
+        settings: of the batch; the memory is each worker's.
+        devices: one for each worker.
+        threads: of each.
+        stop: once it is set, the workers finish their cases in hand and end.
+
+    Attributes:
+        journal: of the folder.
+        disk_full: nothing more could be written, and the batch was stopped.
+    """
+
+    def __init__(self, settings: SegmentSettings, devices: Sequence[str], threads: int, stop: threading.Event) -> None:
+        self.disk_full = False
+        self.journal = Journal(settings.out, settings.run)
+        self._settings, self._devices, self._threads, self._stop = settings, devices, threads, stop
+        self._task = settings.out / ".medseg" / f"task-{settings.run}.json"
+        self._alive: list[Worker] = []
+
+    def results(self, cases: Sequence[SegmentInput]) -> Iterator[CaseResult]:
+        """Yield what becomes of each case, as the journal tells.
+
+        Raises:
+            PipelineError: every worker came to its end before the batch did.
+        """
+        names = [case.name for case in cases]
+        files = {case.name: {c: (f.path.resolve(), f.index) for c, f in case.files.items()} for case in cases}
+        task = Task(settings=self._settings, cases=files, threads=self._threads, log_level=_log_level())
+        write_json(self._task, task.model_dump(mode="json"))
+        told: set[str] = set()
+        try:
+            for device in self._devices[: len(cases)]:
+                self._start(device)
+            while not self._ended(names):
+                yield from self._news(told)
+                time.sleep(LOOK_EVERY_S)
+            yield from self._news(told)
+        finally:
+            self._kill()
+        if len(told) < len(cases) and not self._stop.is_set():
+            raise PipelineError(f"all workers ended, and {len(cases) - len(told)} cases are left; see what they said")
+
+    def _start(self, device: str) -> None:
+        """Start a worker; a session of its own, since a terminal sends Ctrl-C to all of one."""
+        command = [sys.executable, "-m", __name__, str(self._task), device]
+        environment = os.environ | {"OMP_NUM_THREADS": str(self._threads)}
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True)
+        self._alive.append(Worker(process, device))
+
+    def _ended(self, names: Sequence[str]) -> bool:
+        """Tell whether all workers have ended; one that was killed over a case is replaced."""
+        for worker in tuple(self._alive):
+            if self._stop.is_set() and worker.process.stdin:
+                worker.process.stdin.close()
+            code = worker.process.poll()
+            if code is None:
+                continue
+            self._alive.remove(worker)
+            if code == DISK_FULL:
+                self.disk_full = True
+                self._stop.set()
+            elif code < 0:
+                self._replace(worker, -code, names)
+        return not self._alive
+
+    def _replace(self, worker: Worker, signal: int, names: Sequence[str]) -> None:
+        """Say that a worker was killed, and start another if it had a case in hand."""
+        cases = list(left_by(self._settings.out, worker.process.pid, names))
+        why = " (out of memory?)" if signal == 9 else ""
+        held = ", ".join(cases) or "no case"
+        log.warning("a worker was killed by signal %d%s; it had in hand: %s", signal, why, held)
+        # One that dies before it has a case would die again.
+        if cases and not self._stop.is_set():
+            self._start(worker.device)
+
+    def _news(self, told: set[str]) -> Iterator[CaseResult]:
+        """Yield the results that have not been told."""
+        self.journal.refresh()
+        for name in [name for name in self.journal.of_run if name not in told]:
+            told.add(name)
+            yield self.journal.of_run[name]
+
+    def _kill(self) -> None:
+        """End what still runs, at once; what it leaves is whole or can be done again."""
+        for worker in self._alive:
+            worker.process.kill()
+            worker.process.wait()
+        self._task.unlink(missing_ok=True)
+
+
+def shared_out(devices: str, jobs: int | None) -> list[str]:
+    """Return the device of each worker.
+
+    Args:
+        devices: as on the command line, such as cpu or cuda:0,cuda:1.
+        jobs: workers; None: one for each device.
+
+    Raises:
+        PipelineError: fewer workers than devices.
+    """
+    named = [device.strip() for device in devices.split(",") if device.strip()]
+    count = jobs or len(named)
+    if not named or count < len(named):
+        raise PipelineError(f"--device {devices} with --jobs {jobs}: name devices, and at least one job for each")
+    return [named[index % len(named)] for index in range(count)]
+
+
+def main() -> None:
+    """Work through a batch with whoever else does."""
+    import torch
+
+    path, device = sys.argv[1:]
+    task = Task.model_validate_json(Path(path).read_bytes())
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("pipeline").setLevel(task.log_level)
+    torch.set_num_threads(task.threads)
+    stop = threading.Event()
+    threading.Thread(target=_stop_at_end_of_pipe, args=(stop,), daemon=True).start()
+    cases = [SegmentInput(n, {c: ChannelFile(*f) for c, f in files.items()}) for n, files in task.cases.items()]
+    try:
+        batch = Batch(CaseSteps(task.settings.changed(device=device)), stop)
+        for _ in batch.results(cases):
+            pass
+    except PipelineError as error:
+        log.error("worker on %s: %s", device, error)
+        sys.exit(REFUSED)
+    sys.exit(DISK_FULL if batch.disk_full else 0)
+
+
+def _stop_at_end_of_pipe(stop: threading.Event) -> None:
+    """Stop when the parent closes the pipe or dies."""
+    with suppress(OSError):
+        sys.stdin.buffer.read()
+    stop.set()
+
+
+def _log_level() -> int:
+    """Return the level of our log."""
+    return logging.getLogger("pipeline").getEffectiveLevel()
+
+
+if __name__ == "__main__":
+    main()
