@@ -39,7 +39,7 @@ class ImageFile(Record):
     @classmethod
     def _stays_inside(cls, path: str) -> str:
         pure = PurePosixPath(path)
-        if pure.is_absolute() or ".." in pure.parts or "\\" in path or not pure.parts:
+        if pure.is_absolute() or ".." in pure.parts or "\\" in path or "\0" in path or not pure.parts:
             raise ValueError(f"must be relative to the manifest's root and may not leave it, got {path!r}")
         return path
 
