@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.volumes.label_tables import OKABE_ITO, colour_of
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart by colour-blind people too; black is left out, the background is.
-COLOURS = ("#E69F00", "#56B4E9", "#F0E442", "#009E73", "#D55E00", "#CC79A7", "#0072B2")
+COLOURS = OKABE_ITO
 LINES = ("solid", "dashed", "dotted")
 
 # Voxels from which a strip's grey scale is taken.
@@ -103,7 +104,7 @@ def _outline(panel: Axes, classes: NDArray[Any], line: str) -> None:
     padded = np.pad(classes, 1)  # A structure that touches the border is closed there.
     rows, columns = (np.arange(-1, n + 1) for n in classes.shape)
     for value in np.unique(classes[classes != 0]):
-        colour = COLOURS[(int(value) - 1) % len(COLOURS)]
+        colour = colour_of(int(value))
         panel.contour(columns, rows, padded == value, levels=[0.5], colors=colour, linestyles=line, linewidths=1.2)
 
 
@@ -112,7 +113,7 @@ def _legend(figure: Figure, outlines: Mapping[str, NDArray[Any]], class_names: S
     from matplotlib.lines import Line2D
 
     present = sorted({int(value) for classes in outlines.values() for value in np.unique(classes)} - {0})
-    handles = [Line2D([], [], color=COLOURS[(k - 1) % len(COLOURS)], label=class_names[k]) for k in present]
+    handles = [Line2D([], [], color=colour_of(k), label=class_names[k]) for k in present]
     if len(outlines) > 1:
         handles += [Line2D([], [], color="gray", ls=ls, label=n) for ls, n in zip(LINES, outlines, strict=False)]
     if handles:
