@@ -12,6 +12,7 @@ from pipeline.geometry import Geometry
 from pipeline.preparation.examination import nonzero_box
 from pipeline.preparation.preprocessing import (
     CLASS_VOXELS,
+    SLAB_PLANES,
     class_indices,
     cropped_to,
     normalise,
@@ -20,6 +21,7 @@ from pipeline.preparation.preprocessing import (
     sample_class_voxels,
     target_geometry,
 )
+from pipeline.volumes.resampling import resample_label
 from pipeline.volumes.volume import Volume
 
 PLAN = Plan(
@@ -188,7 +190,9 @@ def test_box_around_the_nonzero_voxels() -> None:
     mask = np.zeros((5, 6, 7), bool)
     assert nonzero_box(mask) is None
     mask[1, 2, 3] = mask[3, 2, 6] = True
-    assert nonzero_box(mask) == ((1, 2, 3), (4, 3, 7))
+    for voxels in (mask, np.asfortranarray(mask), mask * np.float32(-0.5), mask.transpose(1, 0, 2).transpose(1, 0, 2)):
+        assert nonzero_box(voxels) == ((1, 2, 3), (4, 3, 7))
+    assert nonzero_box(mask.transpose(2, 0, 1)) == ((3, 1, 2), (7, 4, 3))
 
 
 @pytest.mark.parametrize("scheme", ["zscore", "zscore_nonzero"])
@@ -216,8 +220,26 @@ def test_zscore_is_exact_far_from_zero() -> None:
 
 def test_zscore_nonzero_by_hand() -> None:
     image = np.array([[[0, 3]], [[5, 0]]], np.float32)
-    normalise(image, Normalisation(scheme="zscore_nonzero"), image != 0)
+    image[image == 0] = np.nan
+    normalise(image, Normalisation(scheme="zscore_nonzero"))
     np.testing.assert_array_equal(image.ravel(), [0, -1, 1, 0])
+
+
+@pytest.mark.parametrize("orientation", ["RAS", "LPI", "SPL"])
+@pytest.mark.parametrize("thick_axis", [None, 0])
+def test_zeros_are_left_out_slab_by_slab_as_they_are_at_once(orientation: str, thick_axis: int | None) -> None:
+    rng = np.random.default_rng(0)
+    grid = make_grid(orientation, degrees=12, spacing=(1.1, 1.9, 2.3))
+    coarse = rng.random(tuple(-(-n // 5) for n in grid.shape)) < 0.5
+    holes = np.kron(coarse, np.ones((5, 5, 5), bool))[tuple(slice(n) for n in grid.shape)]
+    image = Volume((rng.normal(5, 1, grid.shape) * holes).astype(np.float32)[None], grid)
+    plan = PLAN.changed(normalisation={"T1": {"scheme": "zscore_nonzero"}}, thick_axis=thick_axis)
+    prepared = prepare_images({"T1": image}, plan, grid)
+    assert len(prepared.array[0]) > 2 * SLAB_PLANES
+    nonzero = resample_label(Volume(holes.astype(np.uint8), grid), prepared.geometry, thick_axis=thick_axis).array
+    np.testing.assert_array_equal(prepared.array[0] != 0, nonzero == 1)
+    assert prepared.array[0][nonzero == 1].mean() == pytest.approx(0, abs=1e-5)
+    assert prepared.array[0][nonzero == 1].std() == pytest.approx(1, abs=1e-5)
 
 
 def test_ct_by_hand_and_air_beyond_its_field_of_view() -> None:

@@ -6,7 +6,7 @@ was read before needs no second read to be reported again.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -156,10 +156,22 @@ def pooled(parts: list[Intensities]) -> Intensities:
     )
 
 
-def nonzero_box(mask: NDArray[np.bool_]) -> Box | None:
-    """Return (start, stop) of the smallest box around the true voxels of (X, Y, Z); None where there is none."""
-    lines = [np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
-    if not lines[0].size:
+def nonzero_box(voxels: NDArray[Any]) -> Box | None:
+    """Return (start, stop) of the smallest box around what is not zero in (X, Y, Z); None where all is.
+
+    In the order in which the voxels lie in memory, a plane at a time: there is no mask of the whole volume.
+    """
+    order = sorted(range(3), key=lambda axis: -abs(voxels.strides[axis]))
+    lines = [np.zeros(n, np.bool_) for n in voxels.shape]
+    outer, rows, columns = (lines[axis] for axis in order)
+    for index, plane in enumerate(voxels.transpose(order)):
+        nonzero = plane != 0
+        own = nonzero.any(axis=1)
+        outer[index] = own.any()
+        rows |= own
+        columns |= nonzero.any(axis=0)
+    if not outer.any():
         return None
-    (x, u), (y, v), (z, w) = ((int(line[0]), int(line[-1]) + 1) for line in lines)
+    places = [np.flatnonzero(line) for line in lines]
+    (x, u), (y, v), (z, w) = ((int(place[0]), int(place[-1]) + 1) for place in places)
     return (x, y, z), (u, v, w)

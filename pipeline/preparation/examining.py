@@ -262,7 +262,7 @@ def _examine_channel(voxels: Array, geometry: Geometry, modality: str, points: F
     return ChannelExamination(
         grid=Grid.of(geometry),
         content=_content_digest(voxels),
-        nonzero_box=nonzero_box(voxels != 0),
+        nonzero_box=nonzero_box(voxels),
         body=_intensities(body, voxels.size / sample.size),
         foreground=None if points is None else _intensities(_values_at(voxels, geometry, points), 1.0),
     )

@@ -30,7 +30,8 @@ CLASS_VOXELS = 10_000
 # Boxes are compared across grids in millimetres: this much of a voxel is rounding, not another voxel.
 _ROUNDING_VOXELS = 1e-3
 
-Mask = NDArray[np.bool_]
+# Planes of the plan's grid whose native voxels are looked at together.
+SLAB_PLANES = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +89,7 @@ def prepare_case(images: Mapping[str, Volume], label: Volume | None, plan: Plan,
         if label.geometry != native:
             raise ValueError(f"the label's grid, {label.geometry}, is not the native one, {native}")
         reference = class_indices(label.array, plan)
-        drawn = resample_label(Volume(reference, native), prepared.geometry, thick_axis=plan.thick_axis).array
+        drawn = prepared_label(Volume(reference, native), prepared.geometry, plan)
     return PreparedCase(
         image=_as_float16(prepared.array, plan),
         label=drawn,
@@ -101,11 +102,16 @@ def prepare_case(images: Mapping[str, Volume], label: Volume | None, plan: Plan,
     )
 
 
+def prepared_label(reference: Volume, geometry: Geometry, plan: Plan) -> Labels:
+    """Bring class indices (X, Y, Z) from the native grid onto the plan's."""
+    return resample_label(reference, geometry, thick_axis=plan.thick_axis).array
+
+
 def target_geometry(images: Mapping[str, Volume], plan: Plan, native: Geometry) -> Geometry:
     """Return the plan's grid of a case: the native one oriented, cropped to what is not zero, and respaced."""
     grid = native.reoriented(plan.orientation)
     if plan.crop == "nonzero":
-        boxes = ((image.geometry, nonzero_box(image.array[0] != 0)) for image in images.values())
+        boxes = ((image.geometry, nonzero_box(image.array[0])) for image in images.values())
         grid = cropped_to(grid, [geometry.cropped(*box) for geometry, box in boxes if box])
     return grid.respaced(plan.spacing_mm)
 
@@ -183,48 +189,58 @@ def _prepare_channel(channel: str, image: Volume, target: Geometry, plan: Plan, 
     normalisation = plan.normalisation[channel]
     # Beyond a CT's field of view is air, and its lowest intensity says so; elsewhere air is zero.
     outside = (normalisation.low or 0.0) if normalisation.scheme == "ct" else 0.0
-    out[...] = resample_image(image, target, thick_axis=plan.thick_axis, outside=outside).array[0]
+    resample_image(image, target, thick_axis=plan.thick_axis, outside=outside, out=out[None])
     if not np.isfinite(out.sum(dtype=np.float64)):
         raise VolumeError(f"channel {channel!r} holds NaN or infinity; mend or drop the image")
-    body = _body_of(image, target, plan) if normalisation.scheme == "zscore_nonzero" else None
-    normalise(out, normalisation, body)
+    if normalisation.scheme == "zscore_nonzero":
+        _leave_out_zeros(out, image, target, plan)
+    normalise(out, normalisation)
 
 
-def _body_of(image: Volume, target: Geometry, plan: Plan) -> Mask:
-    """Return where the image is not zero, on the target; interpolation itself leaves ripples around zeros."""
-    nonzero = Volume((image.array[0] != 0).view(np.uint8), image.geometry)
-    return np.asarray(resample_label(nonzero, target, thick_axis=plan.thick_axis).array != 0)
+def _leave_out_zeros(out: NDArray[np.float32], image: Volume, target: Geometry, plan: Plan) -> None:
+    """Make of a resampled image NaN where the native one is zero; interpolation itself leaves ripples around zeros."""
+    for start in range(0, len(out), SLAB_PLANES):
+        stop = min(start + SLAB_PLANES, len(out))
+        slab = target.cropped((start, 0, 0), (stop, *target.shape[1:]))
+        low, high = _reach(image.geometry, slab)
+        x, y, z = (slice(a, b) for a, b in zip(low, high, strict=True))
+        nonzero = Volume((image.array[0, x, y, z] != 0).view(np.uint8), image.geometry.cropped(low, high))
+        out[start:stop][resample_label(nonzero, slab, thick_axis=plan.thick_axis).array == 0] = np.nan
 
 
-def normalise(image: NDArray[np.float32], normalisation: Normalisation, body: Mask | None = None) -> None:
+def _reach(grid: Geometry, onto: Geometry) -> tuple[Index, Index]:
+    """Return the box of a grid's voxels that interpolation at another's voxels looks at."""
+    corners = grid.to_index(onto.corners_mm)
+    start = np.floor(corners.min(axis=0)).clip(0, np.array(grid.shape) - 1)
+    stop = (np.ceil(corners.max(axis=0)) + 1).clip(start + 1, grid.shape)
+    return _as_index(start), _as_index(stop)
+
+
+def normalise(image: NDArray[np.float32], normalisation: Normalisation) -> None:
     """Bring an image's intensities to a common scale, in place.
 
     Args:
-        image: (X, Y, Z), finite.
+        image: (X, Y, Z), finite; for zscore_nonzero NaN marks the voxels that do not count, which become zero.
         normalisation: how.
-        body: (X, Y, Z) for zscore_nonzero: the voxels that count; the others become zero.
     """
     if normalisation.scheme == "ct":
         np.clip(image, normalisation.low, normalisation.high, out=image)
         image -= normalisation.mean or 0.0
         image /= normalisation.std or 1.0
     elif normalisation.scheme != "none":
-        mean, std = _moments(image, body)
+        mean, std = _moments(image)
         image -= mean
         # A constant image carries nothing: rounding must not be blown up to noise of unit size.
         image *= 1 / std if std > np.finfo(np.float32).eps * abs(mean) else 0.0
-        if body is not None:
-            image[~body] = 0.0
+        for plane in image:
+            plane[np.isnan(plane)] = 0.0
 
 
-def _moments(image: NDArray[np.float32], body: Mask | None) -> tuple[float, float]:
-    """Return mean and standard deviation in float64, plane by plane: no second volume in memory."""
-    planes: Sequence[NDArray[np.float32]] = (
-        list(image) if body is None else [plane[inside] for plane, inside in zip(image, body, strict=True)]
-    )
-    voxels = max(1, sum(plane.size for plane in planes))
-    mean = sum(float(plane.sum(dtype=np.float64)) for plane in planes) / voxels
-    squares = sum(float(np.square(plane - mean, dtype=np.float64).sum()) for plane in planes)
+def _moments(image: NDArray[np.float32]) -> tuple[float, float]:
+    """Return mean and standard deviation in float64 of what is not NaN, plane by plane: no second volume in memory."""
+    voxels = max(1, sum(plane.size - int(np.isnan(plane).sum()) for plane in image))
+    mean = sum(float(np.nansum(plane, dtype=np.float64)) for plane in image) / voxels
+    squares = sum(float(np.nansum(np.square(plane - mean, dtype=np.float64))) for plane in image)
     return mean, float(np.sqrt(squares / voxels))
 
 
