@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from nibabel.nifti1 import Nifti1Extension
+from numpy.typing import DTypeLike
 
 from pipeline.errors import VolumeError
 from pipeline.geometry import Geometry
@@ -56,7 +59,7 @@ def write_label(
     if header and not header.geometry.matches(label.geometry, 1e-3):
         raise ValueError(f"the label's grid {label.geometry} is not that of {header_of}, {header.geometry}")
     array = label.array.astype(smallest_type(int(label.array.min()), int(label.array.max())), copy=False)
-    nifti = _nifti_header(array, label.geometry, header)
+    nifti = nifti_header(array.shape, array.dtype, label.geometry, header)
     if names:
         comment = {"labels": dict(names), "colours": label_colours(names)}
         nifti.extensions.append(Nifti1Extension(_COMMENT, json.dumps(comment).encode()))
@@ -66,59 +69,80 @@ def write_label(
 def write_image(path: Path, image: Volume) -> None:
     """Write an image (C, X, Y, Z) atomically: 3-D for one channel, 4-D for more; the suffix decides the format."""
     array = image.array[0] if len(image.array) == 1 else np.moveaxis(image.array, 0, -1)
-    _write(path, array, image.geometry, _nifti_header(array, image.geometry, None))
+    _write(path, array, image.geometry, nifti_header(array.shape, array.dtype, image.geometry, None))
 
 
-def _nifti_header(array: Array, geometry: Geometry, like: Header | None) -> Any:
+def nifti_header(shape: tuple[int, ...], dtype: DTypeLike, geometry: Geometry, like: Header | None) -> Any:
     """Return a NIfTI header: with the place, codes and units of `like`, where that is NIfTI, else the grid's affine."""
     if like is None or like.nifti is None:
-        made = nib.Nifti1Header() if max(array.shape) <= _LONGEST_NIFTI1_AXIS else nib.Nifti2Header()
-        made.set_data_shape(array.shape)
+        made = nib.Nifti1Header() if max(shape) <= _LONGEST_NIFTI1_AXIS else nib.Nifti2Header()
+        made.set_data_shape(shape)
         made.set_qform(geometry.affine, code=1)
         made.set_sform(geometry.affine, code=1)
         made.set_xyzt_units("mm")
     else:
         made = type(like.nifti)()  # Little-endian, whatever the other's is.
-        made.set_data_shape(array.shape)
+        made.set_data_shape(shape)
         for field in _PLACE_FIELDS:
             made[field] = like.nifti[field]
         made["pixdim"][:4] = like.nifti["pixdim"][:4]
-    made.set_data_dtype(array.dtype)
+    made.set_data_dtype(dtype)
     made.set_slope_inter(1, 0)
     return made
+
+
+def write_nifti(path: Path, nifti: Any, voxels: Iterable[Callable[[], memoryview]]) -> None:
+    """Write a NIfTI file atomically, piece by piece.
+
+    Args:
+        path: the file to write, .nii.gz or .nii.
+        nifti: its header.
+        voxels: each makes some of the bytes of the voxels, in the file's order; called in threads.
+
+    Raises:
+        OSError: the file cannot be written, the disk being full or another reason; nothing is left of it.
+    """
+    header: Callable[[], memoryview] = partial(_header_bytes, nifti)
+    pieces = itertools.chain([header], voxels)
+    with writing(path), atomic_path(path) as temporary, temporary.open("wb") as file:
+        if path.name.lower().endswith(".gz"):
+            write_gzip(file, pieces)
+        else:
+            for piece in pieces:
+                file.write(piece())
 
 
 def _write(path: Path, array: Array, geometry: Geometry, nifti: Any) -> None:
     """Write voxels (X, Y, Z) or (X, Y, Z, N) atomically in the format of the suffix."""
     name = path.name.lower()
-    if not name.endswith((".nii", ".nii.gz", *_ITK_WRITTEN)):
+    if name.endswith((".nii", ".nii.gz")):
+        write_nifti(path, nifti, _voxel_pieces(array))
+    elif name.endswith(_ITK_WRITTEN):
+        with writing(path), atomic_path(path) as temporary:
+            _write_itk(temporary, array, geometry)
+    else:
         raise VolumeError(f"{path}: unknown format; write .nii.gz, .nii, {', '.join(_ITK_WRITTEN)}")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say which file could not be written, and why."""
     try:
-        with atomic_path(path) as temporary:
-            if name.endswith(_ITK_WRITTEN):
-                _write_itk(temporary, array, geometry)
-            else:
-                _write_nifti(temporary, array, nifti, packed=name.endswith(".gz"))
+        yield
     except OSError as error:
         reason = "the disk is full; make room and run it again" if error.errno in _DISK_FULL else error.strerror
         raise OSError(error.errno, f"{path}: could not be written: {reason or error}") from error
 
 
-def _write_nifti(path: Path, array: Array, nifti: Any, *, packed: bool) -> None:
-    """Write a NIfTI file piece by piece: its header, then some planes at a time."""
-    with path.open("wb") as file:
-        if packed:
-            write_gzip(file, _nifti_pieces(array, nifti))
-        else:
-            for piece in _nifti_pieces(array, nifti):
-                file.write(piece())
-
-
-def _nifti_pieces(array: Array, nifti: Any) -> Iterator[Callable[[], memoryview]]:
-    """Yield what makes the bytes of a NIfTI file: of its header, then of each run of planes, x fastest."""
+def _header_bytes(nifti: Any) -> memoryview:
+    """Return the bytes of a NIfTI file before its voxels."""
     start = io.BytesIO()
     nifti.write_to(start)
-    yield start.getbuffer
+    return start.getbuffer()
+
+
+def _voxel_pieces(array: Array) -> Iterator[Callable[[], memoryview]]:
+    """Yield what makes the bytes of each run of planes of a NIfTI file, x fastest."""
     for volume in [array] if array.ndim == 3 else np.moveaxis(array, 3, 0):
         for planes in plane_slices(volume.shape, volume.itemsize):
             yield partial(in_file_order, volume[..., planes])
