@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from tiny_models import NEAREST_MEAN, make_model, make_plan, nearest_mean
+from tiny_models import NEAREST_MEAN, NearestMean, make_model, make_plan, nearest_mean
 
 from pipeline.config import InferenceSection
 from pipeline.errors import ModelError, VolumeError
@@ -221,6 +221,68 @@ def test_a_segmentation_says_how_far_it_can_be_trusted() -> None:
     assert not found.confidence.low
     empty = predictor.segment(predictor.prepare({"T1": make_image(grid, 0 * classes)}, grid), grid)
     assert (empty.confidence.low, empty.confidence.doubt) == (True, 1.0)
+
+
+def test_an_ensemble_says_how_far_its_members_agree() -> None:
+    """Three members that draw the borders between the same intensities elsewhere."""
+    members = [NearestMean(0, 100, 200), NearestMean(0, 100, 200), NearestMean(0, 100, 320)]
+    grid = Geometry((12, 12, 12), np.eye(4))
+    classes = random_classes(12, 12, 12)
+    predictor = Predictor(members, make_plan(), InferenceSection(), CPU)
+    found = predictor.segment(predictor.prepare({"T1": make_image(grid, classes)}, grid), grid).confidence
+    left, right = (int((classes == label).sum()) for label in (1, 2))
+    # The third says left (100), where the others say right (200): its border lies at 210.
+    assert found.labels["left"].fold_dice == pytest.approx((1 + 2 * (2 * left / (left + left + right))) / 3)
+    assert found.labels["right"].fold_dice == pytest.approx(1 / 3)
+    alone = Predictor(members[0], make_plan(), InferenceSection(), CPU)
+    assert alone.segment(predictor.prepare({"T1": make_image(grid, classes)}, grid), grid).confidence.fold_dice is None
+
+
+def test_windows_of_nothing_but_air_are_left_out_unless_told_otherwise() -> None:
+    """Within the body the labels are the same; where no window holds any, they are background."""
+    grid = Geometry((80, 20, 12), np.eye(4))
+    classes = random_classes(80, 20, 12) + 1
+    classes[30:] = 0
+    image = make_image(grid, classes)
+    model = make_model()
+    skipping, running = (
+        Predictor(model.network.eval(), model.plan, InferenceSection(), replace(CPU, skip_empty=skip))
+        for skip in (True, False)
+    )
+    some, all_ = (p.segment(p.prepare({"T1": image}, grid), grid) for p in (skipping, running))
+    assert (all_.windows_skipped, some.windows_run + some.windows_skipped) == (0, all_.windows_run)
+    assert some.windows_skipped >= 0.3 * all_.windows_run
+    assert np.array_equal(some.classes[:30], all_.classes[:30])
+    assert all_.classes[60:].any()
+    assert not some.classes[60:].any()
+    assert np.array_equal(skipping.predict(image).array, VALUES[some.classes])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+def test_compiled_networks_predict_as_they_are(tmp_path: Path) -> None:
+    save_model(tmp_path / "best", make_model())
+    image = make_image(Geometry((20, 18, 16), np.eye(4)), random_classes(20, 18, 16))
+    plain = Predictor.load(tmp_path / "best", CPU)
+    compiled = Predictor.load(tmp_path / "best", replace(CPU, compile=True))
+    assert (plain.predict(image).array != compiled.predict(image).array).mean() < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+def test_where_nothing_can_be_compiled_networks_run_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    grid = Geometry((12, 12, 12), np.eye(4))
+    classes = random_classes(12, 12, 12)
+    model = make_model(plan=make_plan(), network=NEAREST_MEAN)
+    with config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
+        predictor = Predictor(model.network, model.plan, InferenceSection(), replace(CPU, compile=True))
+    assert "going on without compiling" in caplog.text
+    assert np.array_equal(predictor.predict(make_image(grid, classes)).array, VALUES[classes])
 
 
 @pytest.mark.parametrize(
