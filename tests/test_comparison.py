@@ -22,7 +22,7 @@ from pipeline.evaluation.comparison_report import (
 from pipeline.evaluation.comparison_statistics import by_patient, holm, rank_shares, signed_rank_p
 from pipeline.evaluation.members import Member, MemberRun
 from pipeline.evaluation.metrics import METRICS, Row, Status
-from pipeline.evaluation.report import ScoredCase
+from pipeline.evaluation.scored import ScoredCase
 from pipeline.evaluation.statistics import MEAN
 
 NAN = float("nan")

@@ -11,6 +11,8 @@ import pytest
 from numpy.typing import NDArray
 from tiny_models import NEAREST_MEAN, make_model, make_plan, nearest_mean
 
+from pipeline.confidence.calibration import Calibration, DiceRegression, save_calibration
+from pipeline.confidence.reliability import Reliability
 from pipeline.config import BudgetSection, Config, DataSection, EvaluationSection, TrainingSection
 from pipeline.config_loading import dump_config
 from pipeline.data.manifest import Case, ImageFile, Manifest, load_manifest, save_manifest
@@ -120,6 +122,68 @@ def test_scores_are_those_of_the_known_prediction_on_the_native_grid(config: Con
         kept = report.folder / "predictions" / f"{case.case_id}.nii.gz"
         np.testing.assert_array_equal(read_label(kept).array, VALUES[predicted(reference)])
         assert read_header(kept).geometry.matches(NATIVE, 1e-6)
+
+
+def probabilities_of(reference: NDArray[np.uint8], temperature: float) -> NDArray[np.float64]:
+    """(K, V) probabilities of the network's logits for what it predicts."""
+    intensity, means = 100.0 * predicted(reference).ravel(), np.array([0.0, 100.0, 200.0])
+    logits = (means[:, None] * intensity - means[:, None] ** 2 / 2) / temperature
+    weights = np.exp(logits - logits.max(axis=0))
+    return np.asarray(weights / weights.sum(axis=0))
+
+
+def slow_reliability(reference: NDArray[np.uint8], temperature: float) -> list[float]:
+    """ECE and Brier over all voxels, and over the foreground."""
+    probabilities = probabilities_of(reference, temperature)
+    said, drawn = predicted(reference).ravel(), reference.ravel()
+    squares = ((probabilities - (np.arange(3)[:, None] == drawn)) ** 2).sum(axis=0)
+    # The three confidences differ by less than a bin: all voxels lie in the last one.
+    gap = probabilities.max(axis=0) - (said == drawn)
+    assert probabilities.max(axis=0).min() > 14 / 15
+    inside = (said > 0) | (drawn > 0)
+    return [abs(gap.mean()), squares.mean(), abs(gap[inside].mean()), squares[inside].mean()]
+
+
+def calibration(temperature: float) -> Calibration:
+    """A calibration by which the left structure's Dice is half of what is expected."""
+    unknown = Reliability(ece=0.0, brier=0.0, ece_foreground=None, brier_foreground=None)
+    left = DiceRegression(intercept=0, expected_dice=0.5, entropy=0, log_volume=0, cases=9, mae=0.1, low=0.4)
+    return Calibration(
+        temperature=temperature, cases=9, before=unknown, after=unknown, labels={"left": left, "right": None}
+    )
+
+
+def test_the_models_confidence_is_held_against_the_references(config: Config) -> None:
+    save_calibration(Path(best(config)), calibration(1000.0))
+    report = evaluate.run(best(config))
+    assert (report.folder / "predicted_dice.png").is_file()
+    summary = json.loads((report.folder / "summary.json").read_text())
+    (Path(best(config)) / "calibration.json").unlink()
+    found, bare = report.evaluation, evaluate.run(best(config)).evaluation
+    assert bare.dice_predictions == ()
+    assert not (report.folder / "predicted_dice.png").exists()
+    for seed, (case, before) in enumerate(zip(found.cases, bare.cases, strict=True)):
+        names = list(before.reliability)
+        assert names == ["ece", "brier", "ece_foreground", "brier_foreground"]
+        at_one = slow_reliability(structures(seed), 1.0)
+        assert list(before.reliability.values()) == pytest.approx(at_one, abs=1e-5)
+        assert [case.reliability[f"{name}_uncalibrated"] for name in names] == pytest.approx(at_one, abs=1e-5)
+        calibrated = slow_reliability(structures(seed), 1000.0)
+        assert [case.reliability[name] for name in names] == pytest.approx(calibrated, abs=1e-5)
+        assert abs(calibrated[1] - at_one[1]) > 1e-4
+        assert case.rows == before.rows  # labels depend on no calibration
+        left = probabilities_of(structures(seed), 1000.0)[1]
+        found_left = predicted(structures(seed)).ravel() == 1
+        expected_dice = 2 * left[found_left].sum() / (left.sum() + found_left.sum())
+        assert case.predicted_dice == {"left": pytest.approx(0.5 * expected_dice, rel=1e-4)}
+    known, unknown, mean = found.dice_predictions
+    errors = [abs(case.predicted_dice["left"] - case.rows[0].values["dice"]) for case in found.cases]
+    assert (known.cases, unknown.cases, mean.cases) == (2, 0, 2)
+    assert known.mae == mean.mae == pytest.approx(np.mean(errors))
+    assert summary["reliability"]["ece"]["mean"] == pytest.approx(
+        np.mean([case.reliability["ece"] for case in found.cases])
+    )
+    assert summary["predicted_dice"]["right"]["mean_absolute_error"] is None
 
 
 def test_settings_can_be_overridden_for_a_model_too(config: Config) -> None:
@@ -305,6 +369,8 @@ def test_everything_is_in_mlflow(config: Config) -> None:
             logged = found.data.metrics[f"evaluation/fold/{name}/{summary.class_name}"]
             assert logged == pytest.approx(summary.metrics[name].mean)
     assert found.data.metrics["evaluation/fold/missed/mean"] == 0
+    ece = report.evaluation.reliability["ece"].mean
+    assert found.data.metrics["evaluation/fold/ece"] == pytest.approx(ece)
     top = {file.path for file in client.list_artifacts(found.info.run_id)}
     assert {"report.html", "distributions.png", "evaluation_fold.json", "evaluation"} <= top
     assert [entry.dataset.name for entry in found.inputs.dataset_inputs] == ["phantoms"]

@@ -3,25 +3,27 @@
 import csv
 import json
 import math
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline.errors import EvaluationError
 from pipeline.evaluation.metrics import METRICS, Row, Status
 from pipeline.evaluation.report import (
     Evaluation,
-    ScoredCase,
     as_text,
     draw_distributions,
+    draw_predictions,
     pick_cases,
-    read_case_table,
-    write_case_table,
     write_report,
     write_summary,
 )
-from pipeline.evaluation.statistics import summarise
+from pipeline.evaluation.scored import RELIABILITY, ScoredCase, read_case_table, write_case_table
+from pipeline.evaluation.self_assessment import assess_dice, estimate_reliability, spearman
+from pipeline.evaluation.statistics import MEAN, summarise
 
 NAN = float("nan")
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -37,14 +39,24 @@ def case(case_id: str, *scores: float | Status) -> ScoredCase:
     return ScoredCase(case_id, case_id, 0, tuple(rows), 0.1, 2**20)
 
 
-CASES = (case("a", 0.9, 0.8), case("b", 0.7, "missed"), case("<c>", "spurious", 0.6), case("d", "both_empty", 0.5))
+CASES = (
+    replace(case("a", 0.9, 0.8), predicted_dice={"left": 0.85}, reliability={"ece": 0.02, "brier": 0.1}),
+    replace(case("b", 0.7, "missed"), predicted_dice={"left": 0.8}, reliability={"ece": 0.04}),
+    replace(case("<c>", "spurious", 0.6), predicted_dice={"left": 0.25, "right": 0.5}),
+    case("d", "both_empty", 0.5),
+)
 
 
 @pytest.fixture
 def evaluation() -> Evaluation:
     summaries = summarise({c.case_id: c.rows for c in CASES}, samples=200, seed=0)
     failures = {"e": "e.nii.gz: cut short <script>alert(1)</script>"}
-    return Evaluation("phantoms, fold 0", {"model": "runs/x & y"}, "cpu", 1.5, CASES, failures, tuple(summaries))
+    reliability = estimate_reliability(CASES, samples=200, seed=0)
+    predictions = tuple(assess_dice(CASES))
+    facts = {"model": "runs/x & y"}
+    return Evaluation(
+        "phantoms, fold 0", facts, "cpu", 1.5, CASES, failures, tuple(summaries), reliability, predictions
+    )
 
 
 def test_the_case_table_keeps_nan_and_says_why(tmp_path: Path) -> None:
@@ -58,7 +70,9 @@ def test_the_case_table_keeps_nan_and_says_why(tmp_path: Path) -> None:
         ("b", "right", "missed"),
     ]
     assert len(lines) == 8
-    assert list(lines[0])[7:] == [*METRICS, "seconds", "peak_memory_bytes"]
+    assert list(lines[0])[7:] == [*METRICS, "predicted_dice", "seconds", "peak_memory_bytes", *RELIABILITY]
+    assert [lines[0][name] for name in ("predicted_dice", "ece", "ece_uncalibrated")] == ["0.85", "0.02", "nan"]
+    assert lines[1]["predicted_dice"] == "nan"
     assert float(lines[0]["dice"]) == 0.9
     assert {lines[3][name] for name in METRICS} == {"nan"}
     assert lines[3]["reference_ml"] == "2"
@@ -69,11 +83,12 @@ def test_the_case_table_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     # nan differs from itself, its text does not.
     assert list(map(str, read_case_table(tmp_path / "cases.csv"))) == list(map(str, CASES))
     with (tmp_path / "cases.csv").open(newline="") as file:
-        lines = [line.rsplit(",", 2)[0] for line in file.read().splitlines()]
+        lines = [line.rsplit(",", 3 + len(RELIABILITY))[0] for line in file.read().splitlines()]
     (tmp_path / "older.csv").write_text("\n".join(lines) + "\n")
     (older, *_) = read_case_table(tmp_path / "older.csv")
     assert math.isnan(older.seconds)
     assert older.peak_memory_bytes is None
+    assert older.predicted_dice == older.reliability == {}
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(EvaluationError, match=r"other\.csv: not a table of scored cases"):
         read_case_table(tmp_path / "other.csv")
@@ -91,6 +106,20 @@ def test_the_summary_is_strict_json(tmp_path: Path, evaluation: Evaluation) -> N
     assert left["metrics"]["dice"]["mean"] == pytest.approx(0.8)
     assert left["metrics"]["dice"]["cases"] == 2
     assert content["classes"]["mean"]["missed"] == 1
+    assert {name: (e["mean"], e["cases"]) for name, e in content["reliability"].items()} == {
+        "ece": (pytest.approx(0.03), 2),
+        "brier": (0.1, 1),
+    }
+    # a: 0.85 of 0.9; b: 0.8 of 0.7; c: 0.25 of a structure that is not there. Ranks: 3 2 1 against 3 2 1.
+    left = content["predicted_dice"]["left"]
+    assert left == {"cases": 3, "mean_absolute_error": pytest.approx(0.4 / 3), "spearman": pytest.approx(1.0)}
+    assert content["predicted_dice"]["right"] == {
+        "cases": 1,
+        "mean_absolute_error": pytest.approx(0.1),
+        "spearman": None,
+    }
+    # Of a the mean is over the left alone, of which it has both; of c over both: 0.375 of 0.3.
+    assert content["predicted_dice"][MEAN]["mean_absolute_error"] == pytest.approx((0.05 + 0.1 + 0.075) / 3)
 
 
 def test_a_mean_without_cases_is_null_and_no_value(tmp_path: Path) -> None:
@@ -112,6 +141,27 @@ def test_the_text_has_mean_interval_counts_and_failures(evaluation: Evaluation) 
     assert right.split()[1:4] == ["3", "1", "0"]
     assert f"0.6333 [{estimate.low:.4f}, {estimate.high:.4f}]" in right
     assert lines[-1].startswith("failed: e: e.nii.gz: cut short")
+    assert "confidence on the plan's grid: ECE 0.0300, Brier score 0.1000" in lines
+    assert any(line.startswith("predicted Dice, mean absolute error: left 0.133 (rank") for line in lines)
+
+
+def test_a_model_that_says_nothing_of_itself_has_no_such_lines() -> None:
+    bare = case("a", 0.9, 0.8)
+    assert assess_dice([bare]) == []
+    assert assess_dice([]) == []
+    assert estimate_reliability([bare], samples=10, seed=0) == {}
+    summaries = tuple(summarise({"a": bare.rows}, samples=10, seed=0))
+    text = as_text(Evaluation("x", {}, "cpu", 1.0, (bare,), {}, summaries))
+    assert "confidence" not in text
+    assert "predicted" not in text
+
+
+def test_rank_correlation_by_hand() -> None:
+    assert spearman(np.array([1.0, 2.0, 3.0]), np.array([0.1, 0.2, 9.0])) == pytest.approx(1)
+    assert spearman(np.array([1.0, 2.0, 3.0]), np.array([3.0, 2.0, 1.0])) == pytest.approx(-1)
+    # Ranks 1 2 3 4 and 1.5 1.5 3 4: 4.5 / sqrt(5 * 4.5).
+    assert spearman(np.arange(4.0), np.array([5.0, 5.0, 6.0, 7.0])) == pytest.approx(4.5 / math.sqrt(22.5))
+    assert math.isnan(spearman(np.array([1.0, 1.0]), np.array([1.0, 2.0])))
 
 
 def test_worst_median_and_best_are_picked_once_each() -> None:
@@ -150,12 +200,15 @@ class Page(HTMLParser):
 def test_the_page_stands_alone(tmp_path: Path, evaluation: Evaluation) -> None:
     draw_distributions(tmp_path / "distributions.png", evaluation)
     assert (tmp_path / "distributions.png").read_bytes().startswith(PNG)
+    draw_predictions(tmp_path / "predicted_dice.png", evaluation)
+    assert (tmp_path / "predicted_dice.png").read_bytes().startswith(PNG)
+    figures = {"distributions": tmp_path / "distributions.png", "predictions": tmp_path / "predicted_dice.png"}
     picture = tmp_path / "a.png"
     picture.write_bytes(PNG)
-    write_report(tmp_path / "report.html", evaluation, tmp_path / "distributions.png", {picture: "worst: <c>"})
+    write_report(tmp_path / "report.html", evaluation, figures, {picture: "worst: <c>"})
     text = (tmp_path / "report.html").read_text()
     page = Page(text)
-    assert len(page.fetched) == 2
+    assert len(page.fetched) == 3
     assert all(address.startswith("data:image/png;base64,") for address in page.fetched)
     assert "http" not in text.replace("http-equiv", "")
     # What comes from file names and error messages is text, never markup.
@@ -167,4 +220,6 @@ def test_the_page_stands_alone(tmp_path: Path, evaluation: Evaluation) -> None:
         assert metric.source in page.words
     assert "1 missed, 0 spurious of 4" in page.words
     assert "within 1.5 mm" in page.words
+    assert "ECE0.0300" in "".join(page.words.split())
+    assert "0.1333" in page.words
     assert page.words.count("nan") >= 3 * len(METRICS)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from phantom_experiments import changed, preprocessed
 
+from pipeline.confidence.calibration import read_calibration
 from pipeline.config import Config
 from pipeline.data.plan import read_plan, write_plan
 from pipeline.errors import ConfigError, StoreError, TrainingError
@@ -58,6 +59,14 @@ def test_deep_supervision_of_a_network_without_it_is_refused(
 def test_a_patch_that_the_network_cannot_halve_is_rounded_up_with_the_reason(prepared: Config) -> None:
     config = changed(prepared.changed(name="odd"), "network", name="fcn", options={"width": 4, "stride": 32})
     (folder,) = train.run(config)
+    calibration = read_calibration(folder / "models/best")
+    assert calibration is not None
+    assert calibration.cases == 2
+    assert calibration.labels == {"left": None, "right": None}  # too few cases to learn from
+    logged = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert calibration.temperature in [
+        event["values"].get("calibration/temperature") for event in logged if event["kind"] == "metrics"
+    ]
     for path in (folder / "plan.yaml", folder / "models/best/plan.yaml"):
         plan = read_plan(path)
         assert plan.patch_size == (32, 32, 32)

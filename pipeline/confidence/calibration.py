@@ -13,11 +13,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from pipeline.confidence.measuring import StructureConfidence
 from pipeline.confidence.reliability import Reliability
 from pipeline.errors import ModelError
 from pipeline.records import Record, refuse_other_format, write_json
@@ -50,6 +52,13 @@ class Features:
     expected_dice: float
     entropy: float
     voxels: int
+
+    @classmethod
+    def of(cls, structure: StructureConfidence) -> Self | None:
+        """Take them from what was measured of a structure; None where it was not found."""
+        if structure.expected_dice is None or structure.entropy is None:
+            return None
+        return cls(structure.expected_dice, structure.entropy, structure.voxels)
 
     @property
     def row(self) -> tuple[float, float, float]:

@@ -13,7 +13,8 @@ import numpy as np
 from pipeline.evaluation.comparison import ComparisonResult, Pair
 from pipeline.evaluation.members import Member
 from pipeline.evaluation.metrics import METRICS
-from pipeline.evaluation.report import case_table, data_uri, draw_panel, format_estimate, heading, render, write_columns
+from pipeline.evaluation.report import data_uri, draw_panel, format_estimate, heading, render
+from pipeline.evaluation.scored import case_table, write_columns
 from pipeline.evaluation.statistics import MEAN
 from pipeline.pictures import COLOURS
 from pipeline.records import atomic_path, write_text

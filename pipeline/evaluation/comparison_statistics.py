@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.evaluation.statistics import doubled_ranks
+
 FloatArray = NDArray[np.float64]
 
 # Differences of numbers that a table holds with six digits: what is closer than this is a tie.
@@ -35,7 +37,7 @@ def signed_rank_p(differences: Sequence[float] | FloatArray) -> float:
     known = known[~np.isnan(known)]
     if known.size == 0:
         return float("nan")
-    doubled = _doubled_ranks(np.abs(known))  # whole numbers: a mean rank may end in a half
+    doubled = doubled_ranks(np.abs(known))  # whole numbers: a mean rank may end in a half
     positive = int(doubled[known > 0].sum())
     distribution = np.ones(1)  # probability of each doubled sum
     for rank in doubled[known != 0]:
@@ -98,10 +100,3 @@ def by_patient(table: FloatArray, patients: Sequence[str]) -> FloatArray:
     known = ~np.isnan(table)
     counts, sums = known @ belongs, np.where(known, table, 0.0) @ belongs
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
-
-
-def _doubled_ranks(values: FloatArray) -> NDArray[np.int64]:
-    """Return twice the rank of each value, from 1; values that tie have their mean rank."""
-    _, groups, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return np.asarray(2 * last - counts + 1, dtype=np.int64)[groups]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from statistics import median
 
-from pipeline.evaluation.report import ScoredCase
+from pipeline.evaluation.scored import ScoredCase
 from pipeline.evaluation.statistics import MEAN
 
 

@@ -3,50 +3,32 @@
 from __future__ import annotations
 
 import base64
-import csv
-import io
-import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from pipeline.errors import EvaluationError
-from pipeline.evaluation.metrics import METRICS, Metric, Row
+from pipeline.evaluation.metrics import METRICS, Metric
+from pipeline.evaluation.scored import MEASURES, NAN, RELIABILITY, UNCALIBRATED, ScoredCase
+from pipeline.evaluation.self_assessment import DicePrediction, dice_pairs
 from pipeline.evaluation.statistics import MEAN, ClassSummary, Estimate
+from pipeline.pictures import COLOURS
 from pipeline.records import atomic_path, write_json, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Rank = Literal["worst", "median", "best"]
 
 # What a terminal has room for; the files hold every metric.
 _TEXT_METRICS = ("dice", "nsd", "hd95")
+# More classes than this have no legend: it would hide the picture.
+_MOST_NAMED = 12
 _PLOTTED_METRICS = ("dice", "nsd", "hd95", "volume_error_percent")
-
-
-@dataclass(frozen=True)
-class ScoredCase:
-    """One case of an evaluation.
-
-    Attributes:
-        case_id, patient: as the manifest has them.
-        fold: of the model that predicted the case; None for a model of no fold.
-        rows: a row a class.
-        seconds: spent on predicting it; nan where that was not written down.
-        peak_memory_bytes: while it was predicted; None where the system does not tell.
-    """
-
-    case_id: str
-    patient: str
-    fold: int | None
-    rows: tuple[Row, ...]
-    seconds: float
-    peak_memory_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -61,6 +43,8 @@ class Evaluation:
         cases: in the manifest's order.
         failures: case id -> why it has no score.
         summaries: a line a class, and their mean.
+        reliability: name in RELIABILITY -> mean over the cases.
+        dice_predictions: how well the model knew its Dice, a line a class, and their mean; empty where it said none.
     """
 
     title: str
@@ -70,52 +54,8 @@ class Evaluation:
     cases: tuple[ScoredCase, ...]
     failures: dict[str, str]
     summaries: tuple[ClassSummary, ...]
-
-
-def case_table(cases: Sequence[ScoredCase]) -> dict[str, list[Any]]:
-    """Return the per-case table as equally long columns: a line for each class of each case."""
-    lines = [(case, row) for case in cases for row in case.rows]
-    return {
-        "case": [case.case_id for case, _ in lines],
-        "patient": [case.patient for case, _ in lines],
-        "fold": ["" if case.fold is None else case.fold for case, _ in lines],
-        "class": [row.class_name for _, row in lines],
-        "status": [row.status for _, row in lines],
-        "reference_ml": [row.reference_ml for _, row in lines],
-        "prediction_ml": [row.prediction_ml for _, row in lines],
-        **{name: [row.values[name] for _, row in lines] for name in METRICS},
-        "seconds": [case.seconds for case, _ in lines],
-        "peak_memory_bytes": [case.peak_memory_bytes or "" for case, _ in lines],
-    }
-
-
-def write_case_table(path: Path, cases: Sequence[ScoredCase]) -> None:
-    """Write the per-case table as CSV; a metric without a value is `nan`, its reason in `status`."""
-    write_columns(path, case_table(cases))
-
-
-def read_case_table(path: Path) -> list[ScoredCase]:
-    """Read the per-case table back; what an older one does not say is nan or None.
-
-    Raises:
-        EvaluationError: it cannot be read, or holds no such columns.
-    """
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            lines = list(csv.DictReader(file))
-        by_case = itertools.groupby(lines, key=lambda line: line["case"])
-        return [_read_case([*group]) for _, group in by_case]
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        raise EvaluationError(f"{path}: not a table of scored cases ({error!r}); run `medseg evaluate`") from error
-
-
-def write_columns(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
-    """Write equally long columns as CSV, numbers in six significant digits."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([_shortest(value) for value in line] for line in zip(*columns.values(), strict=True))
-    write_text(path, text.getvalue())
+    reliability: Mapping[str, Estimate] = field(default_factory=dict)
+    dice_predictions: tuple[DicePrediction, ...] = ()
 
 
 def write_summary(path: Path, evaluation: Evaluation) -> None:
@@ -138,6 +78,8 @@ def write_summary(path: Path, evaluation: Evaluation) -> None:
         "cases": len(evaluation.cases),
         "failures": evaluation.failures,
         "classes": classes,
+        "reliability": {name: _estimate_as_json(estimate) for name, estimate in evaluation.reliability.items()},
+        "predicted_dice": {one.class_name: _prediction_as_json(one) for one in evaluation.dice_predictions},
     }
     write_json(path, content)
 
@@ -150,13 +92,9 @@ def as_text(evaluation: Evaluation) -> str:
         + [format_estimate(METRICS[name], summary.metrics[name]) for name in _TEXT_METRICS]
         for summary in evaluation.summaries
     ]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = [
-        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(sized)).rstrip()
-        for sized in (zip(line, widths, strict=True) for line in lines)
-    ]
     failures = [f"failed: {case}: {reason}" for case, reason in evaluation.failures.items()]
-    return "\n".join([f"{evaluation.title}: {len(evaluation.cases)} cases", *table, *failures])
+    title = f"{evaluation.title}: {len(evaluation.cases)} cases"
+    return "\n".join([title, *_aligned(lines), *_assessment_as_text(evaluation), *failures])
 
 
 def format_estimate(metric: Metric, estimate: Estimate) -> str:
@@ -201,24 +139,49 @@ def draw_distributions(path: Path, evaluation: Evaluation) -> None:
     for panel, metric in zip(figure.subplots(1, len(_PLOTTED_METRICS), sharey=True), _PLOTTED_METRICS, strict=True):
         columns = [[case.rows[index].values[metric] for case in evaluation.cases] for index in range(len(names))]
         draw_panel(panel, METRICS[metric], names, columns)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+    _save(figure, path)
 
 
-def write_report(path: Path, evaluation: Evaluation, distributions: Path | None, pictures: Mapping[Path, str]) -> None:
+def draw_predictions(path: Path, evaluation: Evaluation) -> None:
+    """Draw predicted against true Dice, a dot for each class of each case, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6, 4.4), dpi=110, layout="constrained")
+    panel = figure.subplots()
+    predicted, true = (
+        np.stack(table) for table in zip(*map(dice_pairs, evaluation.cases), strict=True)
+    )  # (n, classes)
+    for index, row in enumerate(evaluation.cases[0].rows):
+        colour = COLOURS[index % len(COLOURS)]
+        panel.plot(
+            predicted[:, index], true[:, index], "o", color=colour, markersize=4, alpha=0.7, label=row.class_name
+        )
+    low = min(0.95, np.nanmin(predicted), np.nanmin(true))
+    panel.plot([low, 1], [low, 1], color="#8a97a5", linewidth=1)
+    panel.set_xlabel("predicted Dice")
+    panel.set_ylabel("true Dice")
+    panel.grid(alpha=0.25)
+    panel.spines[["top", "right"]].set_visible(False)
+    if len(evaluation.cases[0].rows) <= _MOST_NAMED:
+        panel.legend(fontsize=8)
+    _save(figure, path)
+
+
+def write_report(path: Path, evaluation: Evaluation, figures: Mapping[str, Path], pictures: Mapping[Path, str]) -> None:
     """Write one page that needs no other file and asks for none.
 
     Args:
         path: the HTML.
         evaluation: what it shows.
-        distributions: the PNG of `draw_distributions`; None where no case is scored.
+        figures: "distributions" and "predictions" -> the PNG of `draw_distributions` and of `draw_predictions`; those
+            that there is nothing to draw of are left out.
         pictures: PNG -> caption.
     """
     page = render(
         "report.html.j2",
         title=evaluation.title,
         evaluation=evaluation,
-        distributions=distributions and data_uri(distributions),
+        figures={name: data_uri(figure) for name, figure in figures.items()},
         pictures=[(data_uri(picture), caption) for picture, caption in pictures.items()],
     )
     write_text(path, page)
@@ -238,6 +201,8 @@ def render(template: str, **values: Any) -> str:
         "format_estimate": format_estimate,
         "format_value": format_value,
         "heading": heading,
+        "reliability_names": RELIABILITY,
+        "nan": NAN,
     }
     return environment.get_template(template).render(**values)
 
@@ -257,22 +222,38 @@ def data_uri(picture: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
 
 
-def _read_case(lines: Sequence[Mapping[str, str]]) -> ScoredCase:
-    """Return a case from its lines of the per-case table."""
-    first = lines[0]
-    rows = tuple(
-        Row(
-            line["class"],
-            line["status"],  # type: ignore[arg-type]
-            float(line["reference_ml"]),
-            float(line["prediction_ml"]),
-            {name: float(line[name]) for name in METRICS},
-        )
-        for line in lines
-    )
-    fold = int(first["fold"]) if first["fold"] else None
-    seconds, memory = float(first.get("seconds") or "nan"), first.get("peak_memory_bytes")
-    return ScoredCase(first["case"], first["patient"], fold, rows, seconds, int(memory) if memory else None)
+def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table, its first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(sized)).rstrip()
+        for sized in (zip(line, widths, strict=True) for line in lines)
+    ]
+
+
+def _assessment_as_text(evaluation: Evaluation) -> list[str]:
+    """Return what the model's confidence was worth, in two lines; none where nothing is known of it."""
+    lines = []
+    if evaluation.reliability:
+        named = (_measure_as_text(evaluation.reliability, name) for name in MEASURES if name in evaluation.reliability)
+        lines.append(f"confidence on the plan's grid: {', '.join(named)}")
+    if evaluation.dice_predictions:
+        known = (one for one in evaluation.dice_predictions if one.cases)
+        named = (f"{one.class_name} {one.mae:.3f} (rank correlation {one.spearman:.2f})" for one in known)
+        lines.append(f"predicted Dice, mean absolute error: {', '.join(named)}")
+    return lines
+
+
+def _measure_as_text(reliability: Mapping[str, Estimate], name: str) -> str:
+    """Return a measure's mean, and what it is without the calibration."""
+    bare = reliability.get(f"{name}{UNCALIBRATED}")
+    return f"{RELIABILITY[name]} {reliability[name].mean:.4f}" + (f" ({bare.mean:.4f} uncalibrated)" if bare else "")
+
+
+def _prediction_as_json(one: DicePrediction) -> dict[str, float | int | None]:
+    """Return as JSON how well the model knew its Dice."""
+    known = {"mean_absolute_error": one.mae, "spearman": one.spearman}
+    return {"cases": one.cases} | {name: None if math.isnan(value) else value for name, value in known.items()}
 
 
 def _place(case: ScoredCase) -> float:
@@ -307,9 +288,10 @@ def draw_panel(panel: Axes, metric: Metric, names: Sequence[str], columns: Seque
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def _shortest(value: Any) -> Any:
-    """Return a number in six significant digits, what else there is as it is."""
-    return f"{value:.6g}" if isinstance(value, float) else value
+def _save(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def _estimate_as_json(estimate: Estimate) -> dict[str, float | int | None]:

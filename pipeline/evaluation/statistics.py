@@ -137,6 +137,13 @@ def mean_known(table: FloatArray) -> FloatArray:
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
+def doubled_ranks(values: FloatArray) -> NDArray[np.int64]:
+    """Return twice the rank of each value, from 1; values that tie have their mean rank."""
+    _, groups, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return np.asarray(2 * last - counts + 1, dtype=np.int64)[groups]
+
+
 def _summary(class_name: str, rows: Sequence[Row], metrics: dict[str, Estimate]) -> ClassSummary:
     """Count the rows by status beside their estimates."""
     statuses = [row.status for row in rows]

@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from pipeline import __version__
+from pipeline.confidence.calibration import save_calibration
 from pipeline.config import Config, Task
 from pipeline.config_loading import dump_config
 from pipeline.data.manifest import Case
@@ -254,7 +255,7 @@ def _probe(hooks: FoldRun, batches: Batches) -> Costs:
     unused = task.folder / "probe.safetensors"
     save_checkpoint(unused, state, task.facts)
     unused.unlink()
-    return Costs(step_s, time.monotonic() - start, validation_s)
+    return Costs(step_s, time.monotonic() - start, validation_s, task.calibration_passes * validation_s)
 
 
 def _counted(batches: Batches, advance: Callable[[], None]) -> Batches:
@@ -315,9 +316,32 @@ def _finish(hooks: FoldRun, state: TrainState) -> None:
         draw_learning_curves(metric_history(task.folder)).savefig(temporary)
     tracked.artifact(picture)
     tracked.metrics({"best/score": state.best_score, "best/step": state.best_step}, state.step)
+    _calibrate(task, tracked, state.step)
     tracked.model(task.folder / BEST, task.config.tracking.register_as, task.config.tracking.alias)
     # Last of all: where it is, the training is over.
     hooks.save_model(state, LAST, {})
+
+
+def _calibrate(task: FoldTask, tracked: RunLog, step: int) -> None:
+    """Write into the best model's folder what its validation cases teach about its confidence."""
+    calibration = task.calibration(task.folder / BEST)
+    if calibration is None:
+        return
+    save_calibration(task.folder / BEST, calibration)
+    tracked.metrics(
+        {
+            "calibration/temperature": calibration.temperature,
+            "calibration/ece": calibration.after.ece,
+            "calibration/ece_uncalibrated": calibration.before.ece,
+            "calibration/brier": calibration.after.brier,
+            "calibration/brier_uncalibrated": calibration.before.brier,
+        },
+        step,
+    )
+    log.info(
+        "fold %d: temperature %.3f, calibration error %.4f (%.4f without)",
+        *(task.fold, calibration.temperature, calibration.after.ece, calibration.before.ece),
+    )
 
 
 def shareable(config: Config) -> str:

@@ -53,7 +53,7 @@ class DiceValidation:
         for case in map(self.store.read, (case.id for case in cases)):
             if case.reference is None:
                 continue
-            classes = self.predictor.predict_prepared(case.image, case.geometry, case.native)
+            classes = self.predictor.predict_prepared(case.image, case.geometry, case.native, case.body)
             for row in score_case(classes, case.reference, case.native.spacing_mm, names, 1.0, metrics=("dice",)):
                 if row.status != "both_empty":
                     found[row.class_name].append(row.values["dice"] if row.status == "scored" else 0.0)

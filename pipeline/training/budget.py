@@ -20,11 +20,13 @@ class Costs:
         step_s: a step, its batch included.
         epoch_end_s: the checkpoint at the end of an epoch.
         validation_s: a validation of all cases.
+        calibration_s: what the best model learns of its own confidence at the end.
     """
 
     step_s: float
     epoch_end_s: float
     validation_s: float
+    calibration_s: float = 0.0
 
 
 def seconds_per_step(step: Callable[[int], object]) -> float:
@@ -43,13 +45,13 @@ def seconds_per_step(step: Callable[[int], object]) -> float:
 
 
 def steps_within(seconds: float, costs: Costs, *, steps_per_epoch: int, validation_every_epochs: int) -> int:
-    """Return how many steps fit into a time, with their epoch ends, validations, and the validation that ends training.
+    """Return how many steps fit into a time, with their epoch ends, validations, and what ends the training.
 
     Raises:
         TrainingError: not even one step fits.
     """
     overhead_s = costs.epoch_end_s / steps_per_epoch + costs.validation_s / (steps_per_epoch * validation_every_epochs)
-    steps = int((seconds - costs.validation_s - costs.epoch_end_s) / (costs.step_s + overhead_s))
+    steps = int((seconds - costs.validation_s - costs.calibration_s - costs.epoch_end_s) / (costs.step_s + overhead_s))
     if steps < 1:
         raise TrainingError(
             f"training.budget.minutes: no step fits into the {seconds:.0f} s left after start-up: a step takes "

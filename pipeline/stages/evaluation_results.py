@@ -1,0 +1,132 @@
+"""What becomes of an evaluation: tables, pictures and the page in its folder, and its numbers in MLflow."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+from pipeline.config import EvaluationSection
+from pipeline.data.manifest import Manifest
+from pipeline.data.plan import Plan
+from pipeline.errors import ModelError
+from pipeline.evaluation import report
+from pipeline.evaluation.report import Evaluation
+from pipeline.evaluation.scored import case_table, write_case_table
+from pipeline.pictures import draw_overlay
+from pipeline.preparation.preprocessing import class_indices
+from pipeline.records import atomic_path
+from pipeline.stages.evaluation_cases import LabelledCase, Task, descriptions_of, experiment_folder, read_labelled
+from pipeline.tracking import RunLog, send_pending
+from pipeline.volumes.resampling import resample_image, resample_label
+from pipeline.volumes.volume import Volume, read_label
+
+log = logging.getLogger(__name__)
+
+# To the patient's left, front and head: a picture's right is the patient's left, as radiologists look at it.
+PICTURE_ORIENTATION = "LAS"
+
+SEND_LIMIT_S = 60.0
+
+
+def write_results(
+    evaluation: Evaluation, manifest: Manifest, plan: Plan, settings: EvaluationSection, folder: Path
+) -> None:
+    """Write tables, pictures and the page, in place of those of an earlier evaluation."""
+    for earlier in (*folder.glob("*.png"), *(folder / "pictures").glob("[0-9][0-9]_*.png")):
+        earlier.unlink(missing_ok=True)
+    write_case_table(folder / "cases.csv", evaluation.cases)
+    report.write_summary(folder / "summary.json", evaluation)
+    figures = _draw_figures(evaluation, folder)
+    by_id = {case.id: case for case in manifest.cases}
+    pictures = {}
+    for number, (case, rank) in enumerate(report.pick_cases(evaluation.cases, settings.picture_cases).items()):
+        path = folder / "pictures" / f"{number:02d}_{rank}_{case}.png"
+        _draw(path, read_labelled(manifest, by_id[case], plan), read_label(prediction_of(folder, case)), plan)
+        pictures[path] = f"{rank}: {case}"
+    report.write_report(folder / "report.html", evaluation, figures, pictures)
+
+
+def prediction_of(folder: Path, case_id: str) -> Path:
+    """Return where a case's label map is kept."""
+    return folder / "predictions" / f"{case_id}.nii.gz"
+
+
+def _draw_figures(evaluation: Evaluation, folder: Path) -> dict[str, Path]:
+    """Draw what there is to draw over all cases: name -> PNG."""
+    drawn = {}
+    if evaluation.cases:
+        drawn["distributions"] = folder / "distributions.png"
+        report.draw_distributions(drawn["distributions"], evaluation)
+    if any(one.cases for one in evaluation.dice_predictions):
+        drawn["predictions"] = folder / "predicted_dice.png"
+        report.draw_predictions(drawn["predictions"], evaluation)
+    return drawn
+
+
+def _draw(path: Path, labelled: LabelledCase, prediction: Volume, plan: Plan) -> None:
+    """Draw reference and prediction over the first channel, as a PNG."""
+    native = labelled.reference.geometry
+    grid = native.reoriented(PICTURE_ORIENTATION)
+    image = resample_image(next(iter(labelled.images.values())), grid, order=1)
+    predicted = Volume(class_indices(prediction.array, plan), native)
+    outlines = {
+        "reference": resample_label(labelled.reference, grid).array,
+        "prediction": resample_label(predicted, grid).array,
+    }
+    figure = draw_overlay(image.array[0], grid.spacing_mm, outlines, tuple(plan.labels))
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def track_results(evaluation: Evaluation, tasks: Sequence[Task], manifest: Manifest, label: str, folder: Path) -> None:
+    """Log the results to the MLflow run that trained the model, or to the parent run of several folds."""
+    run_folder = tasks[0].run if len(tasks) == 1 else experiment_folder(tasks)
+    try:
+        run_log = RunLog.open(run_folder) if run_folder else None
+    except ModelError:
+        run_log = None
+    if run_log is None or run_folder is None:
+        log.info("the model lies in no tracked run: the results are in %s only", folder)
+        return
+    step = max(description.step for description in descriptions_of(tasks))
+    run_log.metrics(_metrics(evaluation, f"evaluation/{label}"), step)
+    run_log.table(f"evaluation_{label}", case_table(evaluation.cases))
+    ids = [case.case_id for case in evaluation.cases]
+    run_log.dataset(manifest.name, manifest.digest(), manifest.source, ids, "evaluation")
+    # The page that compares runs lists only what lies at the top of their artifacts.
+    top = "" if label == "fold" else f"evaluation/{label}"
+    for path in (folder / "report.html", folder / "distributions.png", folder / "predicted_dice.png"):
+        if path.exists():
+            run_log.artifact(path, top)
+    for name in ("cases.csv", "summary.json"):
+        run_log.artifact(folder / name, f"evaluation/{label}")
+    if (folder / "pictures").is_dir():
+        run_log.artifact(folder / "pictures", f"evaluation/{label}/pictures")
+    run_log.close()
+    send_pending(run_folder, limit_s=SEND_LIMIT_S)
+
+
+def _metrics(evaluation: Evaluation, section: str) -> dict[str, float]:
+    """Return means and counts as MLflow metrics, such as evaluation/fold/dice/anterior; a mean of no case is left out.
+
+    Training's own val/dice/anterior is another number where a structure is missed: there it counts as 0.
+    """
+    values: dict[str, float] = {}
+    for summary in evaluation.summaries:
+        values[f"{section}/missed/{summary.class_name}"] = summary.missed
+        values[f"{section}/spurious/{summary.class_name}"] = summary.spurious
+        for name, estimate in summary.metrics.items():
+            if estimate.cases:
+                values[f"{section}/{name}/{summary.class_name}"] = estimate.mean
+    for name, estimate in evaluation.reliability.items():
+        values[f"{section}/{name}"] = estimate.mean
+    for one in evaluation.dice_predictions:
+        known = {"predicted_dice_error": one.mae, "predicted_dice_spearman": one.spearman}
+        values |= {f"{section}/{name}/{one.class_name}": v for name, v in known.items() if not math.isnan(v)}
+    if evaluation.cases:
+        values[f"{section}/seconds_per_case"] = median(case.seconds for case in evaluation.cases)
+    memory = [case.peak_memory_bytes for case in evaluation.cases if case.peak_memory_bytes]
+    return values | ({f"{section}/peak_memory_gib": max(memory) / 2**30} if memory else {})
