@@ -199,6 +199,10 @@ def segment(
     compile_networks: Annotated[
         bool, typer.Option("--compile", help="By torch.compile: a minute at the start, then faster; for long batches.")
     ] = False,
+    probabilities: Annotated[
+        str | None, typer.Option("--probabilities", metavar="LABEL,...|all", help="Write these labels' probabilities.")
+    ] = None,
+    probabilities_type: Annotated[Literal["uint8", "uint16"], typer.Option("--probabilities-type")] = "uint8",
     no_skip: Annotated[bool, typer.Option("--no-skip", help="Run the network on windows without body too.")] = False,
     workspace: Annotated[Path, typer.Option("--workspace", help="Where runs:/ and models:/ are looked up.")] = Path(
         "work"
@@ -218,6 +222,8 @@ def segment(
         precision=precision,
         compile_networks=compile_networks,
         skip_empty=not no_skip,
+        probabilities=[name.strip() for name in probabilities.split(",")] if probabilities else (),
+        probabilities_type=probabilities_type,
         workspace=workspace,
         tracking_uri=tracking_uri,
         stdin=sys.stdin,

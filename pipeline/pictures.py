@@ -177,8 +177,9 @@ def _coloured(grey: NDArray[np.floating[Any]], classes: NDArray[Any]) -> NDArray
     # Where two structures meet, one line is drawn.
     edge = np.any([around[r : r + rows, c : c + columns] < classes for r, c in shifts], axis=0)
     picture = np.repeat((255 * grey.clip(0, 1)).astype(np.uint8)[..., None], 3, axis=-1)
-    colours = np.array([list(bytes.fromhex(colour[1:])) for colour in COLOURS], np.uint8)
-    picture[edge] = colours[(classes[edge].astype(np.intp) - 1) % len(COLOURS)]
+    found, which = np.unique(classes[edge], return_inverse=True)
+    colours = np.array([list(bytes.fromhex(colour_of(int(k))[1:])) for k in found], np.uint8).reshape(-1, 3)
+    picture[edge] = colours[which]
     return picture
 
 

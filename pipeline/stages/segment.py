@@ -6,7 +6,7 @@ import logging
 import secrets
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -15,6 +15,7 @@ from typing import TextIO
 from pipeline.data.plan import read_plan
 from pipeline.errors import PipelineError
 from pipeline.hardware import Precision
+from pipeline.inference.probabilities import ProbabilityType
 from pipeline.model import PLAN
 from pipeline.preparation.survey import cores
 from pipeline.progress import track
@@ -25,6 +26,7 @@ from pipeline.stages.segment_inputs import SegmentInput, find_inputs
 from pipeline.stages.segment_page import write_page
 from pipeline.stages.segment_report import CaseResult, SegmentReport
 from pipeline.stages.segment_workers import Workers, shared_out
+from pipeline.volumes.label_tables import write_label_tables
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,8 @@ def run(
     skip_empty: bool = True,
     tracking_uri: str | None = None,
     stdin: TextIO | None = None,
+    probabilities: Sequence[str] = (),
+    probabilities_type: ProbabilityType = "uint8",
 ) -> SegmentReport:
     """Segment volumes: the next is read and the last written while one is predicted.
 
@@ -59,6 +63,8 @@ def run(
         compile_networks: by torch.compile, where that works.
         skip_empty: leave windows out that hold no body.
         tracking_uri: server or database of runs:/ and models:/; None: MLFLOW_TRACKING_URI, else the workspace's.
+        probabilities: labels whose probabilities are written too, to OUT/probabilities; "all" stands for each.
+        probabilities_type: of their numbers, uint8 or uint16.
         stdin: where the list that `-` stands for is read.
 
     Returns:
@@ -70,8 +76,14 @@ def run(
     """
     models = resolve_models([model] if isinstance(model, str) else model, workspace, tracking_uri)
     devices = shared_out(device, jobs)
-    cases = find_inputs(inputs, tuple(read_plan(models[0] / PLAN).channels), out, stdin)
-    out.mkdir(parents=True, exist_ok=True)
+    plan = read_plan(models[0] / PLAN)
+    cases = find_inputs(inputs, tuple(plan.channels), out, stdin)
+    try:
+        write_label_tables(out, plan.labels)
+    except OSError as error:
+        raise PipelineError(
+            f"{out}: cannot be written: {error.strerror}; make room, or choose another --out"
+        ) from error
     settings = SegmentSettings(
         models=tuple(models),
         out=out.resolve(),
@@ -81,6 +93,8 @@ def run(
         precision=precision,
         compile=compile_networks,
         skip_empty=skip_empty,
+        probabilities=_wanted(probabilities, plan.labels),
+        probabilities_type=probabilities_type,
     )
     with stopped_by_signals() as stop:
         batch: Batch | Workers
@@ -89,6 +103,19 @@ def run(
         else:
             batch = Workers(settings, devices, max(1, cores() // len(devices)), stop)
         return _go_through(batch, cases, out, models)
+
+
+def _wanted(names: Sequence[str], labels: Mapping[str, int]) -> tuple[str, ...]:
+    """Return the labels whose probabilities are wanted, in the model's order; "all" means each but the background.
+
+    Raises:
+        PipelineError: a label is none of the model's.
+    """
+    unknown = [name for name in names if name not in labels and name != "all"]
+    if unknown:
+        raise PipelineError(f"--probabilities {','.join(unknown)}: unknown; the labels are {', '.join(labels)}, or all")
+    foreground = list(labels)[1:] if "all" in names else []
+    return tuple(label for label in labels if label in names or label in foreground)
 
 
 def _go_through(

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from pipeline.stages.segment_case import CaseInHand, CaseSteps
+from pipeline.stages.segment_case import PROBABILITIES, CaseInHand, CaseSteps
 from pipeline.stages.segment_claims import Claim, Claims
 from pipeline.stages.segment_inputs import SegmentInput
 from pipeline.stages.segment_journal import Journal
@@ -159,7 +159,7 @@ class Batch:
     def _clear_leftovers(self, name: str) -> None:
         """Remove what a process that died over a case left half written; nobody else writes for this case now."""
         # Eight letters stand in the temporary names: with any number of them those of the case a-NAME would go too.
-        for folder in (self._out, self._out / PICTURES):
+        for folder in (self._out, self._out / PICTURES, self._out / PROBABILITIES):
             for file in folder.glob(f".tmp-{'?' * 8}-{glob.escape(name)}.*"):
                 file.unlink(missing_ok=True)
 

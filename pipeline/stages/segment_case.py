@@ -17,8 +17,9 @@ from pipeline.data.plan import Fingerprint
 from pipeline.errors import PipelineError
 from pipeline.geometry import Geometry
 from pipeline.hardware import Precision, keep_freed_memory, peak_memory_bytes, reset_peak_memory
+from pipeline.inference.probabilities import ProbabilityRequest, ProbabilityType
 from pipeline.model import FINGERPRINT, model_digest
-from pipeline.predictor import Engine, Predictor
+from pipeline.predictor import Engine, Predictor, Segmentation
 from pipeline.preparation.preprocessing import PreparedImage
 from pipeline.records import Record, digest_of
 from pipeline.stages.familiarity import unfamiliar
@@ -26,9 +27,12 @@ from pipeline.stages.segment_claims import Claim
 from pipeline.stages.segment_inputs import SUFFIX, SegmentInput
 from pipeline.stages.segment_page import Preview
 from pipeline.stages.segment_report import CaseResult
+from pipeline.volumes.plane_writing import PlaneWriter
 from pipeline.volumes.stored import content_digest
 from pipeline.volumes.volume import Volume, read_image
 from pipeline.volumes.writing import write_label
+
+PROBABILITIES = Path("probabilities")
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +50,8 @@ class SegmentSettings(Record):
         compile: the networks, by torch.compile.
         skip_empty: leave windows out that hold no body.
         max_memory_bytes: what a process may take; None: what is free.
+        probabilities: labels whose probabilities are written too.
+        probabilities_type: of their numbers.
     """
 
     models: tuple[Path, ...]
@@ -57,6 +63,13 @@ class SegmentSettings(Record):
     compile: bool = False
     skip_empty: bool = True
     max_memory_bytes: int | None = None
+    probabilities: tuple[str, ...] = ()
+    probabilities_type: ProbabilityType = "uint8"
+
+    @property
+    def probabilities_wanted(self) -> str:
+        """Which probabilities are wanted, for the journal; empty where none are."""
+        return f"{self.probabilities_type}: {', '.join(self.probabilities)}" if self.probabilities else ""
 
     @property
     def engine(self) -> Engine:
@@ -85,6 +98,11 @@ class CaseInHand:
         """Begin a case."""
         files = tuple(str(file.path) for file in source.files.values())
         return cls(source, claim, CaseResult(name=source.name, status="done", inputs=files))
+
+    @property
+    def first_file(self) -> Path:
+        """The file of the first channel that is there: the label map takes over its header."""
+        return next(iter(self.source.files.values())).path
 
     def close(self, result: CaseResult) -> None:
         """Let nothing more be done."""
@@ -144,7 +162,7 @@ class CaseSteps:
         before = case.before
         with case.timed("read"):
             key = self._key(case.source)
-            if before and before.key == key and before.output and (self.settings.out / before.output).exists():
+            if before and self._is_done(before, key):
                 case.close(before.changed(status="skipped", inputs=case.result.inputs))
                 return
             images = {channel: read_image(file.path, file.index) for channel, file in case.source.files.items()}
@@ -161,7 +179,7 @@ class CaseSteps:
         assert case.prepared is not None and case.native is not None
         reset_peak_memory(self.predictor.device)
         with case.timed("predict"):
-            segmentation = self.predictor.segment(case.prepared, case.native)
+            segmentation = self._segmented(case, case.prepared, case.native)
         case.prepared, case.classes = None, segmentation.classes
         case.result = case.result.changed(
             peak_memory_bytes=peak_memory_bytes(self.predictor.device),
@@ -177,12 +195,43 @@ class CaseSteps:
         output = case.source.name + SUFFIX
         with case.timed("write"):
             label = Volume(self.predictor.values_of(case.classes), case.native)
-            first = next(iter(case.source.files.values()))
-            write_label(self.settings.out / output, label, header_of=first.path, names=plan.labels)
+            write_label(self.settings.out / output, label, header_of=case.first_file, names=plan.labels)
             case.preview.write(self.settings.out, case.source.name, case.classes)
             volumes = _volumes_ml(case.classes, case.native, tuple(plan.labels))
         case.result = case.result.changed(output=output, volumes_ml=volumes, seconds=case.seconds)
         case.classes = case.preview = None
+
+    def _segmented(self, case: CaseInHand, prepared: PreparedImage, native: Geometry) -> Segmentation:
+        """Segment a prepared case, and write the probabilities that are wanted."""
+        settings, labels = self.settings, list(self.predictor.plan.labels)
+        if not settings.probabilities:
+            return self.predictor.segment(prepared, native)
+        writer = PlaneWriter(
+            settings.out / PROBABILITIES / (case.source.name + SUFFIX),
+            native,
+            volumes=len(settings.probabilities),
+            dtype=settings.probabilities_type,
+            scale=1 / np.iinfo(settings.probabilities_type).max,
+            header_of=case.first_file,
+            comment={"probabilities": settings.probabilities},
+        )
+        classes = tuple(labels.index(label) for label in settings.probabilities)
+        with writer:
+            request = ProbabilityRequest(
+                classes, writer.put, settings.probabilities_type, temperature=self.predictor.temperature
+            )
+            segmentation = self.predictor.segment(prepared, native, probabilities=request)
+        case.result = case.result.changed(probabilities=settings.probabilities_wanted)
+        return segmentation
+
+    def _is_done(self, before: CaseResult, key: str) -> bool:
+        """Tell whether a case was done, of these files by these models, and what was written is still there."""
+        if before.key != key or before.output is None:
+            return False
+        wanted = self.settings.probabilities_wanted
+        files = [self.settings.out / before.output]
+        files += [self.settings.out / PROBABILITIES / before.output] if wanted else []
+        return wanted in ("", before.probabilities) and all(file.exists() for file in files)
 
     def _key(self, source: SegmentInput) -> str:
         """Return a digest of all that a case's label map depends on."""

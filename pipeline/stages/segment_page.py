@@ -12,14 +12,15 @@ from numpy.typing import NDArray
 
 from pipeline import evaluation
 from pipeline.geometry import Geometry
-from pipeline.pictures import COLOURS, draw_strip
+from pipeline.pictures import draw_strip
 from pipeline.records import atomic_path, write_text
 from pipeline.stages.segment_report import CaseResult, SegmentReport
+from pipeline.volumes.label_tables import colour_of
 from pipeline.volumes.volume import Volume
 
 REPORT_HTML, PICTURES = "report.html", Path("pictures")
-# Of larger batches the pictures are linked, so that the page stays small: 60 are some 1.5 MB.
-LARGEST_EMBEDDED = 60
+# Of larger batches the pictures are linked, so that the page stays small: 40 are some 2 MB.
+LARGEST_EMBEDDED = 40
 # To the patient's left, front and head: a picture's right is the patient's left, as radiologists look at it.
 PICTURE_ORIENTATION = "LAS"
 # A picture's longest axis: more voxels than it has pixels are not looked at.
@@ -164,7 +165,7 @@ def _source(folder: Path, name: str, embed: bool) -> str:
 def _colours(results: tuple[CaseResult, ...]) -> dict[str, str]:
     """Return label -> the colour of its outline."""
     labels = dict.fromkeys(label for result in results for label in result.volumes_ml)
-    return {label: COLOURS[index % len(COLOURS)] for index, label in enumerate(labels)}
+    return {label: colour_of(index) for index, label in enumerate(labels, 1)}
 
 
 def _template(name: str) -> Any:

@@ -192,7 +192,7 @@ def main() -> None:
 def _stop_at_end_of_pipe(stop: threading.Event) -> None:
     """Stop when the parent closes the pipe or dies."""
     with suppress(OSError):
-        sys.stdin.buffer.read()
+        os.read(sys.stdin.fileno(), 1)  # Not through its buffer: that has a lock, which must be free at the end.
     stop.set()
 
 
