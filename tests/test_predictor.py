@@ -268,23 +268,6 @@ def test_compiled_networks_predict_as_they_are(tmp_path: Path) -> None:
     assert (plain.predict(image).array != compiled.predict(image).array).mean() < 1e-3
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
-def test_where_nothing_can_be_compiled_networks_run_as_they_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    from torch._inductor import config
-
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    grid = Geometry((12, 12, 12), np.eye(4))
-    classes = random_classes(12, 12, 12)
-    model = make_model(plan=make_plan(), network=NEAREST_MEAN)
-    with config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
-        predictor = Predictor(model.network, model.plan, InferenceSection(), replace(CPU, compile=True))
-    assert "going on without compiling" in caplog.text
-    assert np.array_equal(predictor.predict(make_image(grid, classes)).array, VALUES[classes])
-
-
 @pytest.mark.parametrize(
     ("images", "expected"),
     [

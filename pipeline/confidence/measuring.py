@@ -9,6 +9,7 @@ Voxels that are background beyond doubt, by CERTAIN_LOGITS, are left out: in mos
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -78,7 +79,7 @@ class ConfidenceSums:
         Args:
             fold_dice: label -> mean Dice between the networks of an ensemble.
         """
-        largest = torch.tensor(float(len(self.labels))).log().item()
+        largest = math.log(len(self.labels))
         found = {}
         for label, (voxels, own, entropy, mass) in zip(self.labels, self._sums.T.tolist(), strict=True):
             found[label] = StructureConfidence(voxels=0)
