@@ -4,10 +4,10 @@
     python benchmarks/large_ct.py --device cuda --width 32 --max-width 320 --levels 6 --patch 128   # as nnU-Net's
     python benchmarks/large_ct.py --slices 400 --classes 3 --width 16
 
-The scan is a phantom of 0.8x0.8x1 mm, a body with organs in air; the network has random weights, so its labels mean
-nothing, and are more ragged than organs are: the share of cells whose corners disagree is stated. Memory is the peak
-resident set of the whole process; on a GPU also what torch had allocated there. The network's own share is that of as
-many bare forward passes as windows were run, timed after in this process. `--options` are handed to `medseg segment`.
+The scan is a phantom of 0.8x0.8x1 mm, a body with organs in air; the network has random weights and a head that labels
+by intensity (synthetic.py); the share of cells whose corners disagree is stated. Memory is the peak resident set of the
+whole process; on a GPU also what torch had allocated there. The network's own share is that of as many bare forward
+passes as windows were run, timed afterwards. `--options` are handed to `medseg segment`.
 """
 
 import argparse

@@ -13,9 +13,12 @@ from pipeline.data.plan import ChannelFingerprint, Fingerprint, Normalisation, P
 from pipeline.geometry import Geometry
 from pipeline.model import Model, ModelDescription, save_model
 from pipeline.networks.fitting import fitted_plan, network_for
+from pipeline.networks.unet import UNet
 
 AIR_HU, TISSUE_HU = -1000.0, 50.0
 ORGANS = 120
+# Classes that win somewhere, as in a scan that shows a part of the body; the others' logits are computed, and low.
+LEVELS = 12
 # Anything is familiar to a model that has seen nothing.
 ANYTHING = {"0": (0.01, 0.01, 0.01), "100": (1e4, 1e4, 1e4)}
 
@@ -33,7 +36,7 @@ def ct_phantom(shape: tuple[int, int, int]) -> NDArray[np.float32]:
         for centre, radius, value in zip(centres, radii, hu, strict=True):
             a, b, c = ((at - m) / r for at, m, r in zip((x[:, None], y, height), centre, radius, strict=True))
             plane[a**2 + b**2 + c**2 < 1] = value
-        noise = random.normal(0, 10, shape[:2]).astype(np.float32)
+        noise = random.normal(0, 3, shape[:2]).astype(np.float32)
         image[0, :, :, k] = np.where(body, plane + noise, AIR_HU).round()
     return image
 
@@ -65,8 +68,33 @@ def ct_plan(classes: int, spacing_mm: tuple[float, float, float], patch: int = 9
     return untrained_plan(classes, "CT", scheme, spacing_mm, patch_size=(patch,) * 3)
 
 
+@torch.no_grad()
+def label_by_intensity(network: UNet) -> None:
+    """Make the labels of a network of random weights as large as organs, for an argmax of noise is none to resample.
+
+    The finest level carries the blurred image in its first feature map, and the head takes a class for a level of it.
+    """
+    skipped = network.decoder[-1][0][0].in_channels // 2
+    finest = [block for stage in (network.encoder[0], network.decoder[-1]) for block in stage]
+    for (conv, norm, _), source, blurs in zip(finest, (0, 0, skipped, 0), (True, True, False, False), strict=True):
+        kernel = conv.weight[0].zero_()[source]
+        if blurs:
+            kernel += 1 / kernel.numel()
+        else:
+            kernel[tuple(n // 2 for n in kernel.shape)] = 1
+        norm.bias[0] = 4  # so that the activation leaves it alone
+    head = network.heads[-1]
+    levels = torch.linspace(-2.5, 2.5, min(LEVELS, head.out_channels))
+    classes = torch.linspace(0, head.out_channels - 1, len(levels)).round().long()
+    head.weight.zero_()
+    head.bias.fill_(-30)
+    # The largest of -4 (feature - 4 - level)^2, less what all classes share.
+    head.weight[classes, 0, 0, 0, 0] = 8 * levels
+    head.bias[classes] = -4 * levels**2 - 32 * levels
+
+
 def untrained_model(plan: Plan, options: Mapping[str, Any]) -> Model:
-    """Return a model with a `unet` of random weights, always the same."""
+    """Return a model with a `unet` of random weights, always the same, that labels by intensity."""
     torch.manual_seed(0)
     section = NetworkSection(name="unet", options=dict(options))
     plan = fitted_plan(plan, section)
@@ -96,7 +124,10 @@ def untrained_model(plan: Plan, options: Mapping[str, Any]) -> Model:
         versions={},
         created="",
     )
-    return Model(description, network_for(plan, section).eval(), plan, fingerprint, "")
+    network = network_for(plan, section).eval()
+    assert isinstance(network, UNet)
+    label_by_intensity(network)
+    return Model(description, network, plan, fingerprint, "")
 
 
 def save_untrained(folder: Path, plan: Plan, options: Mapping[str, Any]) -> Model:
