@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -28,8 +29,9 @@ from pipeline.config import InferenceSection, Output
 from pipeline.data.plan import Plan
 from pipeline.errors import ModelError, VolumeError
 from pipeline.geometry import Geometry
-from pipeline.hardware import Precision, compiled, pick_device, pick_dtype
+from pipeline.hardware import Precision, compiled, pick_device, pick_dtype, resident_bytes
 from pipeline.inference.labelling import label_from_planes
+from pipeline.inference.memory import MemoryPlan, plan_memory
 from pipeline.inference.planes import LogitPlanes
 from pipeline.inference.postprocessing import postprocess
 from pipeline.inference.probabilities import ProbabilityRequest
@@ -57,6 +59,9 @@ class Engine:
         precision: auto, fp32, bf16 or fp16; None: as the models were trained.
         batch: windows a forward pass; None: as many as keep the device busy.
         skip_empty: leave windows out that hold no body.
+        limit_bytes: what the process may take in memory; None: what it takes now and what is free.
+        scratch: folder for the unfinished planes of a case that does not fit otherwise; None: the system's for
+            temporary files, which on some lies in memory.
         compile: by torch.compile, where that works: a minute or so at the start, for faster windows.
     """
 
@@ -64,6 +69,8 @@ class Engine:
     precision: Precision | None = None
     batch: int | None = None
     skip_empty: bool = True
+    limit_bytes: int | None = None
+    scratch: Path | None = None
     compile: bool = False
 
 
@@ -171,12 +178,12 @@ class Predictor:
 
         Raises:
             VolumeError: the channels are not the plan's, or hold NaN or infinity.
+            ModelError, ResourceError: as `segment`.
         """
         channels = self._channels(images) if isinstance(images, Volume) else images
         native = native or self.native_of(channels)
         prepared = self.prepare(channels, native)
-        classes = self.predict_prepared(prepared.array, prepared.geometry, native, prepared.body)
-        return Volume(self.values_of(classes), native)
+        return Volume(self.values_of(self.segment(prepared, native).classes), native)
 
     def prepare(self, images: Mapping[str, Volume], native: Geometry) -> PreparedImage:
         """Bring a case's channels to the plan's grid and intensities: the first half of `predict`.
@@ -204,10 +211,15 @@ class Predictor:
 
         Raises:
             ModelError: the networks' logits are infinite or not a number.
+            ResourceError: the case does not fit in memory.
         """
+        # The image is in memory already, and counted in the plan.
+        memory = self.memory_plan(
+            prepared.geometry, native, process_bytes=max(0, resident_bytes() - prepared.array.nbytes)
+        )
         sums = ConfidenceSums(tuple(self.plan.labels), self.output, self.temperature)
         watchers = [lambda planes, _: sums.add(planes.logits), *watch]
-        with self.stream(prepared.array, prepared.body) as stream:
+        with self.stream(prepared.array, prepared.body, memory) as stream:
             classes = self._label(_shown(stream, watchers), stream.axis, prepared.geometry, native, probabilities)
         measured = sums.structures(self._fold_dice(stream))
         return Segmentation(classes, judge(measured, self._calibrations), stream.run, stream.skipped)
@@ -233,13 +245,18 @@ class Predictor:
             return self._label(_shown(stream), stream.axis, geometry, native)
 
     @contextmanager
-    def stream(self, image: NDArray[Any], body: Body | None = None) -> Iterator[LogitStream]:
+    def stream(
+        self, image: NDArray[Any], body: Body | None = None, memory: MemoryPlan | None = None
+    ) -> Iterator[LogitStream]:
         """Give the logits of a prepared image as a stream of planes; within the block networks are in eval mode.
 
         Args:
             image: (C, X, Y, Z) on the plan's grid, normalised.
             body: where there is more than air; None: anywhere.
+            memory: says how many windows run at once, and where unfinished planes lie; None: as if there were enough.
         """
+        batch = memory.batch if memory else self.batch
+        on_disk = memory is not None and memory.ring_on_disk
         voxels = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))
         with ExitStack() as stack:
             for network in self._networks:
@@ -249,13 +266,41 @@ class Predictor:
                 self._networks,
                 voxels,
                 self._windowing,
-                batch=self.batch,
+                batch=batch,
                 dtype=self.dtype,
                 output=self.output,
                 body=body if self.engine.skip_empty else None,
+                ring_folder=(self.engine.scratch or Path(tempfile.gettempdir())) if on_disk else None,
             )
             yield stream
-            self.batch = stream.batch
+            if stream.batch < batch:
+                self.batch = stream.batch
+
+    def memory_plan(
+        self, prepared: Geometry, native: Geometry, *, input_bytes: int = 0, process_bytes: int | None = None
+    ) -> MemoryPlan:
+        """Plan the memory of a case before its first window, within the engine's limit.
+
+        Args:
+            prepared: the plan's grid of the case.
+            native: the grid wanted.
+            input_bytes: of the channels as they are read, while they are held beside the image on the plan's grid.
+            process_bytes: what the process takes without the case; None: what it takes now.
+
+        Raises:
+            ResourceError: the case does not fit, window by window and with the unfinished planes on disk.
+        """
+        return plan_memory(
+            self._networks,
+            self._windowing,
+            image_shape=(len(self.plan.channels), *prepared.shape),
+            native_shape=native.shape,
+            input_bytes=input_bytes,
+            batch=self.batch,
+            dtype=self.dtype,
+            limit_bytes=self.engine.limit_bytes,
+            process_bytes=process_bytes,
+        )
 
     def values_of(self, classes: NDArray[Any]) -> NDArray[Any]:
         """Turn class indices into the plan's label values, in the smallest type that holds them all."""
