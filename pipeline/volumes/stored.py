@@ -87,7 +87,7 @@ def read_scalars(path: Path, index: int | None = None) -> tuple[Header, Array]:
     Raises:
         VolumeError: as `read_stored` and `pick_channel`.
     """
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
         if is_itk(path):
             header, image = read_itk_image(path)
             return header, in_c_order(pick_channel(header, itk_voxels(header, image), index), np.dtype(np.float32))

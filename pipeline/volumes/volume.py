@@ -17,6 +17,8 @@ from pipeline.volumes.formats.header import Header
 from pipeline.volumes.formats.layout import Array, in_c_order
 from pipeline.volumes.stored import pick_channel, read_scalars, read_stored
 
+_LARGEST_LABEL = 2.0**53  # Beyond it a float64 no longer tells one whole number from the next.
+
 
 @dataclass(frozen=True, eq=False)
 class Volume:
@@ -74,7 +76,8 @@ def whole_numbers(header: Header, voxels: Array) -> Array:
         VolumeError: a value is not a whole number; names the first.
     """
     if voxels.dtype.kind == "f":
-        wrong = ~(np.isfinite(voxels) & (voxels == np.rint(voxels)))
+        with np.errstate(invalid="ignore"):
+            wrong = ~((np.abs(voxels) < _LARGEST_LABEL) & (voxels == np.rint(voxels)))
         if wrong.any():
             place = tuple(int(n) for n in np.argwhere(wrong)[0])
             raise VolumeError(f"{header.path}: a label map holds whole numbers, got {voxels[place]} at voxel {place}")

@@ -13,6 +13,8 @@ from pipeline.geometry import FloatArray, Geometry
 
 # Axes this far from square (a cosine) are rounding of the header's float32; beyond it the grid is sheared.
 LARGEST_SHEAR = 1e-3
+# No scanner is as large; squares of what damaged headers say instead are beyond float64.
+FARTHEST_MM = 1e6
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,10 +55,15 @@ class Header:
         """The grid.
 
         Raises:
-            GeometryError: the spacing is not above 0, or the affine is not finite, singular or sheared.
+            GeometryError: the spacing is not above 0, or the affine is not finite, far beyond any scanner,
+                singular or sheared.
         """
         if not all(step > 0 for step in self.spacing_mm):
             raise GeometryError(f"{self.path}: the spacing must be above 0 mm on each axis, got {self.spacing_mm}")
+        if (np.abs(self.affine) > FARTHEST_MM).any():
+            raise GeometryError(
+                f"{self.path}: the affine must be finite, within a kilometre; got {self.affine.tolist()}"
+            )
         try:
             geometry = Geometry(self.shape[:3], self.affine)  # type: ignore[arg-type]
         except GeometryError as error:

@@ -84,7 +84,8 @@ def scaled_voxels(header: Header, voxels: Array) -> Array:
     slope, intercept = header.scaling
     if (slope, intercept) == (1, 0) or header.kind != "scalar":
         return voxels
-    scaled: Array = voxels * np.float64(slope) + np.float64(intercept)
+    with np.errstate(all="ignore"):  # What is not finite is a value like another, for `check` to find.
+        scaled: Array = voxels * np.float64(slope) + np.float64(intercept)
     return scaled
 
 
@@ -103,6 +104,7 @@ def _offset_of(header: Header) -> int:
     return int(offset)
 
 
+@np.errstate(all="ignore")  # What is not finite is judged with the grid, what is out of bounds with the shape.
 def _header_of(path: Path, start: bytes) -> Header:
     """Interpret the first bytes of a NIfTI file."""
     order = next((o for o in ("little", "big") if int.from_bytes(start[:4], o) in _NIFTI_HEADERS), None)
@@ -115,6 +117,8 @@ def _header_of(path: Path, start: bytes) -> Header:
         slope, intercept = nifti.get_slope_inter()
     except (HeaderDataError, KeyError, ValueError) as error:
         raise VolumeError(f"{path}: its NIfTI header makes no sense: {error}") from error
+    if dtype.kind not in "biufc" and not dtype.fields:
+        raise VolumeError(f"{path}: its NIfTI header says no type of voxel (datatype {int(nifti['datatype'])})")
     if bytes(nifti["magic"])[:3] not in (b"n+1", b"ni1", b"n+2", b"ni2"):
         raise VolumeError(f"{path}: is Analyze 7.5, which does not say left from right; convert it to NIfTI")
     if nifti["pixdim"][0] != -1:
