@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pipeline.confidence.calibration import (
     CALIBRATION,
     FEWEST_CASES,
-    PENALTY,
+    PENALTIES,
     Calibration,
     Features,
     fit_dice,
@@ -156,7 +156,7 @@ def test_a_lattice_holds_about_as_many_voxels_as_it_may(shape: tuple[int, int, i
     assert lattice_step(shape, voxels) == step
 
 
-def cases(count: int, seed: int = 0) -> tuple[list[Features], list[float]]:
+def cases(count: int, seed: int = 0, noise: float = 0.01) -> tuple[list[Features], list[float]]:
     """Structures whose Dice is 0.1 below the expected one, and falls with entropy."""
     rng = np.random.default_rng(seed)
     found = [
@@ -165,28 +165,30 @@ def cases(count: int, seed: int = 0) -> tuple[list[Features], list[float]]:
             rng.uniform(0.5, 0.99, count), rng.uniform(0, 0.3, count), rng.integers(50, 5000, count), strict=True
         )
     ]
-    return found, [f.expected_dice - 0.1 - 0.5 * f.entropy + rng.normal(0, 0.01) for f in found]
+    return found, [f.expected_dice - 0.1 - 0.5 * f.entropy + rng.normal(0, noise) for f in found]
 
 
-def refitted(features: list[Features], dice: list[float], without: int, centre: FloatArray, scale: FloatArray) -> float:
+def refitted(features: list[Features], dice: list[float], without: int, penalty: float) -> float:
     """Predict one case by a ridge regression on the others, solved as augmented least squares."""
     rows = np.array([[f.expected_dice, f.entropy, math.log(f.voxels)] for f in features])
-    inputs = np.column_stack([(rows - centre) / scale, np.ones(len(rows))])
+    inputs = np.column_stack([(rows - rows.mean(axis=0)) / rows.std(axis=0), np.ones(len(rows))])
     missed = np.array(dice) - rows[:, 0]
     kept = np.arange(len(rows)) != without
-    penalties = np.column_stack([math.sqrt(PENALTY) * np.eye(3), np.zeros(3)])
+    penalties = np.column_stack([math.sqrt(penalty) * np.eye(3), np.zeros(3)])
     stacked = np.concatenate([inputs[kept], penalties])
     weights = np.linalg.lstsq(stacked, np.concatenate([missed[kept], np.zeros(3)]), rcond=None)[0]
     return float(rows[without, 0] + inputs[without] @ weights)
 
 
-def test_the_error_with_a_case_left_out_is_that_of_refits() -> None:
-    features, dice = cases(12)
+@pytest.mark.parametrize("noise", [0.01, 0.3])
+def test_the_error_with_a_case_left_out_is_that_of_refits_with_the_best_penalty(noise: float) -> None:
+    features, dice = cases(12, noise=noise)
     regression = fit_dice(features, dice)
     assert regression is not None
-    rows = np.array([f.row for f in features])
-    centre, scale = rows.mean(axis=0), rows.std(axis=0)
-    left_out = np.clip([refitted(features, dice, i, centre, scale) for i in range(12)], 0, 1)
+    errors = {p: np.array([refitted(features, dice, i, p) - dice[i] for i in range(12)]) for p in PENALTIES}
+    best = min(errors, key=lambda penalty: float(np.square(errors[penalty]).sum()))
+    assert best == (PENALTIES[0] if noise < 0.1 else PENALTIES[-1])
+    left_out = np.clip(errors[best] + dice, 0, 1)
     assert regression.mae == pytest.approx(np.abs(left_out - dice).mean(), rel=1e-9)
     assert regression.cases == 12
     assert regression.low == pytest.approx(np.percentile(dice, 5))

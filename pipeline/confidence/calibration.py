@@ -32,8 +32,9 @@ CALIBRATION_FORMAT_VERSION = 1
 # With fewer cases four numbers are not to be learnt.
 FEWEST_CASES = 8
 
-# Ridge penalty on standardised features, against a sum over cases.
-PENALTY = 1.0
+# Ridge penalties on standardised features, against a sum over cases: where Dice varies by little else than the
+# reference's own noise, as in validation cases that all went well, only a strong one does no harm.
+PENALTIES = (1.0, 10.0, 100.0)
 
 # A structure is doubtful where less is predicted than this share of the validation cases had.
 LOW_PERCENTILE = 5.0
@@ -123,7 +124,7 @@ def fit_dice(features: Sequence[Features], dice: Sequence[float]) -> DiceRegress
     """Learn how a structure's Dice follows from its features, one of each a case.
 
     Ridge regression of what the expected Dice misses (Dice less expected Dice) on the standardised features, the
-    intercept not penalised; the error with a case left out follows from the hat matrix without a second fit.
+    intercept not penalised; of PENALTIES that with the smallest squared error when each case is left out in turn.
 
     Returns:
         None with fewer than FEWEST_CASES.
@@ -134,12 +135,10 @@ def fit_dice(features: Sequence[Features], dice: Sequence[float]) -> DiceRegress
     missed = target - rows[:, 0]
     centre, scale = rows.mean(axis=0), rows.std(axis=0)
     scale[scale < 1e-12] = 1.0
-    inputs = (rows - centre) / scale
-    solve = np.linalg.solve(inputs.T @ inputs + PENALTY * np.eye(3), inputs.T)  # (3, cases)
-    weights = solve @ (missed - missed.mean()) / scale
-    own_share = 1 / len(target) + np.einsum("ij,ji->i", inputs, solve)
-    residual = missed - missed.mean() - (rows - centre) @ weights
-    left_out = np.clip(target - residual / (1 - own_share), 0.0, 1.0)
+    fits = [_ridge((rows - centre) / scale, missed, penalty) for penalty in PENALTIES]
+    standardised, error = min(fits, key=lambda fit: float(np.square(fit[1]).sum()))
+    weights = standardised / scale
+    left_out = np.clip(target - error, 0.0, 1.0)
     return DiceRegression(
         intercept=float(missed.mean() - centre @ weights),
         expected_dice=1 + float(weights[0]),
@@ -149,6 +148,23 @@ def fit_dice(features: Sequence[Features], dice: Sequence[float]) -> DiceRegress
         mae=float(np.abs(left_out - target).mean()),
         low=float(np.percentile(target, LOW_PERCENTILE)),
     )
+
+
+def _ridge(inputs: FloatArray, target: FloatArray, penalty: float) -> tuple[FloatArray, FloatArray]:
+    """Return a ridge regression's weights (features,), and the errors (cases,) of leaving each case out.
+
+    The hat matrix gives these errors without a second fit (Golub, Heath and Wahba, Technometrics 1979;21:215-223).
+
+    Args:
+        inputs: (cases, features), of mean 0.
+        target: (cases,); its mean is the intercept.
+        penalty: of the squared weights.
+    """
+    solve = np.linalg.solve(inputs.T @ inputs + penalty * np.eye(inputs.shape[1]), inputs.T)  # (features, cases)
+    centred = target - target.mean()
+    weights = solve @ centred
+    own_share = 1 / len(target) + np.einsum("ij,ji->i", inputs, solve)
+    return weights, (centred - inputs @ weights) / (1 - own_share)
 
 
 def save_calibration(folder: Path, calibration: Calibration) -> None:
