@@ -1,108 +1,186 @@
-"""Logits to the native label map: ours, streaming, beside plain torch's "interpolate all K volumes, then argmax".
+"""Logits to the native label map: ours, plane by plane, beside two ways that interpolate all K volumes first.
 
-Both get the same logits of a phantom of K - 1 organs on a 1.5 mm grid and label a native grid of 0.7 x 0.7 x 1.0 mm,
-each in a process of its own; making the logits is not counted. Memory is the peak beyond what was there before (for
-torch: beyond the logits). Both are compared with the argmax in float64. Needs Linux.
+    python benchmarks/labelling.py                                                 # beside plain torch
+    python benchmarks/labelling.py --classes 25 --peer-python PEERS/bin/python     # and beside nnU-Net's export
+    python benchmarks/labelling.py --classes 118 --skip-torch                      # where K volumes don't fit
+    python benchmarks/labelling.py --classes 25 --skip-torch --probabilities 1 2   # on request
 
-Run: python benchmarks/labelling.py [--native 256 256 150] [--classes 3 25] [--skip-torch]
+All get the same float32 logits of a phantom of 117 organs in K - 1 classes on a 1.5 mm grid and label a native grid of
+0.7 x 0.7 x 1.0 mm, each in a process of its own, on --threads threads; making the logits is not counted. Memory is the
+peak beyond what was there before: for ours that is the label map, the plane handed in and all that is done with it, for
+the others all beyond the logits. Each label map is compared with the decision in float64; a voxel is a near-tie where
+its two largest logits differ by less than 1e-5 of the larger. Needs Linux; peers/requirements.txt makes PEERS.
 """
 
 import argparse
-import re
+import json
+import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from side_by_side import PEERS, memory_mb, run_apart
 
 from pipeline.geometry import Geometry
 from pipeline.inference.labelling import label_from_planes
 from pipeline.inference.planes import LogitPlanes
+from pipeline.inference.probabilities import ProbabilityRequest
 from pipeline.volumes.axes import axis_maps
+from pipeline.volumes.plane_writing import PlaneWriter
 
 AXIS = 2
-Result = tuple[NDArray[np.uint8], float, float]  # labels, seconds, MB at the peak beyond the input
+ORGANS = 117
+SPACING_MM, NATIVE_SPACING_MM = (1.5, 1.5, 1.5), (0.7, 0.7, 1.0)
+NEAR_TIE = 1e-5
+
+Labels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a party made, and what it took."""
+
+    labels: Labels
+    seconds: float
+    peak_mb: float
 
 
 class Phantom:
-    """Organs as ellipsoids; a class' logit falls with the distance from its centre, plus noise of a network's kind."""
+    """Organs as ellipsoids; a class' logit falls with the distance from its nearest organ, plus a network's noise."""
 
     def __init__(self, num_classes: int, native: Geometry) -> None:
-        random = np.random.default_rng(num_classes)
+        random = np.random.default_rng(0)
+        self.num_classes = num_classes
         self.native = native
-        self.prepared = native.respaced((1.5, 1.5, 1.5))
-        self.centres = random.uniform(0.1, 0.9, (num_classes - 1, 3)) * self.prepared.shape
-        self.radii = random.uniform(0.5, 1.0, (num_classes - 1, 3)) * np.mean(self.prepared.shape) * 0.55
-        self.radii /= num_classes ** (1 / 3)
-
-    def plane(self, index: int) -> NDArray[np.float32]:
-        """Return (K, A, B) logits of one plane along AXIS."""
-        squares = [
-            ((np.arange(n)[None] - self.centres[:, a, None]) / self.radii[:, a, None]) ** 2
+        self.prepared = native.respaced(SPACING_MM)
+        shape = np.array(self.prepared.shape)
+        centres = random.uniform(0.1, 0.9, (ORGANS, 3)) * shape
+        radii = random.uniform(0.06, 0.13, (ORGANS, 3)) * shape
+        self.squares = [
+            (((np.arange(n) - centres[:, a, None]) / radii[:, a, None]) ** 2).astype(np.float32)
             for a, n in enumerate(self.prepared.shape)
         ]
-        organs = 4 * (1 - squares[0][:, :, None] - squares[1][:, None, :] - squares[2][:, index, None, None])
-        logits = np.concatenate([np.zeros_like(organs[:1]), organs.clip(-12, 12)]).astype(np.float32)
-        return logits + np.random.default_rng(index).normal(0, 0.02, logits.shape).astype(np.float32)
+
+    def plane(self, index: int) -> NDArray[np.float32]:
+        """Return (K, A, B) logits of one plane along AXIS, made in little memory."""
+        rows, columns, along = self.squares
+        logits = np.full((self.num_classes, *self.prepared.shape[:2]), -12, np.float32)
+        logits[0] = 0
+        for organ in range(ORGANS):
+            inside = 4 * (1 - along[organ, index] - rows[organ][:, None] - columns[organ])
+            into = logits[1 + organ % (self.num_classes - 1)]
+            np.maximum(into, inside.clip(-12, 12), out=into)
+        random = np.random.default_rng(index)
+        for plane in logits:
+            plane += 0.02 * random.standard_normal(plane.shape, np.float32)
+        return logits
+
+    def planes(self) -> Iterator[NDArray[np.float32]]:
+        """Yield all planes in order."""
+        return map(self.plane, range(self.prepared.shape[AXIS]))
+
+    def volumes(self, path: Path | None = None) -> NDArray[np.float32]:
+        """Return (K, X, Y, Z) logits, in memory or in a file."""
+        shape = (self.num_classes, *self.prepared.shape)
+        logits = np.lib.format.open_memmap(path, "w+", np.float32, shape) if path else np.empty(shape, np.float32)
+        for index, plane in enumerate(self.planes()):
+            logits[..., index] = plane
+        return logits
 
 
-def peak_mb(*, afresh: bool = False) -> float:
-    """Return the peak of this process' resident memory, since its start or since it was last asked for afresh."""
-    if afresh:
-        Path("/proc/self/clear_refs").write_text("5")
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
+def measured(action: Callable[[], tuple[Labels, float]]) -> Result:
+    """Run once; the action tells which of its seconds don't count."""
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the peak, begins anew
+    before, start = memory_mb("VmHWM"), time.perf_counter()
+    labels, apart_s = action()
+    return Result(labels, time.perf_counter() - start - apart_s, memory_mb("VmHWM") - before)
 
 
-def ours(phantom: Phantom) -> Result:
-    making = 0.0
+def ours(threads: int, probabilities: tuple[int, ...], phantom: Phantom) -> Result:
+    torch.set_num_threads(threads)
+    making_s = 0.0
 
     def planes() -> Iterator[LogitPlanes]:
-        nonlocal making
-        for index in range(phantom.prepared.shape[AXIS]):
+        nonlocal making_s
+        start = time.perf_counter()
+        for index, plane in enumerate(phantom.planes()):
+            making_s += time.perf_counter() - start
+            yield LogitPlanes(index, torch.from_numpy(plane[:, None]))
             start = time.perf_counter()
-            handed = LogitPlanes(index, torch.from_numpy(phantom.plane(index)[:, None]))
-            making += time.perf_counter() - start
-            yield handed
+
+    def label(request: ProbabilityRequest | None = None) -> Labels:
+        prepared, native = phantom.prepared, phantom.native
+        return label_from_planes(planes(), axis=AXIS, prepared=prepared, native=native, probabilities=request)
+
+    def label_and_write() -> Labels:
+        with tempfile.TemporaryDirectory() as folder:
+            path, volumes = Path(folder) / "probabilities.nii.gz", len(probabilities)
+            with PlaneWriter(path, phantom.native, volumes=volumes, dtype="uint8", scale=1 / 255) as writer:
+                return label(ProbabilityRequest(probabilities, writer.put))
 
     phantom.plane(0)
-    before, start = peak_mb(afresh=True), time.perf_counter()
-    labels = label_from_planes(planes(), axis=AXIS, prepared=phantom.prepared, native=phantom.native)
-    return labels, time.perf_counter() - start - making, peak_mb() - before
+    return measured(lambda: ((label_and_write if probabilities else label)(), making_s))
 
 
-def plain_torch(phantom: Phantom) -> Result:
-    torch.set_num_threads(2)
-    logits = torch.from_numpy(np.stack([phantom.plane(i) for i in range(phantom.prepared.shape[AXIS])], axis=-1))[None]
-    before, start = peak_mb(afresh=True), time.perf_counter()
-    volumes = torch.nn.functional.interpolate(logits, phantom.native.shape, mode="trilinear", align_corners=False)
-    labels = volumes[0].argmax(0).to(torch.uint8).numpy()
-    return labels, time.perf_counter() - start, peak_mb() - before
+def plain_torch(threads: int, phantom: Phantom) -> Result:
+    torch.set_num_threads(threads)
+    logits = torch.from_numpy(phantom.volumes())[None]
+
+    def label() -> tuple[Labels, float]:
+        volumes = torch.nn.functional.interpolate(logits, phantom.native.shape, mode="trilinear", align_corners=False)
+        return volumes[0].argmax(0).to(torch.uint8).numpy(), 0.0
+
+    return measured(label)
 
 
-def in_float64(phantom: Phantom) -> Result:
-    """Interpolate all K volumes in float64, a native plane at a time; neither time nor memory is of interest."""
+def nnunet_export(python: Path, threads: int, phantom: Phantom) -> Result:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        phantom.volumes(folder / "logits.npy").flush()
+        spacing = {"spacing_mm": SPACING_MM, "native_spacing_mm": NATIVE_SPACING_MM}
+        (folder / "grids.json").write_text(json.dumps({"shape": phantom.native.shape, **spacing}))
+        answer = run_apart([python, PEERS / "nnunet_export.py", folder, threads]).answer
+        return Result(np.load(folder / "labels.npy"), answer["seconds"], answer["peak_mb"])
+
+
+def in_float64(phantom: Phantom) -> tuple[Labels, NDArray[np.bool_]]:
+    """Return the labels of all logits interpolated in float64, native plane by plane, and where near-ties are."""
     maps = axis_maps(phantom.prepared, phantom.native)
     assert maps is not None
     rows, columns, along = maps
-    labels = np.empty(phantom.native.shape, np.uint8)
+    labels, near = np.zeros(phantom.native.shape, np.uint8), np.zeros(phantom.native.shape, bool)
+    planes = {0: phantom.plane(0)}
     for index in range(phantom.native.shape[AXIS]):
-        lower, upper = (phantom.plane(int(i[index])).astype(np.float64) for i in (along.lower, along.upper))
-        plane = (1 - along.weight[index]) * lower + along.weight[index] * upper
-        for axis, m in ((1, rows), (2, columns)):
-            weight = m.weight.reshape(-1, 1) if axis == 1 else m.weight
-            plane = (1 - weight) * plane.take(m.lower, axis) + weight * plane.take(m.upper, axis)
-        labels[:, :, index] = plane.argmax(0)
-    return labels, 0.0, 0.0
+        around = (int(along.lower[index]), int(along.upper[index]))
+        planes = {at: planes[at] if at in planes else phantom.plane(at) for at in around}
+        best = np.full(labels.shape[:2], -np.inf)
+        second = best.copy()
+        for number, (low, high) in enumerate(zip(*(planes[at] for at in around), strict=True)):
+            values = (1 - along.weight[index]) * low.astype(np.float64) + along.weight[index] * high
+            weight = rows.weight[:, None]
+            values = (1 - weight) * values.take(rows.lower, 0) + weight * values.take(rows.upper, 0)
+            values = (1 - columns.weight) * values.take(columns.lower, 1) + columns.weight * values.take(
+                columns.upper, 1
+            )
+            labels[..., index][values > best] = number
+            second = np.maximum(second, np.minimum(best, values))
+            best = np.maximum(best, values)
+        near[..., index] = best - second < NEAR_TIE * np.maximum(abs(best), abs(second))
+    return labels, near
 
 
 def ambiguous_share(phantom: Phantom) -> float:
     """Return the share of cells of the plan's grid whose eight corners are not of one class."""
-    classes = np.stack([phantom.plane(i).argmax(0) for i in range(phantom.prepared.shape[AXIS])], axis=-1)
+    classes = np.stack([plane.argmax(0) for plane in phantom.planes()], axis=-1)
     low = high = classes
     for axis in range(3):
         n = classes.shape[axis]
@@ -111,30 +189,53 @@ def ambiguous_share(phantom: Phantom) -> float:
     return float((low != high).mean())
 
 
-def apart(function: Callable[[Phantom], Result], phantom: Phantom) -> Result:
+def apart(function: Callable[[Phantom], Any], phantom: Phantom) -> Any:
     """Run in a fresh process, whose peak memory is its own."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, phantom).result()
 
 
+def report(options: argparse.Namespace, phantom: Phantom) -> None:
+    """Measure all parties and print seconds, memory, differing voxels and ratios."""
+    parties: dict[str, Callable[[], Result]] = {}
+    parties["ours"] = partial(apart, partial(ours, options.threads, tuple(options.probabilities)), phantom)
+    if not options.skip_torch:
+        parties["plain torch"] = partial(apart, partial(plain_torch, options.threads), phantom)
+    if options.peer_python:
+        parties["nnU-Net's export"] = partial(nnunet_export, options.peer_python, options.threads, phantom)
+    labels, near = apart(in_float64, phantom)
+    results: dict[str, Result] = {}
+    for name, run in parties.items():
+        repeats = [run() for _ in range(options.repeats if name == "ours" else 1)]
+        seconds = statistics.median(result.seconds for result in repeats)
+        results[name] = Result(repeats[0].labels, seconds, max(result.peak_mb for result in repeats))
+        differing = results[name].labels != labels
+        print(
+            f"  {name:16s} {seconds:8.2f} s {results[name].peak_mb:8.0f} MB; "
+            f"{differing.sum()} voxels differ from float64, {(differing & near).sum()} of them near-ties",
+            flush=True,
+        )
+    mine = results.pop("ours")
+    for name, peer in results.items():
+        print(f"  {name}: {peer.seconds / mine.seconds:.1f} x our time, {peer.peak_mb / mine.peak_mb:.1f} x our memory")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--native", type=int, nargs=3, default=[256, 256, 150], help="shape of the native grid")
+    parser.add_argument("--native", type=int, nargs=3, default=[512, 512, 300], help="shape of the native grid")
     parser.add_argument("--classes", type=int, nargs="+", default=[3, 25])
+    parser.add_argument("--probabilities", type=int, nargs="*", default=[], help="classes whose ours writes besides")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3, help="of ours; the median counts")
     parser.add_argument("--skip-torch", action="store_true", help="where K float32 volumes do not fit")
+    parser.add_argument("--peer-python", type=Path, help="an interpreter with nnunetv2, to run its export beside")
     options = parser.parse_args()
-    native = Geometry(tuple(options.native), np.diag([0.7, 0.7, 1.0, 1.0]))
+    native = Geometry(tuple(options.native), np.diag([*NATIVE_SPACING_MM, 1.0]))
     for num_classes in options.classes:
         phantom = Phantom(num_classes, native)
-        print(f"K = {num_classes}: {phantom.prepared} -> {native}; {ambiguous_share(phantom):.1%} of cells ambiguous")
-        exact = apart(in_float64, phantom)[0]
-        labels, seconds, peak = apart(ours, phantom)
-        print(f"  ours         {seconds:7.2f} s  {peak:8.0f} MB  {(labels != exact).sum()} voxels differ from float64")
-        if not options.skip_torch:
-            peer_labels, peer_seconds, peer_peak = apart(plain_torch, phantom)
-            differing = (peer_labels != exact).sum()
-            print(f"  plain torch  {peer_seconds:7.2f} s  {peer_peak:8.0f} MB  {differing} voxels differ from float64")
-            print(f"  ours takes {seconds / peer_seconds:.2f} of the time, {peak / peer_peak:.3f} of the memory")
+        share = ambiguous_share(phantom)
+        print(f"K = {num_classes}: {phantom.prepared} -> {native}; {share:.1%} of cells ambiguous", flush=True)
+        report(options, phantom)
 
 
 if __name__ == "__main__":
