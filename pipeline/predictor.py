@@ -9,7 +9,6 @@ The models are loaded once and serve any number of volumes. Several are an ensem
 
 from __future__ import annotations
 
-import itertools
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -119,22 +118,14 @@ class Predictor:
         self.engine = engine = engine or Engine()
         self.device = pick_device(engine.device)
         self.dtype = pick_dtype(engine.precision or "auto", self.device)
-        self._networks = [
-            network.to(self.device) for network in ([networks] if isinstance(networks, Network) else networks)
-        ]
+        members = [networks] if isinstance(networks, Network) else networks
+        self._networks = [network.to(self.device) for network in members]
         self.batch = engine.batch or windows_at_once(self._networks[0], plan.patch_size, self.device)
         if engine.compile:
             self._networks = [self._compiled(network) for network in self._networks]
         self.temperature = temperature_of(calibrations)
         self._calibrations = tuple(calibrations)
-        self._windowing = Windowing(
-            window=plan.patch_size,
-            overlap=inference.overlap,
-            blending=inference.blending,
-            flips=_all_flips(inference),
-            paired_classes=_paired_outputs(plan, output),
-            left_right_axis=plan.left_right_axis,
-        )
+        self._windowing = Windowing.of(plan, inference, output)
 
     @classmethod
     def load(cls, folders: Path | Sequence[Path], engine: Engine | None = None) -> Predictor:
@@ -391,15 +382,3 @@ def _shown(stream: LogitStream, watchers: Sequence[Watcher] = ()) -> Iterator[Lo
         for watcher in watchers:
             watcher(planes, stream.axis)
         yield planes
-
-
-def _paired_outputs(plan: Plan, output: Output) -> tuple[tuple[int, int], ...]:
-    """Return the channels of the logits that swap when left and right are flipped; regions have none for background."""
-    shift = output == "regions"
-    return tuple((left - shift, right - shift) for left, right in plan.paired_classes)
-
-
-def _all_flips(inference: InferenceSection) -> tuple[tuple[int, ...], ...]:
-    """Return all combinations of the flipped axes, none of them first."""
-    axes = sorted({"xyz".index(letter) for letter in inference.flip_axes})
-    return tuple(flip for n in range(len(axes) + 1) for flip in itertools.combinations(axes, n))

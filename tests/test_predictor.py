@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from tiny_models import NEAREST_MEAN, NearestMean, make_model, make_plan, nearest_mean
 
 from pipeline.config import InferenceSection
-from pipeline.errors import ModelError, VolumeError
+from pipeline.errors import ModelError, ResourceError, VolumeError
 from pipeline.geometry import Geometry
+from pipeline.inference.memory import MemoryPlan
 from pipeline.model import save_model
 from pipeline.networks import NETWORKS, Network
 from pipeline.predictor import Engine, Predictor
@@ -256,6 +257,43 @@ def test_windows_of_nothing_but_air_are_left_out_unless_told_otherwise() -> None
     assert all_.classes[60:].any()
     assert not some.classes[60:].any()
     assert np.array_equal(skipping.predict(image).array, VALUES[some.classes])
+
+
+def test_logits_do_not_depend_on_the_memory_there_is(tmp_path: Path) -> None:
+    """The batch falls to a window, then the unfinished planes go to disk, then it is an error; windows stay."""
+    grid = Geometry((40, 30, 20), np.eye(4))
+    model = make_model()
+    ample = Predictor(model.network.eval(), model.plan, InferenceSection(), replace(CPU, batch=4, scratch=tmp_path))
+    image = make_image(grid, random_classes(40, 30, 20)).array
+
+    def logits(memory: MemoryPlan | None) -> torch.Tensor:
+        with ample.stream(image, memory=memory) as stream:
+            return torch.cat([planes.logits for planes in stream], 1)
+
+    def plan(limit_bytes: int | None) -> MemoryPlan:
+        engine = replace(ample.engine, limit_bytes=limit_bytes)
+        predictor = Predictor(model.network, model.plan, InferenceSection(), engine)
+        return predictor.memory_plan(grid, grid, process_bytes=0)
+
+    whole = plan(None)
+    fewer = plan(whole.peak_ram_bytes - 1)
+    least = plan(replace(fewer, batch=1, activations=whole.activations // 4).peak_ram_bytes - 1)
+    assert (whole.batch, whole.ring_on_disk) == (4, False)
+    assert (fewer.batch, fewer.ring_on_disk) == (2, False)
+    assert (least.batch, least.ring_on_disk) == (1, True)
+    assert whole.windows == fewer.windows == least.windows
+    for memory in (fewer, least):
+        torch.testing.assert_close(logits(memory), logits(None), atol=1e-5, rtol=0)
+    assert torch.equal(logits(least), logits(replace(least, ring_on_disk=False)))
+    with pytest.raises(ResourceError, match=r"40x30x20 voxels does not fit in 0\.00 GB.*--max-memory"):
+        plan(1)
+
+
+def test_a_case_that_does_not_fit_is_refused_before_its_first_window() -> None:
+    image = make_image(Geometry((20, 18, 16), np.eye(4)), random_classes(20, 18, 16))
+    model = make_model()
+    with pytest.raises(ResourceError, match="20x18x16"):
+        Predictor(model.network, model.plan, InferenceSection(), replace(CPU, limit_bytes=1)).predict(image)
 
 
 @pytest.mark.slow

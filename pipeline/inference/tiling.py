@@ -11,6 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pipeline.config import InferenceSection, Output
+from pipeline.data.plan import Plan
+
 Size = tuple[int, int, int]
 Box = tuple[slice, ...]
 Flip = tuple[int, ...]
@@ -30,7 +33,7 @@ class Windowing:
             network has a margin there is none.
         blending: weight of a window's voxels in the sum.
         flips: the logits are averaged over these flips, each a tuple of axes; () is the window as it is.
-        paired_classes: classes that swap where a flip holds the left-right axis.
+        paired_classes: channels of the logits that swap where a flip holds the left-right axis.
         left_right_axis: the axis that runs between left and right.
     """
 
@@ -46,6 +49,20 @@ class Windowing:
             raise ValueError(f"overlap must be at least 0 and below 1, got {self.overlap}")
         if not self.flips:
             raise ValueError("flips: at least one is needed; ((),) is the window as it is")
+
+    @classmethod
+    def of(cls, plan: Plan, inference: InferenceSection, output: Output = "softmax") -> Windowing:
+        """Return how a model's volumes are cut: with all combinations of the flipped axes, none of them first."""
+        axes = sorted({"xyz".index(letter) for letter in inference.flip_axes})
+        no_background = output == "regions"  # has no channel of its own: a class's is the one before
+        return cls(
+            window=plan.patch_size,
+            overlap=inference.overlap,
+            blending=inference.blending,
+            flips=tuple(flip for n in range(len(axes) + 1) for flip in itertools.combinations(axes, n)),
+            paired_classes=tuple((a - no_background, b - no_background) for a, b in plan.paired_classes),
+            left_right_axis=plan.left_right_axis,
+        )
 
     def class_order(self, flip: Flip, num_classes: int) -> list[int]:
         """Return for each class the channel that holds it in the logits of a flipped window."""
