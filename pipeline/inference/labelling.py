@@ -14,13 +14,14 @@ all that takes time.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pipeline.config import Output
 from pipeline.geometry import FloatArray, Geometry
@@ -56,9 +57,7 @@ class _Plane:
     """One plane of the plan's grid."""
 
     logits: Logits  # (A * B, K): a corner's logits are taken all at once
-    classes: (
-        Classes  # (cells of A, cells of B): the class of all corners of a cell, or their number where they disagree
-    )
+    classes: Classes  # (cells of A, cells of B): of all a cell's corners; where they disagree, the number of classes
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,26 +123,9 @@ def label_from_planes(
     across = [maps[own].rounded() if maps[own].axis == thick_axis else maps[own] for own in order]
     asked = ProbabilityPlanes(probabilities, output, order, across) if probabilities else None
     stream, rows, columns = map(_axis, across)
-    labels: Classes = np.zeros([native.shape[own] for own in order], np.uint8)
-    lower: _Plane | None = None
-    count = 0
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        labelling = _Labelling(DECISIONS[output], rows, columns, threads)
-        for upper in labelling.planes(planes):
-            if lower is None:
-                labels = labels.astype(
-                    np.min_scalar_type(labelling.decision.count(upper.logits.shape[1]) - 1), copy=False
-                )
-                inside = labels[stream.voxels, rows.voxels, columns.voxels]
-            for cell in np.flatnonzero(stream.cells.upper == count):
-                around = (upper,) if lower is None or stream.cells.lower[cell] == count else (lower, upper)
-                voxels = stream.in_cells(slice(cell, cell + 1))
-                labelling.label(around, stream.weight[voxels], inside[voxels])
-                if asked:
-                    asked.put(stream.voxels.start + voxels.start, stream.weight[voxels], [p.logits for p in around])
-            lower, count = upper, count + 1
-    if count != prepared.shape[axis]:
-        raise ValueError(f"got {count} planes of logits along axis {axis}, expected {prepared.shape[axis]}")
+        labelling = _Labelling(DECISIONS[output], stream, rows, columns, threads)
+        labels = labelling.run(planes, prepared.shape[axis], [native.shape[own] for own in order], asked)
     return labels.transpose(np.argsort(order))
 
 
@@ -162,30 +144,56 @@ def _run(indices: Indices) -> slice:
 
 @dataclass(frozen=True, eq=False)
 class _Labelling:
-    """What labels one gap between two planes after the other."""
+    """What labels the native planes, one gap between two planes of the plan's grid after the other."""
 
     decision: Decision
+    stream: _Axis
     rows: _Axis
     columns: _Axis
     threads: ThreadPoolExecutor
 
-    def planes(self, planes: Iterable[LogitPlanes]) -> Iterator[_Plane]:
+    def run(
+        self, planes: Iterable[LogitPlanes], length: int, shape: Sequence[int], asked: ProbabilityPlanes | None
+    ) -> Classes:
+        """Label a grid of some shape, in the order of the planes, of which there must be `length`."""
+        labels: Classes = np.zeros(0)
+        lower: _Plane | None = None
+        for index, upper in enumerate(self._planes(planes, length)):
+            if lower is None:
+                labels = np.zeros(shape, np.min_scalar_type(self.decision.count(upper.logits.shape[1]) - 1))
+            for cell in np.flatnonzero(self.stream.cells.upper == index):
+                around = (upper,) if lower is None or self.stream.cells.lower[cell] == index else (lower, upper)
+                voxels = self.stream.in_cells(slice(cell, cell + 1))
+                weights, first = self.stream.weight[voxels], self.stream.voxels.start + voxels.start
+                inside = labels[first : first + len(weights), self.rows.voxels, self.columns.voxels]
+                self._label(around, weights, inside)
+                if asked:
+                    asked.put(first, weights, [plane.logits for plane in around])
+            lower = upper
+        return labels
+
+    def _planes(self, planes: Iterable[LogitPlanes], length: int) -> Iterator[_Plane]:
         """Yield plane by plane, each with the classes that its cells' corners agree on."""
         expected = 0
         for several in planes:
             if several.start != expected:
                 raise ValueError(f"got planes of logits from {several.start} on, expected {expected}")
-            num_logits, count = several.logits.shape[:2]
-            expected += count
-            for plane in range(count):
-                logits = several.logits[:, plane].flatten(1)
-                classes = self.decision.classes(logits.numpy()).reshape(several.logits.shape[2:])
-                disputed = np.asarray(self.decision.count(num_logits), classes.dtype)
-                classes = agreed(agreed(classes, 0, self.rows.cells, disputed), 1, self.columns.cells, disputed)
-                # A copy, since the next planes may overwrite it.
-                yield _Plane(logits.T.clone(memory_format=torch.contiguous_format).numpy(), classes)
+            expected += several.logits.shape[1]
+            for logits in several.logits.unbind(1):
+                yield self._plane(logits)
+        if expected != length:
+            raise ValueError(f"got {expected} planes of logits, expected {length}")
 
-    def label(self, around: tuple[_Plane, ...], weights: FloatArray, labels: Classes) -> None:
+    def _plane(self, logits: Tensor) -> _Plane:
+        """Find the classes that the corners of a plane's cells agree on, and copy its (K, A, B) logits."""
+        disputed = self.decision.count(len(logits))
+        classes = self.decision.classes(logits.flatten(1).numpy()).reshape(logits.shape[1:])
+        for axis, across in enumerate((self.rows, self.columns)):
+            classes = agreed(classes, axis, across.cells, np.asarray(disputed, classes.dtype))
+        # A copy, since the next planes may overwrite it.
+        return _Plane(logits.flatten(1).T.clone(memory_format=torch.contiguous_format).numpy(), classes)
+
+    def _label(self, around: tuple[_Plane, ...], weights: FloatArray, labels: Classes) -> None:
         """Label the n native planes that lie between two planes of the plan's grid, or on one.
 
         Args:
