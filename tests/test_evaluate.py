@@ -24,6 +24,8 @@ from pipeline.networks import NETWORKS
 from pipeline.records import file_digest
 from pipeline.stages import evaluate
 from pipeline.stages.evaluate import EvaluationReport
+from pipeline.stages.evaluation_cases import choose, models_of
+from pipeline.stages.workspace import Workspace
 from pipeline.tracking import RunLog
 from pipeline.tracking.log import read_events
 from pipeline.volumes.stored import read_header
@@ -240,19 +242,27 @@ def test_an_experiment_is_evaluated_out_of_fold(config: Config) -> None:
         evaluate.run(config)
 
 
-@pytest.mark.parametrize("cases", ["test", "all"])
-def test_several_folds_are_an_ensemble_on_cases_that_none_has_seen(config: Config, cases: str) -> None:
-    report = evaluate.run(config, cases=cases)
+def test_several_folds_are_an_ensemble_on_cases_that_none_has_seen(config: Config) -> None:
+    report = evaluate.run(config, cases="test")
     assert [(case.case_id, case.fold) for case in report.evaluation.cases] == [("held_out", None)]
-    assert report.folder == config.workspace / "runs" / "tiny" / "evaluation" / cases
+    assert report.folder == config.workspace / "runs" / "tiny" / "evaluation" / "test"
     assert report.evaluation.title == "tiny, folds 0 1, ensemble"
     assert report.evaluation.facts["model"] == f"{best(config, 0)}, {best(config, 1)}"
 
 
-def test_an_experiments_folder_is_the_experiment(config: Config) -> None:
-    experiment = str(config.workspace / "runs" / config.name)
-    assert ids(evaluate.run(experiment)) == ["a", "b", "c", "d"]
-    assert ids(evaluate.run(experiment, cases="test")) == ["held_out"]
+def test_all_cases_of_several_folds_are_those_that_none_has_seen(config: Config) -> None:
+    manifest, workspace = load_manifest(config.data.manifest), Workspace(config.workspace)
+    experiment = str(workspace.experiment(config.name))
+    (together,) = choose(models_of(experiment, workspace), manifest, config, "all")
+    assert [case.id for case in together.cases] == ["held_out"]
+    assert (len(together.models), together.fold, together.seen) == (2, None, {})
+    first, second = choose(models_of(experiment, workspace), manifest, config, "fold")
+    assert [[case.id for case in task.cases] for task in (first, second)] == [["a", "b"], ["c", "d"]]
+    without = manifest.changed(cases=tuple(case.changed(fold=case.fold or 0) for case in manifest.cases))
+    for fold in (0, 1):
+        write_run(config, without, fold)
+    with pytest.raises(ManifestError, match=r"no labelled case.*--cases all.*2 models leave those that none of them"):
+        choose(models_of(experiment, workspace), without, config, "all")
 
 
 def test_what_any_member_has_seen_is_left_out(config: Config, tmp_path: Path) -> None:
