@@ -25,7 +25,7 @@ from pipeline.networks import Network
 from pipeline.networks.fitting import fitted_plan, network_for, outputs_of
 from pipeline.predictor import Engine, Predictor
 from pipeline.records import digest_of
-from pipeline.stages.calibrating import TEMPERATURE_CASES, calibration_of
+from pipeline.stages.calibrating import PASS_COST, TEMPERATURE_CASES, calibration_of
 from pipeline.stages.models import LAST, resolve_model
 from pipeline.stages.preprocess import CASES, KEYS, sources_digest
 from pipeline.stages.validation import DiceValidation, Validation
@@ -251,7 +251,7 @@ class FoldTask:
         """What `calibration` costs, in validations: a pass over all cases, and one over some for the temperature."""
         if self.config.task != "segment" or not self.validation_cases:
             return 0.0
-        return 1 + min(1.0, TEMPERATURE_CASES / len(self.validation_cases))
+        return PASS_COST * (1 + min(1.0, TEMPERATURE_CASES / len(self.validation_cases)))
 
     @property
     def augmentation(self) -> AugmentationSection:
