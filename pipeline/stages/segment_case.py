@@ -74,7 +74,14 @@ class SegmentSettings(Record):
     @property
     def engine(self) -> Engine:
         """How the predictor uses the machine."""
-        return Engine(device=self.device, precision=self.precision, compile=self.compile, skip_empty=self.skip_empty)
+        return Engine(
+            device=self.device,
+            precision=self.precision,
+            skip_empty=self.skip_empty,
+            limit_bytes=self.max_memory_bytes,
+            scratch=self.out / ".medseg",
+            compile=self.compile,
+        )
 
 
 @dataclass
