@@ -106,13 +106,13 @@ def _bases(path: Path, extends: Entry | None, problems: list[Problem], chain: tu
         expected = f"expected {expectation(schema_at(('extends',)) or {})}, got {_shown(extends.plain)}"
         problems.append(Problem(extends.place, "extends", expected))
         return []
-    bases = [Path(os.path.normpath(path.parent / Path(name).expanduser())) for name in names]
+    bases = [_absolute(path.parent, Path(name)) for name in names]
     for base in bases:
+        if not _is_file(base):
+            raise ConfigError(f"{extends.place}: extends: no such file: {base}")
         if base.resolve() in chain:
             way = " -> ".join(link.name for link in (*chain, base))
             raise ConfigError(f"{extends.place}: extends: a file may not extend itself: {way}")
-        if not base.is_file():
-            raise ConfigError(f"{extends.place}: extends: no such file: {base}")
     return bases
 
 
@@ -128,8 +128,17 @@ def _settled(entry: Entry, folder: Path, keys: Keys = ()) -> Entry:
 
 
 def _absolute(folder: Path, path: Path) -> Path:
-    """Return a path said in a folder as an absolute one; a link stays, for what lies beside it is meant."""
-    return Path(os.path.normpath(folder / path.expanduser()))
+    """Return a path said in a folder as one seen from there; a link stays, for what lies beside it is meant."""
+    # Not pathlib's expanduser, which raises where there is no such user: ~name is a folder's name then.
+    return Path(os.path.normpath(folder / os.path.expanduser(path)))  # noqa: PTH111
+
+
+def _is_file(path: Path) -> bool:
+    """Tell whether there is such a file; there is none of a name that is too long."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _merged(base: Entry, over: Entry, keys: Keys = ()) -> Entry:

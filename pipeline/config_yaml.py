@@ -94,6 +94,8 @@ def read_file(path: Path, problems: list[Problem]) -> Entry:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: broken YAML: brackets within brackets, too deep to be a configuration") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = Place(str(path), mark.line + 1, mark.column + 1) if mark else Place(str(path))

@@ -88,6 +88,13 @@ class Manifest(Record):
     label_pairs: tuple[tuple[str, str], ...] = ()
     cases: tuple[Case, ...]
 
+    @field_validator("root")
+    @classmethod
+    def _can_be_a_folder(cls, root: Path) -> Path:
+        if "\0" in str(root):
+            raise ValueError(f"is no path, it holds a null byte: {str(root)!r}")
+        return root
+
     @model_validator(mode="after")
     def _holds_together(self) -> Manifest:
         problems = list(self._problems())
@@ -155,7 +162,8 @@ class Manifest(Record):
         """
         path = self.root / file.path
         # Links are followed only to be judged: what is opened is the path as the manifest gives it.
-        if not path.resolve().is_relative_to(self.root.resolve()):
+        # Not by pathlib, which raises where links lead round in a circle.
+        if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.root)):
             raise ManifestError(
                 f"{file.path}: leads out of the manifest's root, {self.root}; move the file below the root"
             )
@@ -179,9 +187,10 @@ def load_manifest(path: Path, root: Path | None = None) -> Manifest:
     """
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(content, ensure_ascii=False).encode()  # JSON can say half a character, which no file can hold.
     except OSError as error:
         raise ManifestError(f"{path}: cannot be read ({error.strerror}); write one with `medseg manifest`") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ManifestError(f"{path}: is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ManifestError(f"{path}: a manifest is a JSON object, got {type(content).__name__}")
@@ -192,7 +201,7 @@ def load_manifest(path: Path, root: Path | None = None) -> Manifest:
     except ValidationError as error:
         lines = [f"{path}: {'.'.join(map(str, e['loc'])) or 'manifest'}: {e['msg']}" for e in error.errors()]
         raise ManifestError("\n".join(lines)) from None
-    return manifest.changed(root=(root or path.parent / manifest.root).resolve())
+    return manifest.changed(root=Path(os.path.realpath(root or path.parent / manifest.root)))
 
 
 def save_manifest(manifest: Manifest, path: Path) -> None:

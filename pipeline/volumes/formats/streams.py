@@ -29,7 +29,7 @@ except ImportError:
 # What reading damaged gzip raises.
 DAMAGE: tuple[type[Exception], ...] = (EOFError, gzip.BadGzipFile, zlib.error, cast("type[Exception]", codec.error))
 # A byte of deflate stands for 1032 bytes at most (zlib's "Technical Details": 258 bytes in two bits).
-_LARGEST_RATIO = 1032
+LARGEST_RATIO = 1032
 
 _MAGIC = b"\x1f\x8b"
 # RFC 1952: magic, deflate, no flags, no time, no extra flags, unknown system.
@@ -79,7 +79,7 @@ def unpacked(path: Path, content: bytes | None = None) -> Iterator[tuple[BinaryI
             yield file, size
         else:
             stream = GzipFile(fileobj=file, mode="rb")
-            yield cast(BinaryIO, stream), size * _LARGEST_RATIO
+            yield cast(BinaryIO, stream), size * LARGEST_RATIO
 
 
 def write_gzip(file: BinaryIO, pieces: Iterable[Callable[[], memoryview]], threads: int = _THREADS) -> None:
