@@ -4,6 +4,7 @@ A few hundred examples in the fast suite, the same ones each time; 10,000 new on
 """
 
 import copy
+import csv
 import gzip
 import json
 import os
@@ -24,7 +25,7 @@ from hypothesis import strategies as st
 from pipeline.config_loading import load_config
 from pipeline.data.manifest import load_manifest
 from pipeline.data.plan import read_plan
-from pipeline.errors import PipelineError
+from pipeline.errors import ManifestError, PipelineError, VolumeError
 from pipeline.stages.segment_inputs import find_inputs
 from pipeline.volumes.stored import files_of, read_header
 from pipeline.volumes.volume import read_image, read_label
@@ -113,7 +114,7 @@ def itk(suffix: str, compress: bool) -> bytes:
 
 
 NIFTIS = [nifti(), nifti(nib.Nifti2Image), nifti(order=">", dtype=">f4"), nifti(dtype="<f8"), nifti(dtype="|u1")]
-ITKS = [(suffix, itk(suffix, compress)) for suffix in (".nrrd", ".mha") for compress in (False, True)]
+ITKS = {(suffix, compress): itk(suffix, compress) for suffix in (".nrrd", ".mha") for compress in (False, True)}
 NUMBERS = [0, 1, 2, 3, 4, 7, 8, 16, 64, 128, 255, 256, 512, 768, 1280, 2304, 32767, -1, -32768, 65535, 2**31 - 1]
 REALS = [0.0, -0.0, 1.0, -1.0, 352.0, 353.5, 1e-30, 1e30, float("nan"), float("inf"), -float("inf"), 2.0**31, 2.0**62]
 
@@ -199,8 +200,8 @@ def test_anything_like_nifti(folder: Path, count: int) -> None:
 @st.composite
 def itk_files(draw: st.DrawFn) -> tuple[str, bytes]:
     """Name and content of something like a NRRD or MetaImage file."""
-    suffix, content = draw(st.sampled_from(ITKS))
-    lines = content.split(b"\n")
+    suffix, compress = draw(st.sampled_from(list(ITKS)))
+    lines = ITKS[suffix, compress].split(b"\n")
     header = next(n for n, line in enumerate(lines) if not line or line.startswith(b"ElementDataFile"))
     for place in draw(st.lists(st.integers(0, header), max_size=2)):
         name, mark, _ = lines[place].partition(b"=" if suffix == ".mha" else b":")
@@ -242,6 +243,57 @@ def test_anything_like_nrrd_and_metaimage(folder: Path, count: int) -> None:
             read_every_way(path)
 
     run(count, itk_files(), holds)
+
+
+def with_shape(content: bytes, *shape: int) -> bytes:
+    """A NIfTI-1 file whose header gives another shape."""
+    dim = np.array([len(shape), *shape], "<i2").tobytes()
+    return content[:40] + dim + content[40 + len(dim) :]
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_a_promise_of_more_voxels_than_any_memory_holds_is_refused_at_once(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"x{suffix}"
+    content = with_shape(NIFTIS[0], 32767, 32767, 32767)
+    path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+    for read in (read_image, read_label):
+        with pytest.raises(VolumeError, match=r"cut short: .* its header promises 70362301923326"):
+            read(path)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize(
+    ("suffix", "said", "instead"),
+    [
+        (".mha", b"DimSize = 5 4 3", b"DimSize = 99999 99999 99999"),
+        (".nrrd", b"sizes: 5 4 3", b"sizes: 99999 99999 99999"),
+        (".mha", b"NDims = 3", b"NDims = -1"),
+        (".mha", b"NDims = 3", b"NDims = 11"),
+        (".nrrd", b"dimension: 3", b"dimension: 2"),
+    ],
+)
+def test_counts_that_itk_would_take_on_trust(
+    tmp_path: Path, suffix: str, said: bytes, instead: bytes, compress: bool
+) -> None:
+    content = ITKS[suffix, compress]
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(content)
+    assert read_image(path).array.shape == (1, 5, 4, 3)
+    assert said in content
+    path.write_bytes(content.replace(said, instead))
+    with pytest.raises(VolumeError, match=r"its header (promises|gives)"):
+        read_image(path)
+
+
+def test_what_unpacks_to_more_than_its_header_promises_is_not_unpacked_to_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "x.nii.gz"
+    path.write_bytes(gzip.compress(NIFTIS[0]))
+    assert read_image(path).array.shape == (1, 3, 4, 5)
+    zeros = gzip.compress(bytes(2**20))
+    # Who reads as far as the end meets damage first.
+    path.write_bytes(gzip.compress(NIFTIS[0]) + zeros * 40 + zeros[:-8] + b"damaged!")
+    with pytest.raises(VolumeError, match="holds more than the 472 bytes that its header promises"):
+        read_image(path)
 
 
 # Manifests, configurations and plans
@@ -324,6 +376,56 @@ def test_anything_like_a_manifest(folder: Path, count: int) -> None:
 
     other = restructured(MANIFEST).map(lambda value: json.dumps(value).encode())
     run(count, st.one_of(other, other, edited(written)), holds)
+
+
+@pytest.mark.parametrize("name", [*HOSTILE[:8], "a/b", ".hidden", "a\nb", "-"])
+def test_a_case_cannot_be_named_out_of_the_folder(tmp_path: Path, name: str) -> None:
+    manifest = copy.deepcopy(MANIFEST)
+    manifest["cases"][0]["id"] = name
+    path = tmp_path / "m.json"
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ManifestError, match=r"cases\.0\.id"):
+        load_manifest(path)
+    table = tmp_path / "t.csv"
+    with table.open("w", newline="") as file:
+        csv.writer(file).writerows([["case", "T1"], [name, "a.nii"]])
+    cases = answer(lambda: find_inputs([table], ["T1"], tmp_path / "out")) or []
+    assert all(Path(case.name).name == case.name for case in cases)
+    assert bool(cases) == (name == "-")
+
+
+@pytest.mark.parametrize("path", [*HOSTILE[:3], "..", "", "x/../../y", "\\\\host\\x"])
+def test_a_files_path_cannot_leave_the_root(tmp_path: Path, path: str) -> None:
+    manifest = copy.deepcopy(MANIFEST)
+    manifest["cases"][0]["images"]["T1"]["path"] = path
+    (tmp_path / "m.json").write_text(json.dumps(manifest))
+    with pytest.raises(ManifestError, match=r"cases.0.images.T1.path: .*may not leave it"):
+        load_manifest(tmp_path / "m.json")
+
+
+@pytest.mark.parametrize("target", ["/etc/passwd", "../outside.nii", "round.nii"])
+def test_a_link_out_of_the_root_or_in_a_circle_is_no_file(tmp_path: Path, target: str) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    (tmp_path / "outside.nii").write_bytes(NIFTIS[0])
+    (root / "a.nii").symlink_to(target)
+    (root / "round.nii").symlink_to("a.nii")
+    (root / "m.json").write_text(json.dumps(MANIFEST))
+    file = load_manifest(root / "m.json").cases[0].images["T1"]
+    with pytest.raises(PipelineError, match=r"leads out of the manifest's root|cannot be read"):
+        read_image(load_manifest(root / "m.json").path_of(file))
+
+
+@pytest.mark.parametrize("deep", ["[" * 1500, '{"a":' * 1500], ids=["lists", "mappings"])
+def test_brackets_within_brackets(tmp_path: Path, deep: str) -> None:
+    (tmp_path / "x.json").write_text(deep)
+    (tmp_path / "x.yaml").write_text(deep)
+    with pytest.raises(PipelineError, match="is not JSON"):
+        load_manifest(tmp_path / "x.json")
+    with pytest.raises(PipelineError, match="broken YAML"):
+        load_config(tmp_path / "x.yaml")
+    with pytest.raises(PipelineError, match="is not YAML"):
+        read_plan(tmp_path / "x.yaml")
 
 
 CONFIG = """\

@@ -171,8 +171,8 @@ def read_plan(path: Path) -> Plan:
         content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); `medseg preprocess` writes a plan") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not YAML: {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: a plan is a mapping of names to values, got {type(content).__name__}")
     remake = "plan anew with `medseg preprocess CONFIG --replan`"

@@ -21,7 +21,6 @@ from pipeline.volumes.formats.nifti import (
     open_nifti,
     pair_of,
     read_nifti_header,
-    read_to_the_end,
     read_voxels,
     scaled_voxels,
 )
@@ -69,7 +68,6 @@ def read_stored(path: Path, content: bytes | None = None) -> tuple[Header, Array
         return header, itk_voxels(header, image).copy(order="K")
     with open_nifti(path, content) as (header, stream):
         voxels = scaled_voxels(header, read_voxels(header, stream, header.shape))
-        read_to_the_end(stream)
     return header, voxels
 
 
@@ -98,7 +96,6 @@ def read_scalars(path: Path, index: int | None = None) -> tuple[Header, Array]:
             for planes in plane_slices(scalars.shape, scalars.itemsize):
                 piece = read_voxels(header, stream, (*header.shape[:2], planes.stop - planes.start))
                 copy_into(scalars[..., planes], scaled_voxels(header, piece))
-            read_to_the_end(stream)
     return header, scalars
 
 

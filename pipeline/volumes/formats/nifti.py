@@ -22,6 +22,7 @@ _NIFTI_HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 _LONGEST_HEADER = max(_NIFTI_HEADERS)
 _LEAST_OFFSET = 352  # Of the voxels in a NIfTI-1 file: its header and four bytes that announce extensions.
 _CHUNK_BYTES = 2**20
+_MOST_BEFORE, _MOST_BEHIND = 2**28, 2**24  # Bytes of extensions before the voxels, and of anything behind them.
 
 
 def pair_of(path: Path) -> tuple[Path, Path]:
@@ -46,7 +47,7 @@ def _start_of(path: Path) -> bytes:
 
 @contextmanager
 def open_nifti(path: Path, content: bytes | None = None) -> Iterator[tuple[Header, BinaryIO]]:
-    """Open a NIfTI file or pair at its first voxel, with its header."""
+    """Open a NIfTI file or pair at its first voxel, with its header; at the end it is read to its end."""
     header_path, voxel_path = pair_of(path)
     apart = read_nifti_header(path) if header_path != voxel_path else None
     with reading(voxel_path), unpacked(voxel_path, None if apart else content) as (stream, size):
@@ -58,6 +59,7 @@ def open_nifti(path: Path, content: bytes | None = None) -> Iterator[tuple[Heade
             raise _cut_short(header, max(0, size - offset), wanted)
         stream.seek(offset)
         yield header, stream
+        _read_to_the_end(header, stream, offset + wanted)
 
 
 def read_voxels(header: Header, stream: BinaryIO, shape: tuple[int, ...]) -> Array:
@@ -73,10 +75,12 @@ def read_voxels(header: Header, stream: BinaryIO, shape: tuple[int, ...]) -> Arr
     return voxels
 
 
-def read_to_the_end(stream: BinaryIO) -> None:
+def _read_to_the_end(header: Header, stream: BinaryIO, end: int) -> None:
     """Read what is left: the checksum of a gzip file is only compared at its end."""
     while stream.read(_CHUNK_BYTES):
-        pass
+        # A few bytes more are some programs' habit; a small file may unpack to more than any disk holds.
+        if stream.tell() > end + _MOST_BEHIND:
+            raise VolumeError(f"{header.path}: holds more than the {end} bytes that its header promises; copy it again")
 
 
 def scaled_voxels(header: Header, voxels: Array) -> Array:
@@ -99,7 +103,7 @@ def _cut_short(header: Header, got: int, wanted: int) -> VolumeError:
 def _offset_of(header: Header) -> int:
     """Return where the header says that the voxels begin."""
     offset = float(header.nifti["vox_offset"])
-    if not math.isfinite(offset):
+    if not math.isfinite(offset) or offset > _MOST_BEFORE:
         raise VolumeError(f"{header.path}: its NIfTI header makes no sense: the voxels begin at byte {offset}")
     return int(offset)
 
