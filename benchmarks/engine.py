@@ -19,88 +19,92 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from side_by_side import PEERS, Finished, export_unet, run_apart
+from synthetic import ct_plan
+from torch import Tensor
 
-from pipeline.hardware import autocast, keep_freed_memory, pick_dtype
-from pipeline.inference.tiling import Windowing
-from pipeline.inference.windows import LogitStream, stream_logits
-from pipeline.networks import Network, NetworkTask, build_network
-from pipeline.predictor import Predictor
+from pipeline.config import InferenceSection, NetworkSection
+from pipeline.hardware import Precision, autocast, keep_freed_memory
+from pipeline.networks import Network
+from pipeline.networks.fitting import network_for
+from pipeline.predictor import Engine, Predictor
 from pipeline.volumes.volume import read_image
 
 OPTIONS = {"width": 16, "max_width": 128, "levels": 5}
-CPU = torch.device("cpu")
-OURS = ("float32", "auto")
+SPACING_MM = (1.5, 1.5, 1.5)
+OURS: tuple[Precision, ...] = ("fp32", "auto")
 
 
 def make_network(classes: int, window: int) -> Network:
     torch.manual_seed(0)
-    task = NetworkTask(in_channels=1, num_classes=classes, patch_size=(window,) * 3, spacing_mm=(1.5, 1.5, 1.5))
-    return build_network("unet", OPTIONS, task).eval()
+    return network_for(ct_plan(classes, SPACING_MM, window), NetworkSection(name="unet", options=OPTIONS)).eval()
+
+
+def make_predictor(network: Network, options: argparse.Namespace, precision: Precision) -> Predictor:
+    plan = ct_plan(options.classes, SPACING_MM, options.window)
+    return Predictor(network, plan, InferenceSection(), Engine(device="cpu", precision=precision))
 
 
 def make_image(shape: tuple[int, int, int]) -> NDArray[np.float32]:
     return np.random.default_rng(0).normal(size=(1, *shape)).astype(np.float32)
 
 
-def stream(network: Network, image: NDArray[np.float32], window: int, dtype: torch.dtype) -> LogitStream:
-    return stream_logits([network], torch.from_numpy(image), Windowing((window,) * 3), batch=1, dtype=dtype)
-
-
-def seconds(action: Callable[[], object]) -> float:
+def streamed_s(predictor: Predictor, image: NDArray[np.float32]) -> tuple[float, int]:
+    """Return the seconds of streaming all windows, and their number."""
     start = time.perf_counter()
-    action()
+    with predictor.stream(image) as stream:
+        for _ in stream:
+            pass
+    return time.perf_counter() - start, stream.tiling.count
+
+
+@torch.inference_mode()
+def bare_s(network: Network, window: Tensor, passes: int, dtype: torch.dtype) -> float:
+    """Return the seconds of as many forward passes of one fixed window."""
+    start = time.perf_counter()
+    for _ in range(passes):
+        with autocast(window.device, dtype):
+            network(window)
     return time.perf_counter() - start
 
 
 def bare(options: argparse.Namespace) -> None:
     """Print streaming over bare forward passes, in both precisions."""
     keep_freed_memory()
-    network = make_network(options.classes, options.window)
-    image, fixed = make_image(options.shape), torch.randn(1, 1, *(options.window,) * 3)
-    for dtype, wanted in ((torch.float32, 1.05), (torch.bfloat16, 1.10)):
-        streamed = stream(network, image, options.window, dtype)
-        windows = streamed.tiling.count
-
-        def all_planes(streamed: LogitStream = streamed) -> None:
-            for _ in streamed:
-                pass
-
-        @torch.inference_mode()
-        def all_passes(dtype: torch.dtype = dtype, windows: int = windows) -> None:
-            for _ in range(windows):
-                with autocast(CPU, dtype):
-                    network(fixed)
-
-        all_planes()
-        pairs = [(seconds(all_planes), seconds(all_passes)) for _ in range(options.rounds)]
-        ratios = sorted(ours / plain for ours, plain in pairs)
-        ours_s, plain_s = (statistics.median(times) for times in zip(*pairs, strict=True))
-        print(f"{windows} windows, {options.classes} classes, {dtype}: {ours_s:.2f} s, bare {plain_s:.2f} s")
-        print(f"ours / bare, {dtype}: {_spread(ratios)}; wanted: {wanted}")
+    network, image = make_network(options.classes, options.window), make_image(options.shape)
+    window = torch.randn(1, 1, *(options.window,) * 3)
+    for precision, wanted in (("fp32", 1.05), ("bf16", 1.10)):
+        predictor = make_predictor(network, options, precision)
+        _, windows = streamed_s(predictor, image)
+        pairs = [
+            (streamed_s(predictor, image)[0], bare_s(network, window, windows, predictor.dtype))
+            for _ in range(options.rounds)
+        ]
+        ratios = sorted(streamed / plain for streamed, plain in pairs)
+        streamed, plain = (statistics.median(times) for times in zip(*pairs, strict=True))
+        print(f"{windows} windows, {options.classes} classes, {precision}: {streamed:.2f} s, bare {plain:.2f} s")
+        print(f"ours / bare, {precision}: {_spread(ratios)}; wanted: {wanted}", flush=True)
 
 
 def ours(options: argparse.Namespace) -> None:
     """Stream once, in this process, and write the labels."""
     keep_freed_memory()
-    dtype = torch.float32 if options.precision == "float32" else pick_dtype("auto", CPU)
     network, image = make_network(options.classes, options.window), np.load(options.folder / "image.npy")
-    with torch.inference_mode(), autocast(CPU, dtype):
-        network(torch.zeros(1, 1, *(options.window,) * 3))
+    predictor = make_predictor(network, options, options.precision)
+    streamed_s(predictor, image[:, : options.window, : options.window, : options.window])
     start = time.perf_counter()
-    streamed = stream(network, image, options.window, dtype)
-    labels = np.empty(np.moveaxis(image[0], streamed.axis, 0).shape, np.uint8)
-    for planes in streamed:
-        labels[planes.start : planes.start + planes.logits.shape[1]] = planes.logits.argmax(0)
+    with predictor.stream(image) as stream:
+        labels = np.empty(np.moveaxis(image[0], stream.axis, 0).shape, np.uint8)
+        for planes in stream:
+            labels[planes.start : planes.start + planes.logits.shape[1]] = planes.logits.argmax(0)
     taken = time.perf_counter() - start
-    np.save(options.folder / f"{options.precision}.npy", np.moveaxis(labels, 0, streamed.axis))
-    print(json.dumps({"seconds": taken, "dtype": str(dtype)}))
+    np.save(options.folder / f"{options.precision}.npy", np.moveaxis(labels, 0, stream.axis))
+    print(json.dumps({"seconds": taken, "dtype": str(predictor.dtype)}))
 
 
 def peers(options: argparse.Namespace) -> None:
@@ -128,14 +132,14 @@ def _print_parties(results: dict[str, list[Finished]], labels: dict[str, NDArray
     times = {party: [run.answer["seconds"] for run in runs] for party, runs in results.items()}
     peaks = {party: statistics.median(run.peak_mb for run in runs) for party, runs in results.items()}
     for party, runs in results.items():
-        alike = (labels[party] == labels["ours float32"]).mean()
+        alike = (labels[party] == labels["ours fp32"]).mean()
         note = runs[0].answer.get("dtype") or f"logits differ by {runs[0].answer['logits_differ_by']:.0e} on a probe"
         print(
             f"{party:13} {statistics.median(times[party]):8.2f} s {peaks[party]:7.0f} MB   {note}; "
-            f"{alike:.2%} of labels as ours in float32"
+            f"{alike:.2%} of labels as ours in fp32"
         )
     faster = min(("nnunet", "monai"), key=lambda peer: statistics.median(times[peer]))
-    for party in ("ours float32", "ours auto"):
+    for party in ("ours fp32", "ours auto"):
         ratios = sorted(a / b for a, b in zip(times[party], times[faster], strict=True))
         memory = peaks[party] / peaks[faster]
         wanted = "; wanted: 0.35, 0.5" if party == "ours auto" else ""
@@ -144,7 +148,7 @@ def _print_parties(results: dict[str, list[Finished]], labels: dict[str, NDArray
 
 def precision(options: argparse.Namespace) -> None:
     """Print the share of voxels that bf16 labels as float32 does."""
-    float32, bf16 = (Predictor.load(options.model, "cpu", name) for name in ("fp32", "bf16"))
+    float32, bf16 = (Predictor.load(options.model, Engine("cpu", name)) for name in ("fp32", "bf16"))
     keep_freed_memory()
     alike = voxels = 0
     for path in options.images:

@@ -18,8 +18,8 @@ import torch
 from side_by_side import memory_mb, run_apart
 from synthetic import ct_phantom, ct_plan, grid, untrained_model
 
-from pipeline.hardware import keep_freed_memory, peak_memory_bytes, pick_dtype, reset_peak_memory
-from pipeline.predictor import Predictor
+from pipeline.hardware import keep_freed_memory, peak_memory_bytes, reset_peak_memory
+from pipeline.predictor import Engine, Predictor
 from pipeline.volumes.volume import Volume
 
 NATIVE_MM, PLAN_MM = (1.5, 1.5, 1.5), (2.0, 2.0, 2.0)
@@ -31,9 +31,7 @@ def measure(slices: int, classes: int) -> None:
     native = grid((256, 256, slices), NATIVE_MM)
     image = Volume(ct_phantom(native.shape), native)
     model = untrained_model(ct_plan(classes, PLAN_MM), {"width": 4, "max_width": 32})
-    predictor = Predictor(
-        model.network, model.plan, model.description.inference, device=CPU, dtype=pick_dtype("auto", CPU)
-    )
+    predictor = Predictor(model.network, model.plan, model.description.inference, Engine(device="cpu"))
     keep_freed_memory()
     before = memory_mb("VmRSS")
     reset_peak_memory(CPU)
