@@ -160,7 +160,7 @@ def _write_itk(path: Path, array: Array, geometry: Geometry) -> None:
     try:
         sitk.WriteImage(image, str(path), True)
     except RuntimeError as error:
-        raise OSError(None, str(error).strip().splitlines()[-1]) from error
+        raise OSError(errno.EIO, str(error).strip().splitlines()[-1].strip()) from error
 
 
 def _itk_vector(array: Array) -> Any:
