@@ -9,7 +9,7 @@ from scipy import ndimage
 
 from pipeline.geometry import Geometry
 from pipeline.volumes.axes import AxisMap, axis_maps
-from pipeline.volumes.resampling import resample_image, resample_label
+from pipeline.volumes.resampling import _LABEL_SLAB_VOXELS, resample_image, resample_label
 from pipeline.volumes.volume import Volume
 
 OPPOSITE = {"R": "L", "A": "P", "S": "I"}
@@ -269,6 +269,54 @@ def test_a_read_only_image_is_resampled_and_stays():
     kept = image.array.copy()
     resample_image(image, image.geometry.respaced((0.5, 0.5, 0.5)))
     np.testing.assert_array_equal(image.array, kept)
+
+
+# Blocks of 32 rows and slabs begin and end within; the second grows along its first axis, the third shrinks.
+@pytest.mark.parametrize("onto_spacing", [(0.9, 0.8, 1.3), (0.3, 1.5, 2.1), (3.5, 0.9, 2.0)])
+@pytest.mark.parametrize("code", ["LAS", "RPI", "SLP", "AIR"])
+@pytest.mark.parametrize("order", [1, 3])
+def test_a_part_of_the_target_is_that_part_of_the_whole(onto_spacing, code, order):
+    source = grid((90, 70, 40))
+    image = noise(source, channels=2)
+    onto = source.cropped((-5, 3, 0), (88, 75, 40)).reoriented(code).respaced(onto_spacing)
+    whole = resample_image(image, onto, order=order, outside=7.0).array
+    start = tuple(n // 3 for n in onto.shape)
+    stop = tuple(2 * n // 3 + 1 for n in onto.shape)
+    part = resample_image(image, onto.cropped(start, stop), order=order, outside=7.0).array
+    box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+    np.testing.assert_allclose(part, whole[(slice(None), *box)], atol=2e-5)
+    assert (whole == 7.0).any()
+
+
+def test_a_part_of_a_label_map_is_that_part_of_the_whole():
+    source = grid((12, 900, 700), (3.0, 0.9, 1.0))
+    coarse = np.random.default_rng(0).integers(0, 3, (2, 18, 14)).astype(np.uint8)
+    label = Volume(np.kron(coarse, np.ones((6, 50, 50), np.uint8)), source)
+    onto = source.reoriented("SLP").respaced((1.3, 1.4, 1.2))
+    affine = onto.affine.copy()
+    affine[:3, 3] += np.pi / 100  # no voxel lies half way between two others: there are no ties
+    onto = Geometry(onto.shape, affine)
+    whole = resample_label(label, onto).array
+    assert whole.size > 2 * _LABEL_SLAB_VOXELS
+    for axis in range(3):
+        for start in (0, onto.shape[axis] // 2):
+            low, high = [0, 0, 0], list(onto.shape)
+            low[axis], high[axis] = start, start + 3
+            part = resample_label(label, onto.cropped(tuple(low), tuple(high))).array
+            np.testing.assert_array_equal(part, whole.take(range(start, start + 3), axis))
+
+
+@pytest.mark.parametrize("spacing", [(1.1, 0.9, 2.0), (1.4, 0.9, 1.2)], ids=["taken", "interpolated"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_an_image_is_resampled_into_an_array(spacing, turned):
+    source = grid(turned=False)
+    image = noise(source, channels=2)
+    onto = (grid() if turned else source).reoriented("SLA").respaced(spacing[::-1])
+    expected = resample_image(image, onto).array
+    into = np.full((3, *onto.shape), 5.0, np.float32)
+    assert resample_image(image, onto, out=into[1:]).array.base is into
+    np.testing.assert_array_equal(into[1:], expected)
+    assert (into[0] == 5.0).all()
 
 
 def test_axis_maps_say_where_each_axis_comes_from():
