@@ -8,10 +8,13 @@ import logging
 import os
 import re
 import sys
+import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Literal, TypeVar, cast
 
+import psutil
 import torch
 
 from pipeline.errors import ConfigError
@@ -21,8 +24,19 @@ log = logging.getLogger(__name__)
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Compiled = TypeVar("Compiled", bound=torch.nn.Module)
 
+# How far a compiled network's logits may be off, as a share of the largest: operations fused round differently.
+COMPILED_ERROR = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
 # glibc's mallopt parameters, from malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+
+# Control groups, and those that the process is in; by version the files of a group's limit and of what it uses, and the
+# entry in memory.stat of cached files.
+_GROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_GROUP_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
 
 # Linux' account of this process's memory.
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -81,23 +95,48 @@ def place(network: torch.nn.Module, device: torch.device) -> None:
             weight.data = weight.data.contiguous(memory_format=torch.channels_last_3d)
 
 
-def compiled(network: Compiled, example: torch.Tensor, dtype: torch.dtype) -> Compiled:
-    """Return a network compiled by torch.compile, or as it was where that does not work here, with one warning.
+def compiled(network: Compiled, example: torch.Tensor, dtype: torch.dtype, backend: str = "inductor") -> Compiled:
+    """Return a network compiled by torch.compile, or as it was where that does not pay here, with one warning.
+
+    It is left as it was where compiling fails, gives other logits, or takes longer.
 
     Args:
         network: on its device, in eval mode; its weights stay shared.
-        example: (N, C, *input) on that device, for a first pass, in which it is compiled.
+        example: (N, C, *input) on that device; its shape is what is compiled for, its values are not used.
         dtype: in which it computes.
+        backend: torch.compile's.
     """
     # It forwards what it does not know, such as a network's margin, to the network.
-    faster = cast("Compiled", torch.compile(network))
+    faster = cast("Compiled", torch.compile(network, backend=backend))
+    image = torch.randn_like(example)
     try:
-        with torch.inference_mode(), autocast(example.device, dtype):
-            faster(example)
+        before, after = (_timed_pass(one, image, dtype) for one in (network, faster))
     except Exception as error:  # a missing compiler, an operation it does not know, a bug of its own
-        log.warning("going on without compiling: %s", str(error).strip().partition("\n")[0])
-        return network
-    return faster
+        why = str(error).strip().partition("\n")[0]
+    else:
+        error_share = float((before[0] - after[0]).abs().max() / before[0].abs().max().clamp(min=1e-6))
+        if error_share > COMPILED_ERROR[dtype]:
+            why = f"logits differ by {error_share:.1g} of the largest"
+        elif after[1] > before[1]:
+            why = f"a batch takes {after[1]:.3g} s, {before[1]:.3g} s without"
+        else:
+            return faster
+    log.warning("going on without compiling: %s", why)
+    return network
+
+
+@torch.inference_mode()
+def _timed_pass(network: torch.nn.Module, image: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
+    """Return a network's logits in float32, and the seconds of the fastest of three passes after a first."""
+    seconds = []
+    with autocast(image.device, dtype):
+        for _ in range(4):
+            start = time.perf_counter()
+            logits = network(image)
+            if image.is_cuda:
+                torch.cuda.synchronize(image.device)
+            seconds.append(time.perf_counter() - start)
+    return logits.float(), min(seconds[1:])
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
@@ -136,6 +175,44 @@ def give_freed_memory_back() -> None:
     gc.collect()
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
+
+
+def resident_bytes() -> int:
+    """Return the memory that the process holds now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def available_bytes() -> int:
+    """Return the memory that the process may still take: what the machine has free, or its control group allows."""
+    return min([int(psutil.virtual_memory().available), *_left_in_groups()])
+
+
+def _left_in_groups(mount: Path = _GROUPS, own: Path = _OWN_GROUPS) -> Iterator[int]:
+    """Yield what each control group around the process leaves it, as containers and batch systems make them."""
+    with suppress(OSError):
+        for line in own.read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            version = 1 if "memory" in kinds.split(",") else 2 if kinds == "" else None
+            if version is None:
+                continue
+            root = mount / "memory" if version == 1 else mount
+            group = root / path.lstrip("/")
+            for folder in [root, *(one for one in (group, *group.parents) if root in one.parents)]:
+                yield from _left_in_group(folder, *_GROUP_FILES[version])
+
+
+def _left_in_group(folder: Path, limit: str, used: str, cached: str) -> Iterator[int]:
+    """Yield what a control group's limit leaves, if it has one; the files that it caches give way."""
+    with suppress(OSError, ValueError):  # no limit is "max", no number
+        gives_way = re.search(rf"^{cached} (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
+        left = int((folder / limit).read_text()) - int((folder / used).read_text())
+        yield left + (int(gives_way[1]) if gives_way else 0)
+
+
+def threads_per_worker(workers: int) -> int:
+    """Return the threads of each of so many processes that share the cores that this one may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // workers)
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pipeline.networks.contract import Network, Size
-from pipeline.networks.reach_rules import NORMS
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def _found(network: Network, image: Tensor) -> Footprint:
     own = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     valueless = {name: torch.empty_like(tensor, device="meta") for name, tensor in own.items()}
     mode = LiveBytes(image, valueless.values())
-    with torch.no_grad(), mode:
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), mode:  # a compiled network would compile anew
         logits: Tensor = functional_call(network, valueless, (image,))
     return Footprint(logits.shape[1], mode.peak_bytes, sum(tensor.nbytes for tensor in own.values()))
 
@@ -82,20 +81,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._live[image] = None
         self.peak_bytes = image.nbytes
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Keep torch from loading its compiler only to be left out of it."""
-        return False
-
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an operation and count anew."""
-        if func.overloadpacket in NORMS:
-            # Torch would work out the shape of the statistics by a road that loads its compiler: a second.
-            result: Any = (torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0))
-        else:
-            result = func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self._others:
                 self._live[leaf] = None
