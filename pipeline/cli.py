@@ -187,11 +187,15 @@ def segment(
         typer.Option("--model", help="A folder, runs:/ID or models:/NAME@ALIAS; several, or an experiment: ensemble."),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder of the label maps and the report.")],
+    plan: Annotated[bool, typer.Option("--plan", help="Say what the cases will take, and do nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Segment also what is done and unchanged.")] = False,
     device: Annotated[
         str, typer.Option("--device", help="auto, cpu, cuda or cuda:N; cuda:0,cuda:1: a process for each.")
     ] = "auto",
     jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Processes; default: one for each device.")] = None,
+    max_memory: Annotated[
+        str | None, typer.Option("--max-memory", metavar="SIZE", help="Such as 8GB, for all processes together.")
+    ] = None,
     precision: Annotated[
         Literal["auto", "fp32", "bf16", "fp16"] | None,
         typer.Option("--precision", help="Default: as the model was trained."),
@@ -212,6 +216,22 @@ def segment(
     """Segment new volumes: one label map each, in its input's own geometry."""
     from pipeline.stages import segment as stage
 
+    if plan:
+        typer.echo(
+            stage.plan(
+                model,
+                inputs,
+                out,
+                device=device,
+                jobs=jobs,
+                workspace=workspace,
+                precision=precision,
+                tracking_uri=tracking_uri,
+                max_memory=max_memory,
+                stdin=sys.stdin,
+            )
+        )
+        return
     report = stage.run(
         model,
         inputs,
@@ -219,6 +239,7 @@ def segment(
         overwrite=overwrite,
         device=device,
         jobs=jobs,
+        max_memory=max_memory,
         precision=precision,
         compile_networks=compile_networks,
         skip_empty=not no_skip,

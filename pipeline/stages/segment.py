@@ -14,16 +14,17 @@ from typing import TextIO
 
 from pipeline.data.plan import read_plan
 from pipeline.errors import PipelineError
-from pipeline.hardware import Precision
+from pipeline.hardware import Precision, available_bytes, threads_per_worker
 from pipeline.inference.probabilities import ProbabilityType
 from pipeline.model import PLAN
-from pipeline.preparation.survey import cores
+from pipeline.predictor import Engine, Predictor
 from pipeline.progress import track
 from pipeline.stages.models import resolve_models
 from pipeline.stages.segment_batch import Batch
 from pipeline.stages.segment_case import CaseSteps, SegmentSettings
 from pipeline.stages.segment_inputs import SegmentInput, find_inputs
 from pipeline.stages.segment_page import write_page
+from pipeline.stages.segment_plan import bytes_of, plan_text
 from pipeline.stages.segment_report import CaseResult, SegmentReport
 from pipeline.stages.segment_workers import Workers, shared_out
 from pipeline.volumes.label_tables import write_label_tables
@@ -44,6 +45,7 @@ def run(
     compile_networks: bool = False,
     skip_empty: bool = True,
     tracking_uri: str | None = None,
+    max_memory: str | None = None,
     stdin: TextIO | None = None,
     probabilities: Sequence[str] = (),
     probabilities_type: ProbabilityType = "uint8",
@@ -65,6 +67,7 @@ def run(
         tracking_uri: server or database of runs:/ and models:/; None: MLFLOW_TRACKING_URI, else the workspace's.
         probabilities: labels whose probabilities are written too, to OUT/probabilities; "all" stands for each.
         probabilities_type: of their numbers, uint8 or uint16.
+        max_memory: of all processes together, such as 8GB; None: what is free.
         stdin: where the list that `-` stands for is read.
 
     Returns:
@@ -76,10 +79,10 @@ def run(
     """
     models = resolve_models([model] if isinstance(model, str) else model, workspace, tracking_uri)
     devices = shared_out(device, jobs)
-    plan = read_plan(models[0] / PLAN)
-    cases = find_inputs(inputs, tuple(plan.channels), out, stdin)
+    trained_plan = read_plan(models[0] / PLAN)
+    cases = find_inputs(inputs, tuple(trained_plan.channels), out, stdin)
     try:
-        write_label_tables(out, plan.labels)
+        write_label_tables(out, trained_plan.labels)
     except OSError as error:
         raise PipelineError(
             f"{out}: cannot be written: {error.strerror}; make room, or choose another --out"
@@ -91,9 +94,10 @@ def run(
         overwrite=overwrite,
         device=devices[0],
         precision=precision,
+        max_memory_bytes=_share(max_memory, len(devices)),
         compile=compile_networks,
         skip_empty=skip_empty,
-        probabilities=_wanted(probabilities, plan.labels),
+        probabilities=_wanted(probabilities, trained_plan.labels),
         probabilities_type=probabilities_type,
     )
     with stopped_by_signals() as stop:
@@ -101,8 +105,39 @@ def run(
         if len(devices) == 1:
             batch = Batch(CaseSteps(settings), stop)
         else:
-            batch = Workers(settings, devices, max(1, cores() // len(devices)), stop)
+            batch = Workers(settings, devices, threads_per_worker(len(devices)), stop)
         return _go_through(batch, cases, out, models)
+
+
+def plan(
+    model: str | Sequence[str],
+    inputs: Sequence[str | Path],
+    out: Path,
+    *,
+    device: str = "auto",
+    jobs: int | None = None,
+    workspace: Path = Path("work"),
+    precision: Precision | None = None,
+    tracking_uri: str | None = None,
+    max_memory: str | None = None,
+    stdin: TextIO | None = None,
+) -> str:
+    """Say what each case will take in memory, from headers alone, and how many windows; nothing is written.
+
+    Args and raises: as `run`.
+    """
+    models = resolve_models([model] if isinstance(model, str) else model, workspace, tracking_uri)
+    devices = shared_out(device, jobs)
+    share = _share(max_memory, len(devices))
+    predictor = Predictor.load(models, Engine(device=devices[0], precision=precision, limit_bytes=share))
+    return plan_text(predictor, find_inputs(inputs, tuple(predictor.plan.channels), out, stdin))
+
+
+def _share(max_memory: str | None, processes: int) -> int | None:
+    """Return what each process may take; None: a single one takes what is free."""
+    if max_memory is None:
+        return None if processes == 1 else available_bytes() // processes
+    return bytes_of(max_memory) // processes
 
 
 def _wanted(names: Sequence[str], labels: Mapping[str, int]) -> tuple[str, ...]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import glob
 import logging
+import math
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any
 
 from pipeline.stages.segment_case import PROBABILITIES, CaseInHand, CaseSteps
 from pipeline.stages.segment_claims import Claim, Claims
@@ -73,7 +75,7 @@ class Batch:
         self.disk_full = False
         self._claims = Claims(settings.out, settings.run)
         self.journal = Journal(settings.out, settings.run)
-        self._room = Room(steps.memory_limit_bytes, stop)
+        self._room = Room(steps.room_bytes, stop)
 
     def results(self, cases: Sequence[SegmentInput]) -> Iterator[CaseResult]:
         """Yield what becomes of each case, as it happens; of a case that a worker of this run has ended, nothing."""
@@ -94,7 +96,16 @@ class Batch:
         """Predict one case while the next is read and the last is written."""
         written: Future[CaseResult] | None = None
         ahead = reader.submit(self._read_next, turns)
-        while (case := ahead.result()) is not None:
+        while True:
+            if written is not None:
+                # What is written is told at once, even where the next case must be waited for.
+                pending: list[Future[Any]] = [ahead, written]
+                wait(pending, return_when=FIRST_COMPLETED)
+                if written.done():
+                    yield written.result()
+                    written = None
+            if (case := ahead.result()) is None:
+                break
             ahead = reader.submit(self._read_next, turns)
             case.attempt(self._steps.predict)
             if written is not None:
@@ -145,8 +156,8 @@ class Batch:
                 case.fail(f"the process that worked on it was killed, {deaths} times: out of memory?")
                 return case
             # Alone, if a process died over it: then it costs no other case, and is known to be the reason.
-            wanted = float("inf") if claim.left_before else self._steps.memory_bytes(source)
-            if not self._room.enter(source.name, wanted):
+            case.memory_bytes = self._steps.memory_bytes(source)
+            if not self._room.enter(source.name, math.inf if claim.left_before else case.memory_bytes):
                 claim.give_back(ended=False)
                 return None
             if claim.left_before:

@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 from pipeline.data.plan import Fingerprint
 from pipeline.errors import PipelineError
 from pipeline.geometry import Geometry
-from pipeline.hardware import Precision, keep_freed_memory, peak_memory_bytes, reset_peak_memory
+from pipeline.hardware import (
+    Precision,
+    available_bytes,
+    give_freed_memory_back,
+    keep_freed_memory,
+    peak_memory_bytes,
+    reset_peak_memory,
+    resident_bytes,
+)
 from pipeline.inference.probabilities import ProbabilityRequest, ProbabilityType
 from pipeline.model import FINGERPRINT, model_digest
 from pipeline.predictor import Engine, Predictor, Segmentation
@@ -26,6 +34,7 @@ from pipeline.stages.familiarity import unfamiliar
 from pipeline.stages.segment_claims import Claim
 from pipeline.stages.segment_inputs import SUFFIX, SegmentInput
 from pipeline.stages.segment_page import Preview
+from pipeline.stages.segment_plan import case_memory, wanted_bytes
 from pipeline.stages.segment_report import CaseResult
 from pipeline.volumes.plane_writing import PlaneWriter
 from pipeline.volumes.stored import content_digest
@@ -92,6 +101,7 @@ class CaseInHand:
     claim: Claim
     result: CaseResult
     before: CaseResult | None = None
+    memory_bytes: float = 0.0
     closed: bool = False
     error: Exception | None = None
     native: Geometry | None = None
@@ -145,7 +155,13 @@ class CaseInHand:
 
 
 class CaseSteps:
-    """The steps of every case of a batch, by one predictor."""
+    """The steps of every case of a batch, by one predictor.
+
+    Attributes:
+        settings: of the batch.
+        predictor: with the models loaded.
+        room_bytes: what the cases in hand may take together.
+    """
 
     def __init__(self, settings: SegmentSettings) -> None:
         keep_freed_memory()
@@ -154,15 +170,13 @@ class CaseSteps:
         self.predictor = Predictor.load(settings.models, settings.engine)
         self._fingerprint = Fingerprint.model_validate_json((first / FINGERPRINT).read_bytes())
         self._models = [model_digest(folder) for folder in settings.models]
-
-    @property
-    def memory_limit_bytes(self) -> float:
-        """What the cases in hand may take together."""
-        return float("inf")
+        self._process_bytes = resident_bytes()
+        limit = settings.max_memory_bytes
+        self.room_bytes = available_bytes() if limit is None else max(0, limit - self._process_bytes)
 
     def memory_bytes(self, source: SegmentInput) -> float:
-        """Return what a case takes at most."""
-        return 0.0
+        """Return what a case takes at most; infinite where it is too large."""
+        return wanted_bytes(self.predictor, source, self._process_bytes)
 
     def read(self, case: CaseInHand) -> None:
         """Read a case's channels and bring them to the plan's grid, unless it is done and unchanged."""
@@ -172,6 +186,8 @@ class CaseSteps:
             if before and self._is_done(before, key):
                 case.close(before.changed(status="skipped", inputs=case.result.inputs))
                 return
+            # Asked before the voxels are read: what does not fit is refused, and the process not killed.
+            case_memory(self.predictor, case.source, self._process_bytes)
             images = {channel: read_image(file.path, file.index) for channel, file in case.source.files.items()}
         with case.timed("prepare"):
             case.native = self.predictor.native_of(images)
@@ -184,6 +200,8 @@ class CaseSteps:
     def predict(self, case: CaseInHand) -> None:
         """Segment a prepared case."""
         assert case.prepared is not None and case.native is not None
+        if resident_bytes() + case.memory_bytes > self._process_bytes + self.room_bytes:
+            give_freed_memory_back()  # What earlier cases have freed is kept for the next, and would count twice.
         reset_peak_memory(self.predictor.device)
         with case.timed("predict"):
             segmentation = self._segmented(case, case.prepared, case.native)

@@ -1,0 +1,476 @@
+"""Long runs of `medseg segment`: shared, killed, interrupted, disks full; what is done is valid, the rest goes on."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import psutil
+import pytest
+from tiny_models import NEAREST_MEAN, make_model, make_plan, nearest_mean
+
+from pipeline.confidence.judging import judge
+from pipeline.confidence.measuring import StructureConfidence
+from pipeline.errors import PipelineError
+from pipeline.geometry import Geometry
+from pipeline.hardware import resident_bytes
+from pipeline.model import save_model
+from pipeline.networks import NETWORKS
+from pipeline.stages import segment
+from pipeline.stages.segment_batch import Batch, Room
+from pipeline.stages.segment_case import CaseSteps, SegmentSettings
+from pipeline.stages.segment_claims import CLAIMS, Claims, left_by
+from pipeline.stages.segment_inputs import find_inputs
+from pipeline.stages.segment_journal import JOURNAL, Journal
+from pipeline.stages.segment_page import LARGEST_EMBEDDED, Preview, picture_of, write_page
+from pipeline.stages.segment_plan import CASES_SHOWN, bytes_of
+from pipeline.stages.segment_report import CaseResult, SegmentReport
+from pipeline.stages.segment_workers import shared_out
+from pipeline.volumes.volume import Volume, read_label
+from pipeline.volumes.writing import write_image
+
+CASES = 10
+DEADLINE_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A U-Net with random weights: what another process can load."""
+    folder = tmp_path_factory.mktemp("model")
+    save_model(folder / "model", make_model())
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scans")
+    for index in range(CASES):
+        noise = np.random.default_rng(index).normal(100, 30, (1, 34, 36, 40)).astype(np.float32)
+        write_image(folder / f"case_{index}.nii.gz", Volume(noise, Geometry((34, 36, 40), np.eye(4))))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: Path, scans: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    segment.run(str(model), [scans], out, device="cpu")
+    return label_files(out)
+
+
+def label_files(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.glob("*.nii.gz")}
+
+
+def arguments(model: Path, scans: Path, out: Path, *more: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "pipeline", "segment", str(scans)),
+        *("--model", str(model), "--out", str(out), "--device", "cpu", *more),
+    ]
+
+
+def start(model: Path, scans: Path, out: Path, *more: str) -> subprocess.Popen[str]:
+    """Start the command in a process of its own."""
+    return subprocess.Popen(
+        arguments(model, scans, out, *more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def entries(out: Path, status: str = "done") -> list[str]:
+    """The cases that the journal says were done, as often as it says so."""
+    journal = out / JOURNAL
+    lines = journal.read_text().splitlines() if journal.exists() else []
+    results = [json.loads(line)["result"] for line in lines if line.strip()]
+    return [result["name"] for result in results if result["status"] == status]
+
+
+def wait_until(reached: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + DEADLINE_S
+    while not reached():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_goes_on_and_all_files_are_those_of_an_undisturbed_run(
+    model: Path, scans: Path, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    out = tmp_path / "out"
+    for _ in range(2):
+        done = len(entries(out))
+        process = start(model, scans, out)
+        wait_until(lambda done=done: len(entries(out)) >= done + 2, process)  # type: ignore[misc]
+        process.kill()
+        process.communicate()
+    assert len(entries(out)) < CASES
+    answer = start(model, scans, out)
+    assert "done" in answer.communicate()[0]
+    assert answer.returncode == 0
+    assert label_files(out) == undisturbed
+    assert Counter(entries(out)) == Counter(f"case_{n}" for n in range(CASES))
+    assert not list(out.rglob(".tmp-*"))
+
+
+@pytest.mark.slow
+def test_two_jobs_share_a_folder_and_each_case_is_done_once(
+    model: Path, scans: Path, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    out = tmp_path / "out"
+    jobs = [start(model, scans, out) for _ in range(2)]
+    said = [job.communicate()[0] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], said
+    assert Counter(entries(out)) == Counter(f"case_{n}" for n in range(CASES))
+    assert label_files(out) == undisturbed
+
+
+@pytest.mark.slow
+def test_a_killed_worker_costs_nothing_and_the_report_is_in_order(
+    model: Path, scans: Path, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    out = tmp_path / "out"
+    process = start(model, scans, out, "--jobs", "2")
+    wait_until(lambda: len(entries(out)) >= 2, process)
+    victim = psutil.Process(process.pid).children()[0]
+    wait_until(lambda: any(left_by(out, victim.pid, [f"case_{n}" for n in range(CASES)])), process)
+    victim.kill()
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
+    assert "a worker was killed by signal 9 (out of memory?)" in said
+    report = json.loads((out / "report.json").read_text())
+    assert [case["name"] for case in report["cases"]] == [f"case_{n}" for n in range(CASES)]
+    assert {case["status"] for case in report["cases"]} == {"done"}
+    assert label_files(out) == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_ctrl_c_finishes_the_cases_in_hand_and_reports(
+    jobs: str, model: Path, scans: Path, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    out = tmp_path / "out"
+    process = start(model, scans, out, "--jobs", jobs)
+    wait_until(lambda: len(entries(out)) >= 1, process)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate()[0]
+    assert process.returncode == 130, said
+    report = json.loads((out / "report.json").read_text())
+    done = [case["name"] for case in report["cases"] if case["status"] == "done"]
+    assert 1 <= len(done) == CASES - report["not_reached"] < CASES
+    assert label_files(out) == {f"{name}.nii.gz": undisturbed[f"{name}.nii.gz"] for name in done}
+    assert not psutil.pid_exists(process.pid)
+    assert not list(out.rglob(".tmp-*"))
+
+
+IN_TMPFS = """
+mount -t tmpfs -o size=$SIZE tmpfs "$OUT" || exit 77
+"$@"
+code=$?
+cp -r "$OUT" "$COPY"
+exit $code
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_what_is_done_valid_and_is_said(
+    model: Path, scans: Path, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    out, copy = tmp_path / "out", tmp_path / "copy"
+    out.mkdir()
+    if shutil.which("unshare") is None:
+        pytest.skip("no unshare to mount a small disk with")
+    answer = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", IN_TMPFS, "sh", *arguments(model, scans, out)],
+        env=os.environ | {"OUT": str(out), "COPY": str(copy), "SIZE": "400k"},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    if (answer.returncode in (1, 77) and "mount" in answer.stderr + answer.stdout) or "unshare" in answer.stderr:
+        pytest.skip(f"no small disk can be mounted: {answer.stderr.strip()}")
+    assert answer.returncode == 2, answer.stderr
+    assert re.search(rf"error: .*: the disk is full; \d+ of {CASES} cases are done and valid", answer.stderr)
+    there = label_files(copy)
+    assert 0 < len(there) < CASES
+    assert there == {name: undisturbed[name] for name in there}
+    assert {f"{name}.nii.gz" for name in entries(copy)} <= set(there)
+    done = len(entries(copy))
+    report = segment.run(str(model), [scans], copy, device="cpu")
+    assert label_files(copy) == undisturbed
+    assert Counter(r.status for r in report.results) == {"skipped": done, "done": CASES - done}
+
+
+def test_four_thousand_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(NETWORKS, "nearest_mean", nearest_mean)
+    save_model(tmp_path / "model", make_model(plan=make_plan(patch_size=(8, 8, 64)), network=NEAREST_MEAN))
+    classes = np.random.default_rng(0).integers(0, 3, (1, 6, 5, 4000))
+    write_image(tmp_path / "long.nii.gz", Volume((100 * classes).astype(np.float32), Geometry((6, 5, 4000), np.eye(4))))
+    report = segment.run(str(tmp_path / "model"), [tmp_path / "long.nii.gz"], tmp_path / "out", device="cpu")
+    assert not report.failures
+    label = read_label(tmp_path / "out" / "long.nii.gz").array
+    assert np.array_equal(label, np.array([0, 1, 7])[classes[0]])
+
+
+def batch_of(model: Path, scans: Path, out: Path, run: str) -> tuple[Batch, list[segment.SegmentInput]]:
+    settings = SegmentSettings(models=(model,), out=out, run=run, device="cpu")
+    return Batch(CaseSteps(settings), threading.Event()), find_inputs([scans], ("T1",), out)[:3]
+
+
+def test_a_case_over_which_two_workers_of_a_run_died_is_given_up(model: Path, scans: Path, tmp_path: Path) -> None:
+    claims = tmp_path / CLAIMS
+    claims.mkdir(parents=True)
+    (claims / "case_0").write_text("this 11\nthis 12\n")
+    (claims / "case_1").write_text("this 13\nother 14\n")
+    batch, cases = batch_of(model, scans, tmp_path, "this")
+    results = list(batch.results(cases))
+    # What has killed others comes last.
+    assert [result.name for result in results] == ["case_2", "case_0", "case_1"]
+    assert [result.status for result in results] == ["done", "failed", "done"]
+    assert results[1].reason == "the process that worked on it was killed, 2 times: out of memory?"
+    assert [(claims / f"case_{n}").read_text() for n in range(3)] == [""] * 3
+    assert list(label_files(tmp_path)) and "case_0.nii.gz" not in label_files(tmp_path)
+
+
+def test_leftovers_of_a_dead_process_are_removed_and_no_others(model: Path, scans: Path, tmp_path: Path) -> None:
+    (tmp_path / CLAIMS).mkdir(parents=True)
+    (tmp_path / CLAIMS / "case_0").write_text("old 11\n")
+    mine, others = tmp_path / ".tmp-abcdefg1-case_0.nii.gz", tmp_path / ".tmp-abcdefg1-a-case_0.nii.gz"
+    mine.touch()
+    others.touch()
+    batch, cases = batch_of(model, scans, tmp_path, "new")
+    assert [result.status for result in batch.results(cases[:1])] == ["done"]
+    assert (mine.exists(), others.exists()) == (False, True)
+
+
+def test_a_claimed_case_is_done_when_its_holder_dies_and_adopted_when_it_ends(
+    model: Path, scans: Path, tmp_path: Path
+) -> None:
+    batch, cases = batch_of(model, scans, tmp_path, "this")
+    other = Claims(tmp_path, "this")
+    died, ended = other.take("case_0"), other.take("case_1")
+    assert died and ended
+    results = batch.results(cases)
+    assert next(results).name == "case_2"
+    # A worker of the same run has ended the one, and vanishes with the other in hand.
+    Journal(tmp_path, "this").add(CaseResult(name="case_1", status="done", inputs=("x",), output="case_1.nii.gz"))
+    ended.give_back(ended=True)
+    died._file.close()
+    assert [(result.name, result.status) for result in results] == [("case_0", "done")]
+    assert batch.journal.of_run["case_1"].inputs == ("x",)
+
+
+def test_a_stopped_batch_begins_nothing(model: Path, scans: Path, tmp_path: Path) -> None:
+    settings = SegmentSettings(models=(model,), out=tmp_path, run="this", device="cpu")
+    stop = threading.Event()
+    batch = Batch(CaseSteps(settings), stop)
+    results = batch.results(find_inputs([scans], ("T1",), tmp_path))
+    first = next(results)
+    stop.set()
+    assert len([first, *results]) <= 3
+    assert len(label_files(tmp_path)) <= 3
+    assert {(tmp_path / CLAIMS / f"case_{n}").read_text() for n in range(3)} == {""}
+
+
+def test_claims_exclude_one_another_and_count_the_dead(tmp_path: Path) -> None:
+    one, two = Claims(tmp_path, "one"), Claims(tmp_path, "two")
+    claim = one.take("a")
+    assert claim is not None
+    assert claim.left_before == ()
+    assert two.take("a") is None
+    assert list(left_by(tmp_path, os.getpid(), ["a", "b"])) == ["a"]
+    claim._file.close()  # As the kernel does when a process dies.
+    second = two.take("a")
+    assert second is not None
+    assert second.left_before == ("one",)
+    second.give_back(ended=False)
+    third = two.take("a")
+    assert third is not None
+    assert third.left_before == ("one",)
+    third.give_back(ended=True)
+    fourth = one.take("a")
+    assert fourth is not None
+    assert fourth.left_before == ()
+    one.give_all_back()
+
+
+def test_the_journal_is_read_on_and_passes_half_a_line_over(tmp_path: Path) -> None:
+    mine, theirs = Journal(tmp_path, "mine"), Journal(tmp_path, "theirs")
+    done = CaseResult(name="ä", status="done", inputs=("x",), key="k", output="ä.nii.gz", volumes_ml={"left": 2.0})
+    theirs.add(done)
+    assert mine.done == {}
+    mine.refresh()
+    assert (mine.done, mine.of_run) == ({"ä": done}, {})
+    with (tmp_path / JOURNAL).open("a") as file:
+        file.write('{"run": "mine", "result": {"name": "b", "sta')
+    mine.refresh()
+    mine.add(done.changed(status="skipped"))
+    mine.refresh()
+    assert mine.of_run == {"ä": done.changed(status="skipped")}
+    assert Journal(tmp_path, "theirs").of_run == {"ä": done}
+    assert (tmp_path / JOURNAL).read_text().count("volumes_ml") == 1
+
+
+def test_room_admits_what_fits_and_alone_what_does_not(tmp_path: Path) -> None:
+    stop = threading.Event()
+    room = Room(10.0, stop)
+    assert room.enter("large", 20.0)
+    entered = []
+    waiting = threading.Thread(target=lambda: entered.append(room.enter("small", 1.0)))
+    waiting.start()
+    waiting.join(0.05)
+    assert waiting.is_alive()
+    room.leave("large")
+    waiting.join()
+    assert entered == [True]
+    assert room.enter("middle", 9.0)
+    stop.set()
+    assert not room.enter("another", 1.0)
+
+
+def test_workers_are_shared_out_over_devices() -> None:
+    assert shared_out("cuda:0,cuda:1", None) == ["cuda:0", "cuda:1"]
+    assert shared_out("cuda:0, cuda:1", 3) == ["cuda:0", "cuda:1", "cuda:0"]
+    assert shared_out("cpu", None) == ["cpu"]
+    with pytest.raises(PipelineError, match="at least one job for each"):
+        shared_out("cuda:0,cuda:1", 1)
+
+
+class Page(HTMLParser):
+    """The headings of the cases and the sources of the images, in order."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+        self._in_heading = False
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._in_heading = tag == "h2"
+        if tag == "img":
+            self.images.append(dict(attrs))
+
+    def handle_data(self, data: str) -> None:
+        if self._in_heading and data.strip():
+            self.names.append(data)
+            self._in_heading = False
+
+
+def result_of(name: str, dice: float | None = None, **more: object) -> CaseResult:
+    sure = None
+    if dice is not None:
+        sure = judge({"left": StructureConfidence(voxels=10, entropy=0.1, expected_dice=dice)})
+    return CaseResult.model_validate(
+        {"name": name, "status": "done", "inputs": ["x"], "output": f"{name}.nii.gz", "confidence": sure, **more}
+    )
+
+
+def test_the_page_shows_failures_then_the_doubtful_and_escapes(tmp_path: Path) -> None:
+    results = (
+        result_of("sure", 0.95, volumes_ml={"left": 1.5, "right": 0.0}),
+        result_of("doubtful", 0.4, warnings=("an extent of 5 mm",)),
+        result_of("middling", 0.8),
+        result_of("<broken>", status="failed", reason="cut <short>", output=None),
+    )
+    image = Volume(
+        np.random.default_rng(0).normal(size=(1, 20, 22, 24)).astype(np.float32), Geometry((20, 22, 24), np.eye(4))
+    )
+    Preview.of(image).write(tmp_path, "sure", np.ones((20, 22, 24), np.uint8))
+    report = SegmentReport(tmp_path, (Path("model"),), results, not_reached=2)
+    write_page(report)
+    page = Page(tmp_path / "report.html")
+    assert page.names[:4] == ["<broken>", "doubtful", "middling", "sure"]
+    text = (tmp_path / "report.html").read_text()
+    assert "cut &lt;short&gt;" in text
+    assert "doubtful: left (Dice of 0.40 expected)" in text
+    assert [(image["src"] or "")[:23] for image in page.images] == ["data:image/jpeg;base64,"]
+    assert "warning  doubtful: doubtful: left (Dice of 0.40 expected)" in report.as_text()
+    assert "2 not reached" in report.as_text()
+
+
+def test_the_page_of_hundreds_of_cases_is_small_and_loads_pictures_when_they_are_seen(tmp_path: Path) -> None:
+    results = tuple(result_of(f"case {n}", n / 300, volumes_ml={"left": 1.0}) for n in range(300))
+    for result in results:
+        picture_of(tmp_path, result.name).parent.mkdir(exist_ok=True)
+        picture_of(tmp_path, result.name).touch()
+    write_page(SegmentReport(tmp_path, (Path("model"),), results))
+    page = Page(tmp_path / "report.html")
+    assert len(page.images) == 300 > LARGEST_EMBEDDED
+    assert page.names[:2] == ["case 0", "case 1"]
+    assert page.images[0]["src"] == "pictures/case%200.jpg"
+    assert {image["loading"] for image in page.images} == {"lazy"}
+    assert (tmp_path / "report.html").stat().st_size < 6e5
+
+
+def test_a_preview_is_seen_as_radiologists_look_at_it(tmp_path: Path) -> None:
+    """A bright block at the left, front and head of the patient, stored the other way round and larger than shown."""
+    from PIL import Image
+
+    shape = (40, 600, 30)
+    affine = np.diag([-2.0, -0.2, -3.0, 1.0])  # LPI
+    image = np.zeros((1, *shape), np.float32)
+    image[0, 24:, :200, :10] = 100.0
+    classes = (image[0] > 0).astype(np.uint8)
+    preview = Preview.of(Volume(image, Geometry(shape, affine)))
+    assert max(preview.array.shape) <= 256
+    preview.write(tmp_path, "a", classes)
+    with Image.open(picture_of(tmp_path, "a")) as picture:
+        strip = np.asarray(picture.convert("L")).astype(float)
+    last = strip[:, strip.shape[1] * 3 // 4 :]  # In the last panel across head and feet: rows front to back.
+    rows, columns = np.nonzero(last > 128)
+    assert rows.mean() < 120
+    assert columns.mean() > 0.4 * last.shape[1]
+
+
+def test_sizes_are_read_as_people_write_them() -> None:
+    assert bytes_of("8GB") == 8 * 10**9
+    assert bytes_of(" 1.5 gib ") == 3 * 2**29
+    assert bytes_of("500") == 500
+    with pytest.raises(PipelineError, match="expected a size such as 8GB"):
+        bytes_of("8 apples")
+
+
+def test_the_plan_names_windows_and_peak_and_writes_nothing(model: Path, scans: Path, tmp_path: Path) -> None:
+    text = segment.plan(str(model), [scans], tmp_path / "out", device="cpu")
+    assert re.search(r"^case_0: peak memory [\d.]+ GB; (\d+) windows in (\d+) slabs", text, re.MULTILINE)
+    assert f"and {CASES - CASES_SHOWN} smaller cases" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_little_memory_is_the_cases_failure_and_more_of_it_changes_no_label(
+    model: Path, scans: Path, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    scan = scans / "case_0.nii.gz"
+    refused = segment.run(str(model), [scan], tmp_path / "out", device="cpu", max_memory="1MB")
+    assert [result.status for result in refused.results] == ["failed"]
+    assert "give --max-memory more" in (refused.results[0].reason or "")
+    limit = str(resident_bytes() + 200 * 10**6)
+    report = segment.run(str(model), [scan], tmp_path / "out", device="cpu", max_memory=limit)
+    assert [result.status for result in report.results] == ["done"]
+    assert label_files(tmp_path / "out") == {"case_0.nii.gz": undisturbed["case_0.nii.gz"]}
+
+
+def test_probabilities_are_written_on_request_and_asked_for_later(model: Path, scans: Path, tmp_path: Path) -> None:
+    scan, out = scans / "case_0.nii.gz", tmp_path / "out"
+    segment.run(str(model), [scan], out, device="cpu")
+    again = segment.run(str(model), [scan], out, device="cpu", probabilities=["all"])
+    assert [result.status for result in again.results] == ["done"]
+    written = nib.load(out / "probabilities" / "case_0.nii.gz").get_fdata()
+    label = read_label(out / "case_0.nii.gz").array
+    assert written.shape == (34, 36, 40, 2)
+    # A random network is hardly sure: where a structure is the label, no other's probability is clearly larger.
+    assert (written[label == 1, 0] >= written[label == 1, 1] - 1 / 255).all()
+    later = segment.run(str(model), [scan], out, device="cpu")
+    assert [result.status for result in later.results] == ["skipped"]
+    with pytest.raises(PipelineError, match=r"liver: unknown; the labels are background, left, right, or all"):
+        segment.run(str(model), [scan], out, device="cpu", probabilities=["liver"])
