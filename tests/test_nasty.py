@@ -126,7 +126,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "complex.nii": (lambda path: nifti(path, dtype="c8"), "holds complex voxels"),
     "four.nii": (lambda path: nifti(path, np.zeros((3, 3, 3, 2))), "holds 2 volumes"),
     "five.nii": (lambda path: nifti(path, np.zeros((3, 3, 3, 2, 2))), "three axes, or four"),
-    "promises.nii": (lambda path: patched(path, DIM + 2, np.full(3, 32767, "i2")), "its header promises 70362"),
+    "promises.nii": (
+        lambda path: patched(path, DIM + 2, np.full(3, 32767, "i2")),
+        "its header promises 70362|of 32767x32767x32767 voxels does not fit",
+    ),
     "nowhere.nii": (lambda path: patched(path, VOX_OFFSET, np.array(np.nan, "f4")), "the voxels begin at byte nan"),
     "far.nii": (lambda path: patched(path, VOX_OFFSET, np.array(1e30, "f4")), "the voxels begin at byte 1"),
     "no_slope.nii": (lambda path: patched(path, SLOPE, np.array([2, np.nan], "f4")), "header makes no sense"),
