@@ -141,7 +141,7 @@ def test_the_text_has_mean_interval_counts_and_failures(evaluation: Evaluation) 
     assert right.split()[1:4] == ["3", "1", "0"]
     assert f"0.6333 [{estimate.low:.4f}, {estimate.high:.4f}]" in right
     assert lines[-1].startswith("failed: e: e.nii.gz: cut short")
-    assert "confidence on the plan's grid: ECE 0.0300, Brier score 0.1000" in lines
+    assert "confidence on the plan's grid: ECE 0.0300; Brier score 0.1000" in lines
     assert any(line.startswith("predicted Dice, mean absolute error: left 0.133 (rank") for line in lines)
 
 

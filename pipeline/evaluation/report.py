@@ -236,7 +236,7 @@ def _assessment_as_text(evaluation: Evaluation) -> list[str]:
     lines = []
     if evaluation.reliability:
         named = (_measure_as_text(evaluation.reliability, name) for name in MEASURES if name in evaluation.reliability)
-        lines.append(f"confidence on the plan's grid: {', '.join(named)}")
+        lines.append(f"confidence on the plan's grid: {'; '.join(named)}")
     if evaluation.dice_predictions:
         known = (one for one in evaluation.dice_predictions if one.cases)
         named = (f"{one.class_name} {one.mae:.3f} (rank correlation {one.spearman:.2f})" for one in known)
