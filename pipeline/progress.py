@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
@@ -17,6 +18,8 @@ log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
 LINE_EVERY_S = 10.0
+# The time left follows from the speed over so many items, and seconds of a bar.
+RATE_OVER_ITEMS, RATE_OVER_S = 20, 300.0
 
 
 def track(items: Iterable[Item], title: str, total: int) -> Iterator[Item]:
@@ -48,6 +51,7 @@ def _progress() -> Progress:
         rich.TimeElapsedColumn(),
         rich.TimeRemainingColumn(),
         console=Console(stderr=True),
+        speed_estimate_period=RATE_OVER_S,
     )
 
 
@@ -55,13 +59,17 @@ def _lines(items: Iterable[Item], title: str, total: int) -> Iterator[Item]:
     """Yield the items and log how many are done."""
     start = said = time.monotonic()
     done = 0
+    # What was quickly passed over at the beginning says nothing of the time that the rest takes.
+    last = deque([start], maxlen=RATE_OVER_ITEMS)
     for item in items:
         yield item
         done += 1
         now = time.monotonic()
+        last.append(now)
         if now - said > LINE_EVERY_S and done < total:
             said = now
-            log.info("%s: %d of %d, %.0f s left", title, done, total, (now - start) / done * (total - done))
+            left = (now - last[0]) / (len(last) - 1) * (total - done)
+            log.info("%s: %d of %d, %.0f s left", title, done, total, left)
     log.info("%s: %d of %d in %.1f s", title, done, total, time.monotonic() - start)
 
 

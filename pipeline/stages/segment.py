@@ -161,6 +161,8 @@ def _go_through(
     try:
         for result in track(batch.results(cases), "segment", len(cases)):
             results[result.name] = result
+    except OSError as error:
+        raise PipelineError(f"{out}: the batch cannot go on: {error}; give the same command again") from error
     finally:
         # An interrupt comes between what is written down and what is told.
         batch.journal.refresh()

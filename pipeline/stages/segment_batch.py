@@ -156,7 +156,7 @@ class Batch:
                 case.fail(f"the process that worked on it was killed, {deaths} times: out of memory?")
                 return case
             # Alone, if a process died over it: then it costs no other case, and is known to be the reason.
-            case.memory_bytes = self._steps.memory_bytes(source)
+            case.attempt(self._steps.measure)
             if not self._room.enter(source.name, math.inf if claim.left_before else case.memory_bytes):
                 claim.give_back(ended=False)
                 return None

@@ -174,9 +174,9 @@ class CaseSteps:
         limit = settings.max_memory_bytes
         self.room_bytes = available_bytes() if limit is None else max(0, limit - self._process_bytes)
 
-    def memory_bytes(self, source: SegmentInput) -> float:
-        """Return what a case takes at most; infinite where it is too large."""
-        return wanted_bytes(self.predictor, source, self._process_bytes)
+    def measure(self, case: CaseInHand) -> None:
+        """Find what a case takes at most, by its headers; infinite where it is too large."""
+        case.memory_bytes = wanted_bytes(self.predictor, case.source, self._process_bytes)
 
     def read(self, case: CaseInHand) -> None:
         """Read a case's channels and bring them to the plan's grid, unless it is done and unchanged."""
@@ -221,10 +221,19 @@ class CaseSteps:
         with case.timed("write"):
             label = Volume(self.predictor.values_of(case.classes), case.native)
             write_label(self.settings.out / output, label, header_of=case.first_file, names=plan.labels)
-            case.preview.write(self.settings.out, case.source.name, case.classes)
+            self._draw(case, case.preview, case.classes)
             volumes = _volumes_ml(case.classes, case.native, tuple(plan.labels))
         case.result = case.result.changed(output=output, volumes_ml=volumes, seconds=case.seconds)
         case.classes = case.preview = None
+
+    def _draw(self, case: CaseInHand, preview: Preview, classes: NDArray[Any]) -> None:
+        """Draw a case; a picture that fails, unless the disk is full, is no reason to do without the label map."""
+        try:
+            preview.write(self.settings.out, case.source.name, classes)
+        except OSError:
+            raise
+        except Exception:
+            log.exception("%s: could not be drawn", case.source.name)
 
     def _segmented(self, case: CaseInHand, prepared: PreparedImage, native: Geometry) -> Segmentation:
         """Segment a prepared case, and write the probabilities that are wanted."""
