@@ -2,6 +2,9 @@
 
 import itertools
 import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,9 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.config import Output
+from pipeline.errors import ResourceError
 from pipeline.inference.tiling import Windowing
 from pipeline.inference.windows import stream_logits
 from pipeline.networks import Network, NetworkTask, build_network
+from pipeline.volumes.body import BLOCK, Body, block_counts
 
 CLASSES = 3
 
@@ -236,6 +242,138 @@ def test_batch_is_halved_when_the_device_runs_out_of_memory(caplog: pytest.LogCa
     assert network.seen[:3] == [8, 4, 2]
     assert max(network.seen[3:]) == 2
     assert "out of memory" in caplog.text
+
+
+class TooLarge(Network):
+    """Finds no memory for any window."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv3d(1, CLASSES, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        if not image.is_meta:
+            raise torch.cuda.OutOfMemoryError("no memory")
+        return self.layer(image)
+
+
+def test_case_that_cannot_fit_is_told_from_a_bug() -> None:
+    with pytest.raises(ResourceError, match=r"no memory for a single window of \(8, 8, 8\)"):
+        collect(TooLarge(), make_image(9, 8, 8), Windowing((8, 8, 8)), batch=4)
+
+
+def ensemble() -> list[Network]:
+    networks = [make_network() for _ in range(3)]
+    for number, network in enumerate(networks):
+        torch.manual_seed(number)
+        for weights in network.parameters():
+            nn.init.normal_(weights, std=0.2)
+    return networks
+
+
+def streamed(networks: Sequence[Network], image: Tensor, windowing: Windowing, **options: Any) -> tuple[Tensor, Any]:
+    """Return the logits (K, X, Y, Z) of a stream, and the stream."""
+    stream = stream_logits(networks, image, windowing, **{"batch": 2, "dtype": torch.float32} | options)
+    return torch.cat([p.logits for p in stream], dim=1).movedim(1, stream.axis + 1), stream
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_ensemble_is_the_mean_of_its_networks(batch: int) -> None:
+    networks, image = ensemble(), make_image(20, 12, 9)
+    windowing = Windowing((8, 8, 8), flips=((), (0,)), paired_classes=((1, 2),))
+    logits, stream = streamed(networks, image, windowing, batch=batch)
+    expected = torch.stack([reference(network, image, windowing) for network in networks]).mean(0)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
+    assert stream.agreement is not None
+    assert len(stream.agreement.dice) == CLASSES
+
+
+def test_agreement_is_that_of_the_label_maps_where_windows_do_not_overlap() -> None:
+    networks, image, windowing = ensemble(), make_image(24, 8, 16), Windowing((8, 8, 8), overlap=0.0)
+    _, stream = streamed(networks, image, windowing)
+    labels = [streamed([network], image, windowing)[0].argmax(0) for network in networks]
+    for number, found in enumerate(stream.agreement.dice):
+        own = [label == number for label in labels]
+        pairs = [(2 * (a & b).sum() / (a.sum() + b.sum())).item() for a, b in itertools.combinations(own, 2)]
+        assert 0 < found < 1
+        assert found == pytest.approx(sum(pairs) / 3)
+    assert streamed(networks[:1], image, windowing)[1].agreement is None
+
+
+def test_ensemble_of_different_windows_is_refused() -> None:
+    with pytest.raises(ValueError, match="they must agree"):
+        streamed([make_network(), ValidNetwork()], make_image(9, 9, 9), Windowing((8, 8, 8)))
+
+
+def make_body(shape: tuple[int, int, int], *boxes: tuple[slice, ...]) -> tuple[Body, Tensor]:
+    """Return the blocks that touch the boxes, and the voxels of these blocks."""
+    occupied = np.zeros(block_counts(shape), np.bool_)
+    for box in boxes:
+        occupied[box] = True
+    x, y, z = shape
+    voxels = occupied.repeat(BLOCK, 0).repeat(BLOCK, 1).repeat(BLOCK, 2)[:x, :y, :z]
+    return Body(occupied), torch.from_numpy(voxels.copy())
+
+
+FLIPPED = Windowing((8, 8, 8), flips=((), (0,), (1, 2)), paired_classes=((1, 2),))
+
+
+@pytest.mark.parametrize(
+    ("networks", "shape", "windowing"),
+    [
+        ([make_network()], (40, 13, 10), Windowing((8, 8, 8))),
+        ([make_network()], (13, 10, 41), Windowing((8, 8, 8), overlap=0.7, blending="constant")),
+        ([make_network()], (40, 13, 10), FLIPPED),
+        (ensemble(), (40, 13, 10), FLIPPED),
+        ([ValidNetwork().eval()], (40, 13, 10), Windowing((8, 8, 8))),
+        ([PlanarNetwork().eval()], (6, 17, 40), Windowing((6, 7, 4))),
+    ],
+    ids=["softmax", "constant", "flips", "ensemble", "margin", "margin along one axis"],
+)
+@pytest.mark.parametrize("output", ["softmax", "regions"])
+def test_within_the_body_skipping_changes_no_bit(
+    networks: list[Network], shape: tuple[int, int, int], windowing: Windowing, output: Output
+) -> None:
+    image = make_image(*shape)
+    body, inside = make_body(shape, np.s_[1, 1, 1:2], np.s_[-1, 0, -1:])
+    # One at a time: torch's kernels round differently in batches of different sizes, and skipping changes those.
+    whole, every = streamed(networks, image, windowing, output=output, batch=1)
+    part, some = streamed(networks, image, windowing, output=output, batch=1, body=body)
+    assert (every.run, every.skipped) == (every.tiling.count, 0)
+    assert (some.run + some.skipped, some.skipped > 0) == (some.tiling.count, True)
+    assert 0 < inside.sum() < inside.numel()
+    assert torch.equal(part[:, inside], whole[:, inside])
+    assert not torch.equal(part, whole)
+    assert torch.isfinite(part).all()
+    empty = [-30.0] * CLASSES if output == "regions" else [0.0, *[-30.0] * (CLASSES - 1)]
+    assert (part == torch.tensor(empty)[:, None, None, None]).all(0).any()
+
+
+def test_volume_without_body_runs_no_window() -> None:
+    image = make_image(20, 9, 8)
+    body, _ = make_body((20, 9, 8))
+    logits, stream = streamed(ensemble(), image, Windowing((8, 8, 8)), body=body)
+    assert (stream.run, stream.skipped) == (0, stream.tiling.count)
+    assert logits.argmax(0).max() == 0
+    assert stream.agreement.dice == (1.0, None, None)
+
+
+def test_volume_smaller_than_a_window_is_skipped_only_without_body() -> None:
+    image = make_image(5, 3, 2)
+    full, _ = make_body((5, 3, 2), np.s_[1, 0, 0])
+    logits, stream = streamed([make_network()], image, Windowing((8, 8, 8)), body=full)
+    assert (stream.run, stream.skipped) == (1, 0)
+    assert torch.equal(logits, streamed([make_network()], image, Windowing((8, 8, 8)))[0])
+
+
+def test_ring_on_disk_changes_no_bit(tmp_path: Path) -> None:
+    image = make_image(40, 13, 10)
+    body, _ = make_body((40, 13, 10), np.s_[1:4, 1, 1:2])
+    in_memory, on_disk = (
+        streamed(ensemble(), image, FLIPPED, body=body, ring_folder=folder)[0] for folder in (None, tmp_path)
+    )
+    assert torch.equal(in_memory, on_disk)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.gpu

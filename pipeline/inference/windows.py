@@ -4,8 +4,9 @@ Windows run in order of the volume's longest axis. Their weighted logits are sum
 planes, so that memory does not grow with the length of the scan. A plane below the next window's start is finished: it
 is divided by the sum of its weights and handed on.
 
-The networks of an ensemble see the windows of a slab one after the other, so that the order of sums, and with it the
-last bit of the result, does not depend on how many windows run at once. A window without body is not run at all.
+The networks of an ensemble see the windows of a slab one after the other, so that the order of sums does not depend on
+how many windows run at once; the last bit of what is summed does, where a network's kernels round differently in
+batches of different sizes. A window without body is not run at all.
 
 A network that loses voxels at its border (`margin`) is given windows that reach beyond their output, and beyond the
 volume into zeros; its outputs lie side by side, a multiple of its stride apart, which makes them equal to one pass over
@@ -198,8 +199,8 @@ def stream_logits(
         batch: windows a forward pass at most, each flip counted.
         dtype: the networks compute in it under autocast; sums are float32.
         output: what the logits stand for: it says what certain background looks like.
-        body: windows without any of it are not run. Within the body the logits are the same, bit for bit; voxels that
-            no window covers are certain background. None: all windows are run.
+        body: windows without any of it are not run. Within the body the same windows are summed, so with a batch of 1
+            the logits are the same bit for bit; voxels that no window covers are certain background. None: all are run.
         ring_folder: the unfinished planes lie in a file there; None: in memory.
 
     Returns:

@@ -1,0 +1,93 @@
+"""What the machine can do, read from files like Linux' own; compiling held against what it is compiled from."""
+
+import logging
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.hardware import (
+    _left_in_groups,
+    available_bytes,
+    compiled,
+    is_out_of_memory,
+    resident_bytes,
+    threads_per_worker,
+)
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_every_control_group_around_the_process_counts(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    write(own, "0::/job/step\n")
+    write(tmp_path / "groups/job/memory.max", "5000")
+    write(tmp_path / "groups/job/memory.current", "4000")
+    write(tmp_path / "groups/job/memory.stat", "anon 3300\ninactive_file 700\nactive_file 1\n")
+    write(tmp_path / "groups/job/step/memory.max", "max")
+    write(tmp_path / "groups/job/step/memory.current", "100")
+    write(tmp_path / "groups/job/step/memory.stat", "inactive_file 0\n")
+    assert list(_left_in_groups(tmp_path / "groups", own)) == [1700]
+
+
+def test_control_groups_of_the_first_version(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    write(own, "9:cpu,cpuacct:/other\n4:memory:/job\n0::/\n")
+    write(tmp_path / "groups/memory/job/memory.limit_in_bytes", "900")
+    write(tmp_path / "groups/memory/job/memory.usage_in_bytes", "300")
+    write(tmp_path / "groups/memory/job/memory.stat", "total_inactive_file 50\n")
+    assert list(_left_in_groups(tmp_path / "groups", own)) == [650]
+
+
+def test_no_control_groups_no_limit(tmp_path: Path) -> None:
+    assert list(_left_in_groups(tmp_path, tmp_path / "missing")) == []
+    assert 0 < available_bytes() <= psutil.virtual_memory().total
+    assert 10 * 2**20 < resident_bytes() < psutil.virtual_memory().total
+
+
+def test_workers_share_the_cores() -> None:
+    cores = threads_per_worker(1)
+    assert cores >= 1
+    assert threads_per_worker(2) == max(1, cores // 2)
+    assert threads_per_worker(10_000) == 1
+
+
+def test_running_out_of_memory_is_told_from_other_errors() -> None:
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**52)
+    assert is_out_of_memory(error.value)
+    assert is_out_of_memory(torch.cuda.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(RuntimeError) as other:
+        torch.zeros(2, 3) @ torch.zeros(2, 3)
+    assert not is_out_of_memory(other.value)
+
+
+class Different(nn.Module):
+    """Gives other numbers once it is compiled."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image + 1 if torch.compiler.is_compiling() else image
+
+
+class Refusing(nn.Module):
+    """Cannot be compiled."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            raise ValueError("not in here")
+        return image
+
+
+@pytest.mark.parametrize(("network", "why"), [(Different(), "logits differ"), (Refusing(), "without compiling")])
+def test_a_compiled_network_that_does_not_hold_up_is_given_up(
+    network: nn.Module, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert compiled(network, torch.zeros(1, 1, 8, 8, 8), torch.float32, backend="eager") is network
+    assert why in caplog.text
+    assert len(caplog.records) == 1
