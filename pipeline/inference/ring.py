@@ -77,8 +77,12 @@ class Ring:
     def add(self, start: Size, flip: Flip, logits: Tensor) -> None:
         """Add one window's logits (K, *output), seen in a flip."""
         order = self._windowing.class_order(flip, len(logits))
+        logits = logits.to(self._sums.device)
         for source, target in self._pieces_of(start):
             weights = self._weights[source]
+            if self._sums.is_cuda:
+                self._sums[:, *target].addcmul_(flipped(logits[order], flip)[:, *source].float(), weights)
+                continue
             # Class by class, a window's piece stays in the processor's cache: 8 ms against 22 ms at 20 classes of 96^3.
             for sums, channel in zip(self._sums, order, strict=True):
                 sums[target].addcmul_(flipped(logits[channel], flip)[source].float(), weights)

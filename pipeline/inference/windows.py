@@ -73,6 +73,7 @@ class LogitStream:
         self._networks, self._image, self._windowing, self._dtype = networks, image, windowing, dtype
         self._kind, self._body, self._ring_folder = output, body, ring_folder
         self._device = next(networks[0].parameters()).device
+        self._copies = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._input, self._margin = networks[0].input_size(windowing.window), networks[0].margin
         self._output = networks[0].output_size(self._input)
         self.tiling = tiling_of(networks, (x, y, z), windowing)
@@ -149,7 +150,7 @@ class LogitStream:
     def _forward(self, network: Network, batch: list[Pass]) -> Tensor | None:
         """Return the logits (N, K, *output) of a batch, or None where there is no memory for so many windows."""
         try:
-            images = self._read(batch).to(self._device)
+            images = self._moved(self._read(batch))
             with autocast(self._device, self._dtype):
                 logits: Tensor = network(images)
         except (RuntimeError, MemoryError) as error:
@@ -165,6 +166,17 @@ class LogitStream:
         if logits.shape[2:] != self._output:
             raise ValueError(f"the network makes {tuple(logits.shape[2:])} of {self._input}, not {self._output}")
         return logits
+
+    def _moved(self, images: Tensor) -> Tensor:
+        """Bring a batch to the device; to a GPU from pinned memory in a queue of its own, while it runs the last."""
+        if self._copies is None or images.is_cuda:
+            return images.to(self._device)
+        with torch.cuda.stream(self._copies):
+            moved = images.pin_memory().to(self._device, non_blocking=True)
+        now = torch.cuda.current_stream(self._device)
+        now.wait_stream(self._copies)
+        moved.record_stream(now)
+        return moved
 
     def _read(self, batch: list[Pass]) -> Tensor:
         """Return the inputs (N, C, *input) of a batch, zeros beyond the volume, flipped."""
