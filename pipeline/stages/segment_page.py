@@ -25,6 +25,8 @@ LARGEST_EMBEDDED = 40
 PICTURE_ORIENTATION = "LAS"
 # A picture's longest axis: more voxels than it has pixels are not looked at.
 LARGEST_PREVIEW = 256
+# Columns of a case's table: those that the models of a batch have.
+MEASURES = {"predicted_dice": "predicted Dice", "expected_dice": "expected Dice", "fold_dice": "folds' Dice"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,13 +68,11 @@ def picture_of(out: Path, name: str) -> Path:
 
 @dataclass(frozen=True)
 class Row:
-    """A structure that was found, as it is shown."""
+    """A structure that was found, as it is shown; `dice` by the keys of MEASURES."""
 
     label: str
     ml: str
-    predicted: str
-    expected: str
-    folds: str
+    dice: dict[str, str]
     low: bool
 
 
@@ -99,11 +99,6 @@ class Card:
         return self.result.reason or self.result.doubts or self.result.status
 
     @property
-    def measured(self) -> bool:
-        """Whether it is known how sure the models are."""
-        return self.result.confidence is not None
-
-    @property
     def rows(self) -> list[Row]:
         """A row for each structure found."""
         return [_row(self.result, label, ml) for label, ml in self.result.volumes_ml.items() if ml]
@@ -117,10 +112,13 @@ def write_page(report: SegmentReport) -> None:
     counts = {status: sum(r.status == status for r in report.results) for status in ("done", "skipped", "failed")}
     facts = {"model": ", ".join(str(model) for model in report.models)}
     facts |= {status: str(count) for status, count in counts.items() if count}
+    cards = [Card(result, pictures.get(result.name)) for result in sorted(report.results, key=_place)]
+    known = {key for card in cards for row in card.rows for key in row.dice}
     page = _template("segment_page.html.j2").render(
         title=f"{len(report.results)} cases segmented",
         facts=facts | ({"not reached": str(report.not_reached)} if report.not_reached else {}),
-        cards=[Card(result, pictures.get(result.name)) for result in sorted(report.results, key=_place)],
+        cards=cards,
+        measures={key: title for key, title in MEASURES.items() if key in known},
         colours=_colours(report.results),
     )
     write_text(report.folder / REPORT_HTML, page)
@@ -130,12 +128,10 @@ def _row(result: CaseResult, label: str, ml: float) -> Row:
     """Return a structure as it is shown."""
     sure = result.confidence
     if sure is None or label not in sure.labels:
-        return Row(label, f"{ml:.3f}", "", "", "", False)
-    one = sure.labels[label]
-    predicted, expected, folds = (
-        "" if dice is None else f"{dice:.2f}" for dice in (one.predicted_dice, one.expected_dice, one.fold_dice)
-    )
-    return Row(label, f"{ml:.3f}", predicted, expected, folds, label in sure.doubtful)
+        return Row(label, f"{ml:.3f}", {}, False)
+    values = {key: getattr(sure.labels[label], key) for key in MEASURES}
+    dice = {key: f"{value:.2f}" for key, value in values.items() if value is not None}
+    return Row(label, f"{ml:.3f}", dice, label in sure.doubtful)
 
 
 def _thinned(array: NDArray[Any], step: tuple[int, ...]) -> NDArray[Any]:
