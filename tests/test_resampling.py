@@ -3,6 +3,7 @@ import itertools
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
@@ -339,3 +340,13 @@ def test_an_axis_map_by_hand():
     assert rounded.lower.tolist() == [0, 0, 0, 0, 2, 2, 2]
     assert rounded.on_centres
     assert rounded.inside.tolist() == axis_map.inside.tolist()
+
+
+def test_the_number_of_threads_is_left_as_it_was():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        resample_image(noise(grid()), grid().respaced((1.0, 1.0, 1.0)))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
