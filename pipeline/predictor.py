@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,9 @@ from pipeline.confidence.judging import Confidence, judge, temperature_of
 from pipeline.confidence.measuring import ConfidenceSums
 from pipeline.config import InferenceSection, Output
 from pipeline.data.plan import Plan
-from pipeline.errors import ModelError, VolumeError
+from pipeline.errors import ModelError, ResourceError, VolumeError
 from pipeline.geometry import Geometry
-from pipeline.hardware import Precision, compiled, pick_device, pick_dtype, resident_bytes
+from pipeline.hardware import Precision, compiled, give_freed_memory_back, pick_device, pick_dtype, resident_bytes
 from pipeline.inference.labelling import label_from_planes
 from pipeline.inference.memory import MemoryPlan, plan_memory
 from pipeline.inference.planes import LogitPlanes
@@ -204,10 +204,7 @@ class Predictor:
             ModelError: the networks' logits are infinite or not a number.
             ResourceError: the case does not fit in memory.
         """
-        # The image is in memory already, and counted in the plan.
-        memory = self.memory_plan(
-            prepared.geometry, native, process_bytes=max(0, resident_bytes() - prepared.array.nbytes)
-        )
+        memory = self._plan_in_hand(prepared, native)
         sums = ConfidenceSums(tuple(self.plan.labels), self.output, self.temperature)
         watchers = [lambda planes, _: sums.add(planes.logits), *watch]
         with self.stream(prepared.array, prepared.body, memory) as stream:
@@ -292,6 +289,21 @@ class Predictor:
             limit_bytes=self.engine.limit_bytes,
             process_bytes=process_bytes,
         )
+
+    def _plan_in_hand(self, prepared: PreparedImage, native: Geometry) -> MemoryPlan:
+        """Plan the memory of a prepared case, with all that the process has freed where it is short of memory."""
+
+        def plan() -> MemoryPlan:
+            # The image is in memory already, and counted in the plan.
+            process_bytes = max(0, resident_bytes() - prepared.array.nbytes)
+            return self.memory_plan(prepared.geometry, native, process_bytes=process_bytes)
+
+        with suppress(ResourceError):
+            found = plan()
+            if found.batch == self.batch and not found.ring_on_disk:
+                return found
+        give_freed_memory_back()  # What was freed is kept for what comes next, and counts as if it were in use.
+        return plan()
 
     def values_of(self, classes: NDArray[Any]) -> NDArray[Any]:
         """Turn class indices into the plan's label values, in the smallest type that holds them all."""
