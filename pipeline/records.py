@@ -124,9 +124,12 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically, making its folder where it is missing."""
+    """Write a text file atomically, making its folder where it is missing.
+
+    The bytes of a path that are no UTF-8 are written as JSON writes them: backslash, u and four digits.
+    """
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,6 +1,7 @@
 """Files as the world has them: each read rightly or refused in one clear line, and a batch of them goes to its end."""
 
 import gzip
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from pipeline.networks import NETWORKS
 from pipeline.stages import segment
 from pipeline.volumes.stored import read_header
 from pipeline.volumes.volume import read_image, read_label
+from pipeline.volumes.writing import write_image
 
 AFFINE = np.diag([1.0, 2.0, 3.0, 1.0])
 VALUES = (np.arange(5 * 6 * 7) % 100).reshape(5, 6, 7)
@@ -157,6 +159,15 @@ def test_what_cannot_be_read_is_refused_in_one_line(tmp_path: Path, name: str) -
             read(path)
         assert str(error.value).startswith(str(path))
         assert "\n" not in str(error.value)
+
+
+def test_a_path_that_would_end_the_process_in_itk_is_refused(tmp_path: Path) -> None:
+    path = itk(tmp_path / "a.mha").rename(tmp_path / os.fsdecode(b"\xe4.mha"))
+    with pytest.raises(VolumeError, match="no path that is not UTF-8; rename it"):
+        read_image(path)
+    with pytest.raises(VolumeError, match="no path that is not UTF-8; rename it"):
+        write_image(path, read_image(nifti(tmp_path / "a.nii")))
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(-128, "i1"), (2**53 - 1, "i8"), (65535, "u2"), (2**31, "u4")])

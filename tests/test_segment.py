@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -118,6 +119,22 @@ def test_command_line_exits_with_1_when_a_case_failed(model: Path, scans: Path, 
     assert "3 done, 1 failed" in answer.output
     (scans / "broken.nii.gz").unlink()
     assert CliRunner().invoke(app, arguments).exit_code == 0
+
+
+def test_names_that_are_no_utf8_are_names_like_others(model: Path, scans: Path, tmp_path: Path) -> None:
+    strange = os.fsdecode(b"M\xfcller")
+    shutil.copy(scans / "a.nii.gz", scans / f"{strange}.nii.gz")
+    (scans / os.fsdecode(b"\xff.nii.gz")).write_bytes(b"")
+    arguments = ["segment", str(scans), "--model", str(model), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    answer = CliRunner().invoke(app, arguments)
+    assert answer.exit_code == 1, answer.output
+    assert r"failed   \udcff: " in answer.stdout
+    label = tmp_path / "out" / f"{strange}.nii.gz"
+    assert label.read_bytes() == (tmp_path / "out" / "a.nii.gz").read_bytes()
+    cases = json.loads((tmp_path / "out" / "report.json").read_text())["cases"]
+    assert strange in {case["name"] for case in cases}
+    assert statuses(run(model, scans / f"{strange}.nii.gz", out=tmp_path / "out")) == {strange: "done"}
+    assert statuses(run(model, scans / f"{strange}.nii.gz", out=tmp_path / "out")) == {strange: "skipped"}
 
 
 def test_done_and_unchanged_is_skipped(model: Path, scans: Path, tmp_path: Path) -> None:

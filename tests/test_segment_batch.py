@@ -54,10 +54,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("scans")
+    """Volumes in a folder whose name is no UTF-8; the last is a pair of links, as stores of large files make them."""
+    folder = tmp_path_factory.mktemp("all") / os.fsdecode(b"sc\xe4ns")
+    folder.mkdir()
     for index in range(CASES):
-        noise = np.random.default_rng(index).normal(100, 30, (1, 34, 36, 40)).astype(np.float32)
-        write_image(folder / f"case_{index}.nii.gz", Volume(noise, Geometry((34, 36, 40), np.eye(4))))
+        noise = np.random.default_rng(index).normal(100, 30, (34, 36, 40)).astype(np.float32)
+        kind, suffix = (nib.Nifti1Image, ".nii.gz") if index < CASES - 1 else (nib.Nifti1Pair, ".hdr")
+        nib.save(kind(noise, np.eye(4)), folder / f"case_{index}{suffix}")
+    for number, file in enumerate(folder.glob(f"case_{CASES - 1}.*")):
+        file.rename(folder.parent / f"content_{number}")
+        file.symlink_to(folder.parent / f"content_{number}")
     return folder
 
 

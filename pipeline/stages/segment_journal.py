@@ -69,7 +69,7 @@ class Journal:
         shown = result if result.status != "skipped" else _outline(result)
         entry = Entry(run=self._run, result=shown).model_dump(mode="json", exclude_defaults=True)
         # The first line break ends what a killed process left of a line.
-        line = f"\n{json.dumps(entry, ensure_ascii=False)}\n".encode()
+        line = f"\n{json.dumps(entry, ensure_ascii=False)}\n".encode(errors="backslashreplace")
         with self._path.open("ab", buffering=0) as file:
             _lock(file.fileno())
             size = os.fstat(file.fileno()).st_size

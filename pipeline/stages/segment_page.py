@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,7 @@ def _source(folder: Path, name: str, embed: bool) -> str:
     path = picture_of(folder, name)
     if embed:
         return "data:image/jpeg;base64," + base64.b64encode(path.read_bytes()).decode()
-    return quote(path.relative_to(folder).as_posix())
+    return quote(os.fsencode(path.relative_to(folder)))
 
 
 def _colours(results: tuple[CaseResult, ...]) -> dict[str, str]:

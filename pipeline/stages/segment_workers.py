@@ -7,6 +7,7 @@ module, this is a worker; it ends when the batch does, or when its parent closes
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -23,7 +24,7 @@ from pipeline.records import Record, write_json
 from pipeline.stages.segment_batch import Batch
 from pipeline.stages.segment_case import CaseSteps, SegmentSettings
 from pipeline.stages.segment_claims import left_by
-from pipeline.stages.segment_inputs import ChannelFile, SegmentInput
+from pipeline.stages.segment_inputs import SegmentInput
 from pipeline.stages.segment_journal import Journal
 from pipeline.stages.segment_report import CaseResult
 
@@ -39,13 +40,13 @@ class Task(Record):
 
     Attributes:
         settings: of the batch.
-        cases: name -> channel -> file and its index, in the order in which they are taken.
+        cases: in the order in which they are taken.
         threads: of this worker.
         log_level: of our log.
     """
 
     settings: SegmentSettings
-    cases: dict[str, dict[str, tuple[Path, int | None]]]
+    cases: tuple[SegmentInput, ...]
     threads: int
     log_level: int
 
@@ -86,8 +87,7 @@ class Workers:
             PipelineError: every worker came to its end before the batch did.
         """
         names = [case.name for case in cases]
-        files = {case.name: {c: (f.path.resolve(), f.index) for c, f in case.files.items()} for case in cases}
-        task = Task(settings=self._settings, cases=files, threads=self._threads, log_level=_log_level())
+        task = Task(settings=self._settings, cases=tuple(cases), threads=self._threads, log_level=_log_level())
         write_json(self._task, task.model_dump(mode="json"))
         told: set[str] = set()
         try:
@@ -172,16 +172,16 @@ def main() -> None:
     import torch
 
     path, device = sys.argv[1:]
-    task = Task.model_validate_json(Path(path).read_bytes())
+    # Not by pydantic's own reader, which refuses the escapes of paths that are no UTF-8.
+    task = Task.model_validate(json.loads(Path(path).read_bytes()))
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("pipeline").setLevel(task.log_level)
     torch.set_num_threads(task.threads)
     stop = threading.Event()
     threading.Thread(target=_stop_at_end_of_pipe, args=(stop,), daemon=True).start()
-    cases = [SegmentInput(n, {c: ChannelFile(*f) for c, f in files.items()}) for n, files in task.cases.items()]
     try:
         batch = Batch(CaseSteps(task.settings.changed(device=device)), stop)
-        for _ in batch.results(cases):
+        for _ in batch.results(task.cases):
             pass
     except PipelineError as error:
         log.error("worker on %s: %s", device, error)

@@ -21,7 +21,7 @@ from pipeline.errors import VolumeError
 from pipeline.geometry import Geometry
 from pipeline.records import atomic_path
 from pipeline.volumes.formats.header import Header
-from pipeline.volumes.formats.itk import LPS_TO_RAS
+from pipeline.volumes.formats.itk import LPS_TO_RAS, path_for_itk
 from pipeline.volumes.formats.layout import Array, in_file_order, plane_slices
 from pipeline.volumes.formats.streams import write_gzip
 from pipeline.volumes.label_tables import label_colours
@@ -158,7 +158,7 @@ def _write_itk(path: Path, array: Array, geometry: Geometry) -> None:
     image.SetSpacing(geometry.spacing_mm)
     image.SetDirection((affine[:3, :3] / geometry.spacing_mm).ravel().tolist())
     try:
-        sitk.WriteImage(image, str(path), True)
+        sitk.WriteImage(image, path_for_itk(path), True)
     except RuntimeError as error:
         raise OSError(errno.EIO, str(error).strip().splitlines()[-1].strip()) from error
 

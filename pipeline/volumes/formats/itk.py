@@ -49,6 +49,20 @@ def voxel_file(path: Path) -> Path | None:
     return path.parent / name
 
 
+def path_for_itk(path: Path) -> str:
+    """Return a path as SimpleITK takes it: one whose bytes are no UTF-8 would end the process.
+
+    Raises:
+        VolumeError: it is such a one.
+    """
+    text = str(path)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise VolumeError(f"{path}: ITK takes no path that is not UTF-8; rename it, or convert it to NIfTI") from None
+    return text
+
+
 def _text_of(path: Path) -> bytes:
     """Return the lines of a header, without the voxels that may stand behind it."""
     header = bytes_of(path, _LONGEST_ITK_HEADER).replace(b"\r\n", b"\n")
@@ -119,7 +133,7 @@ def _itk_reader(path: Path) -> Any:
 
     _refuse_counts(path)
     reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
+    reader.SetFileName(path_for_itk(path))
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
