@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 
 from pipeline.config import Output
@@ -242,6 +243,30 @@ def test_batch_is_halved_when_the_device_runs_out_of_memory(caplog: pytest.LogCa
     assert network.seen[:3] == [8, 4, 2]
     assert max(network.seen[3:]) == 2
     assert "out of memory" in caplog.text
+
+
+class Watched(Network):
+    """Counts, whenever it is asked for logits, how many of its earlier ones are still in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv3d(1, CLASSES, 1)
+        self.made: list[StorageWeakRef] = []
+        self.kept: list[int] = []
+
+    def forward(self, image: Tensor) -> Tensor:
+        self.kept.append(sum(not made.expired() for made in self.made))
+        logits: Tensor = self.layer(image)
+        if not image.is_meta:
+            self.made.append(StorageWeakRef(logits.untyped_storage()))
+        return logits
+
+
+def test_no_logits_are_kept_while_the_next_are_made() -> None:
+    network = Watched()
+    streamed([network, network], make_image(20, 20, 16), Windowing((8, 8, 8)), batch=2)
+    assert len(network.made) > 10
+    assert set(network.kept) == {0}
 
 
 class TooLarge(Network):

@@ -16,6 +16,7 @@ the whole volume.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from pipeline.config import Output
 from pipeline.errors import ResourceError
-from pipeline.hardware import autocast, is_out_of_memory
+from pipeline.hardware import autocast, is_out_of_memory, trim_heap
 from pipeline.inference.agreement import AgreementCount, FoldAgreement
 from pipeline.inference.planes import LogitPlanes
 from pipeline.inference.ring import Ring
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from pipeline.networks import Network
 
 log = logging.getLogger(__name__)
+
+# A slab that reads more is worth giving the heap's gaps back first: a percent of its time for a tenth of the memory.
+LARGE_SLAB_VOXELS = 2**22
 
 # One forward pass of a window: its first output voxel, and the flip in which the network sees it.
 Pass = tuple[Size, Flip]
@@ -99,10 +103,10 @@ class LogitStream:
             yield from ring.finish(slab)
             starts = self._starts(slab, sums)
             passes = [(start, flip) for start in starts for flip in self._windowing.flips]
+            if self._device.type == "cpu" and len(passes) * math.prod(self._input) > LARGE_SLAB_VOXELS:
+                trim_heap()
             for network in self._networks:
-                for start, flip, logits in self._logits(network, passes):
-                    for sum_ in sums:
-                        sum_.add(start, flip, logits)
+                self._add(network, passes, sums)
         yield from ring.finish(self.tiling.shape[self.axis])
         self.agreement = agreement.result() if agreement else None
 
@@ -131,19 +135,30 @@ class LogitStream:
         self.run += len(kept)
         return kept
 
-    def _logits(self, network: Network, passes: list[Pass]) -> Iterator[tuple[Size, Flip, Tensor]]:
-        """Yield the logits (K, *output) of each pass; a batch that the device cannot hold is redone in halves."""
+    def _add(self, network: Network, passes: list[Pass], sums: Sequence[Ring | AgreementCount]) -> None:
+        """Add the logits of each pass to the sums; a batch that the device cannot hold is redone in halves."""
         done = 0
         while done < len(passes):
             batch = passes[done : done + self.batch]
-            logits = self._forward(network, batch)
-            if logits is not None:
-                yield from ((start, flip, own) for (start, flip), own in zip(batch, logits, strict=True))
+            if self._is_added(network, batch, sums):
                 done += len(batch)
             else:
                 self.batch = len(batch) // 2
                 torch.cuda.empty_cache()
                 log.warning("%s is out of memory: going on with %d windows at once", self._device, self.batch)
+
+    def _is_added(self, network: Network, batch: list[Pass], sums: Sequence[Ring | AgreementCount]) -> bool:
+        """Run a batch and add its logits (K, *output) to the sums; False where there is no memory for so many windows.
+
+        A function of its own, so that no name keeps these logits while the next batch is run.
+        """
+        logits = self._forward(network, batch)
+        if logits is None:
+            return False
+        for (start, flip), own in zip(batch, logits, strict=True):
+            for sum_ in sums:
+                sum_.add(start, flip, own)
+        return True
 
     # A decorator, not a block in __iter__: a generator would leave the mode on in its consumer's code.
     @torch.inference_mode()
