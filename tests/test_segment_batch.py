@@ -1,8 +1,10 @@
 """Long runs of `medseg segment`: shared, killed, interrupted, disks full; what is done is valid, the rest goes on."""
 
+import errno
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -29,7 +31,7 @@ from pipeline.model import save_model
 from pipeline.networks import NETWORKS
 from pipeline.stages import segment
 from pipeline.stages.segment_batch import Batch, Room
-from pipeline.stages.segment_case import CaseSteps, SegmentSettings
+from pipeline.stages.segment_case import CaseInHand, CaseSteps, SegmentSettings
 from pipeline.stages.segment_claims import CLAIMS, Claims, left_by
 from pipeline.stages.segment_inputs import find_inputs
 from pipeline.stages.segment_journal import JOURNAL, Journal
@@ -247,6 +249,66 @@ def test_a_case_over_which_two_workers_of_a_run_died_is_given_up(model: Path, sc
     assert list(label_files(tmp_path)) and "case_0.nii.gz" not in label_files(tmp_path)
 
 
+def test_a_case_that_waits_for_one_over_which_a_worker_died_is_not_begun(
+    model: Path, scans: Path, tmp_path: Path
+) -> None:
+    """If the first kills the process again, the second is not to blame."""
+    claims = tmp_path / CLAIMS
+    claims.mkdir(parents=True)
+    for name in ("case_0", "case_1"):
+        (claims / name).write_text("this 11\n")
+
+    class Watched(CaseSteps):
+        def predict(self, case: CaseInHand) -> None:
+            other = "case_1" if case.source.name == "case_0" else None
+            until = time.monotonic() + DEADLINE_S
+            while other and (claim := Claims(tmp_path, "look").take(other)):  # Until it is read ahead.
+                claim.give_back(ended=False)
+                assert time.monotonic() < until
+                time.sleep(0.02)
+            in_hand.append({file.name for file in claims.iterdir() if file.read_text().count("this") == 2})
+            super().predict(case)
+
+    in_hand: list[set[str]] = []
+    steps = Watched(SegmentSettings(models=(model,), out=tmp_path, run="this", device="cpu"))
+    cases = find_inputs([scans], ("T1",), tmp_path)[:2]
+    assert [result.status for result in Batch(steps, threading.Event()).results(cases)] == ["done", "done"]
+    assert in_hand == [{"case_0"}, {"case_1"}]
+
+
+def test_a_claim_is_given_back_on_a_disk_that_takes_nothing(tmp_path: Path) -> None:
+    claims = Claims(tmp_path, "one")
+    (tmp_path / CLAIMS / "a").write_text("before 11\n")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        claim = claims.take("a")
+        assert claim is not None
+        claim.begin()
+        claims.give_all_back()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    again = claims.take("a")
+    assert again is not None
+    again.give_back(ended=True)
+
+
+def test_without_locks_the_living_are_not_taken_for_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("pipeline.stages.segment_claims.fcntl.flock", no_locks)
+    for _ in range(3):
+        claim = Claims(tmp_path, "one").take("a")
+        assert claim is not None
+        assert claim.left_before == ()
+        claim.begin()
+        claim._file.close()
+    assert "its file system knows no locks" in caplog.text
+
+
 def test_leftovers_of_a_dead_process_are_removed_and_no_others(model: Path, scans: Path, tmp_path: Path) -> None:
     (tmp_path / CLAIMS).mkdir(parents=True)
     (tmp_path / CLAIMS / "case_0").write_text("old 11\n")
@@ -293,11 +355,14 @@ def test_claims_exclude_one_another_and_count_the_dead(tmp_path: Path) -> None:
     assert claim is not None
     assert claim.left_before == ()
     assert two.take("a") is None
+    assert list(left_by(tmp_path, os.getpid(), ["a", "b"])) == []
+    claim.begin()
     assert list(left_by(tmp_path, os.getpid(), ["a", "b"])) == ["a"]
     claim._file.close()  # As the kernel does when a process dies.
     second = two.take("a")
     assert second is not None
     assert second.left_before == ("one",)
+    second.begin()
     second.give_back(ended=False)
     third = two.take("a")
     assert third is not None

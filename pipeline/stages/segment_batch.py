@@ -160,6 +160,7 @@ class Batch:
             if not self._room.enter(source.name, math.inf if claim.left_before else case.memory_bytes):
                 claim.give_back(ended=False)
                 return None
+            claim.begin()
             if claim.left_before:
                 self._clear_leftovers(source.name)
             case.before = None if self._overwrite else self.journal.done.get(source.name)

@@ -1,7 +1,7 @@
 """Who works on which case of a folder: what lets several processes, and several jobs, share one batch.
 
 A case belongs to whoever holds the lock on its file in OUT/.medseg/claims. The kernel frees a lock when its holder
-dies, however it dies, so that no case is lost and none has to be waited for in vain. The file's lines are the takings
+dies, however it dies, so that no case is lost and none has to be waited for in vain. The file's lines are beginnings
 that came to no end: normally one, the holder's; those of earlier runs and workers were left by processes that died over
 the case.
 """
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO, cast
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +33,14 @@ class Claim:
 
     name: str
     left_before: tuple[str, ...]
-    _file: IO[str]
-    _before: str
+    _file: BinaryIO
+    _before: bytes
+    _line: bytes
+
+    def begin(self) -> None:
+        """Write down who works on the case: if this process dies from now on, it is known over what."""
+        with suppress(OSError):  # A full disk: the lock matters, the line is a hint.
+            self._file.write(self._line)
 
     def give_back(self, *, ended: bool) -> None:
         """Let others have the case.
@@ -44,9 +50,9 @@ class Claim:
         """
         if self._file.closed:
             return
-        with self._file, suppress(OSError):  # A full disk: the lock matters, the line is a hint.
+        with self._file, suppress(OSError):
             self._file.truncate(0)
-            self._file.write("" if ended else self._before)
+            self._file.write(b"" if ended else self._before)
 
 
 class Claims:
@@ -66,17 +72,16 @@ class Claims:
 
     def take(self, name: str) -> Claim | None:
         """Take a case; None where another process holds it."""
-        file = (self._folder / name).open("a+", encoding="utf-8")
+        # Unbuffered: what a full disk does not take would come up again when the file is closed.
+        file = cast(BinaryIO, (self._folder / name).open("ab+", buffering=0))
         if not self._lock(file):
             file.close()
             return None
         file.seek(0)
         before = file.read()
-        with suppress(OSError):
-            file.write(f"{self._run} {os.getpid()}\n")
-            file.flush()
-        runs = tuple(line.split()[0] for line in before.splitlines() if line.strip())
-        self._held[name] = Claim(name, runs, file, before)
+        # Without locks they may be those of the living.
+        runs = [line.split()[0].decode() for line in before.splitlines() if line.strip()] if self._can_lock else []
+        self._held[name] = Claim(name, tuple(runs), file, before, f"{self._run} {os.getpid()}\n".encode())
         return self._held[name]
 
     def give_all_back(self) -> None:
@@ -84,7 +89,7 @@ class Claims:
         for claim in self._held.values():
             claim.give_back(ended=False)
 
-    def _lock(self, file: IO[str]) -> bool:
+    def _lock(self, file: BinaryIO) -> bool:
         """Lock a file if nobody holds it; where the file system knows no locks, say so once and go on without."""
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -98,7 +103,7 @@ class Claims:
 
 
 def left_by(out: Path, process: int, names: Sequence[str]) -> Iterator[str]:
-    """Yield the cases that a process of this machine held when it died."""
+    """Yield the cases that a process of this machine had begun when it died."""
     for name in names:
         with suppress(OSError):
             lines = (out / CLAIMS / name).read_text(encoding="utf-8").splitlines()
