@@ -86,7 +86,7 @@ def test_few_planes_leave_together_where_they_are_large() -> None:
     windowing = Windowing(WINDOW)
     assert planes_at_once(tiling_of((50, 40, 40), windowing), 3) == 16
     assert planes_at_once(tiling_of((500, 400, 400), windowing), 118) == 1
-    assert planes_at_once(tiling_of((500, 400, 400), windowing), 50) == 4
+    assert planes_at_once(tiling_of((500, 400, 400), windowing), 10) == 2
 
 
 @pytest.mark.parametrize(("shape", "window"), [((21, 13, 4), (8, 4, 4)), ((3, 9, 2), (4, 4, 4))])

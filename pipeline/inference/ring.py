@@ -24,7 +24,7 @@ from pipeline.inference.planes import LogitPlanes
 from pipeline.inference.tiling import Box, Flip, Size, Tiling, Windowing, cut, flipped, outer
 
 # Planes leave together, but few, for they are held again outside the ring: so many, and of so many bytes at most.
-PLANES_AT_ONCE, BYTES_AT_ONCE = 16, 2**27
+PLANES_AT_ONCE, BYTES_AT_ONCE = 16, 2**24
 
 # A voxel that keeps less than this share of its windows' weight is background without further question. Its sum is
 # that of corners of windows: none of it lies in the body, for all windows of a voxel in the body are run.
