@@ -14,7 +14,7 @@ from typing import TextIO
 
 from pipeline.data.plan import read_plan
 from pipeline.errors import PipelineError
-from pipeline.hardware import Precision, available_bytes, threads_per_worker
+from pipeline.hardware import Precision, available_bytes, pick_device, threads_per_worker
 from pipeline.inference.probabilities import ProbabilityType
 from pipeline.model import PLAN
 from pipeline.predictor import Engine, Predictor
@@ -79,14 +79,9 @@ def run(
     """
     models = resolve_models([model] if isinstance(model, str) else model, workspace, tracking_uri)
     devices = shared_out(device, jobs)
+    for one in devices:
+        pick_device(one)  # Refused here once, rather than by each worker.
     trained_plan = read_plan(models[0] / PLAN)
-    cases = find_inputs(inputs, tuple(trained_plan.channels), out, stdin)
-    try:
-        write_label_tables(out, trained_plan.labels)
-    except OSError as error:
-        raise PipelineError(
-            f"{out}: cannot be written: {error.strerror}; make room, or choose another --out"
-        ) from error
     settings = SegmentSettings(
         models=tuple(models),
         out=out.resolve(),
@@ -100,6 +95,13 @@ def run(
         probabilities=_wanted(probabilities, trained_plan.labels),
         probabilities_type=probabilities_type,
     )
+    cases = find_inputs(inputs, tuple(trained_plan.channels), out, stdin)
+    try:
+        write_label_tables(out, trained_plan.labels)
+    except OSError as error:
+        raise PipelineError(
+            f"{out}: cannot be written: {error.strerror}; make room, or choose another --out"
+        ) from error
     with stopped_by_signals() as stop:
         batch: Batch | Workers
         if len(devices) == 1:

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from pipeline.stages.segment_case import PROBABILITIES, CaseInHand, CaseSteps
+from pipeline.stages.segment_case import CaseInHand, CaseSteps
 from pipeline.stages.segment_claims import Claim, Claims
-from pipeline.stages.segment_inputs import SegmentInput
+from pipeline.stages.segment_inputs import PROBABILITIES, SegmentInput
 from pipeline.stages.segment_journal import Journal
 from pipeline.stages.segment_page import PICTURES
 from pipeline.stages.segment_report import CaseResult

@@ -32,7 +32,7 @@ from pipeline.preparation.preprocessing import PreparedImage
 from pipeline.records import Record, digest_of
 from pipeline.stages.familiarity import unfamiliar
 from pipeline.stages.segment_claims import Claim
-from pipeline.stages.segment_inputs import SUFFIX, SegmentInput
+from pipeline.stages.segment_inputs import PROBABILITIES, SUFFIX, SegmentInput
 from pipeline.stages.segment_page import Preview
 from pipeline.stages.segment_plan import case_memory, wanted_bytes
 from pipeline.stages.segment_report import CaseResult
@@ -40,8 +40,6 @@ from pipeline.volumes.plane_writing import PlaneWriter
 from pipeline.volumes.stored import content_digest
 from pipeline.volumes.volume import Volume, read_image
 from pipeline.volumes.writing import write_label
-
-PROBABILITIES = Path("probabilities")
 
 log = logging.getLogger(__name__)
 
@@ -75,10 +73,11 @@ class SegmentSettings(Record):
     probabilities: tuple[str, ...] = ()
     probabilities_type: ProbabilityType = "uint8"
 
-    @property
-    def probabilities_wanted(self) -> str:
-        """Which probabilities are wanted, for the journal; empty where none are."""
-        return f"{self.probabilities_type}: {', '.join(self.probabilities)}" if self.probabilities else ""
+    def probabilities_at(self, temperature: float) -> str:
+        """Say all that the probabilities wanted depend on beside the key; empty where none are."""
+        if not self.probabilities:
+            return ""
+        return f"{', '.join(self.probabilities)} as {self.probabilities_type} at a temperature of {temperature:g}"
 
     @property
     def engine(self) -> Engine:
@@ -170,6 +169,7 @@ class CaseSteps:
         self.predictor = Predictor.load(settings.models, settings.engine)
         self._fingerprint = Fingerprint.model_validate_json((first / FINGERPRINT).read_bytes())
         self._models = [model_digest(folder) for folder in settings.models]
+        self._probabilities = settings.probabilities_at(self.predictor.temperature)
         self._process_bytes = resident_bytes()
         limit = settings.max_memory_bytes
         self.room_bytes = available_bytes() if limit is None else max(0, limit - self._process_bytes)
@@ -187,7 +187,8 @@ class CaseSteps:
                 case.close(before.changed(status="skipped", inputs=case.result.inputs))
                 return
             # Asked before the voxels are read: what does not fit is refused, and the process not killed.
-            case_memory(self.predictor, case.source, self._process_bytes)
+            memory = case_memory(self.predictor, case.source, self._process_bytes)
+            log.info("%s: %s", case.source.name, memory.as_text())
             images = {channel: read_image(file.path, file.index) for channel, file in case.source.files.items()}
         with case.timed("prepare"):
             case.native = self.predictor.native_of(images)
@@ -219,6 +220,8 @@ class CaseSteps:
         plan = self.predictor.plan
         output = case.source.name + SUFFIX
         with case.timed("write"):
+            if not self._probabilities:  # Those of an earlier label map would be taken for this one's.
+                (self.settings.out / PROBABILITIES / output).unlink(missing_ok=True)
             label = Volume(self.predictor.values_of(case.classes), case.native)
             write_label(self.settings.out / output, label, header_of=case.first_file, names=plan.labels)
             self._draw(case, case.preview, case.classes)
@@ -255,17 +258,16 @@ class CaseSteps:
                 classes, writer.put, settings.probabilities_type, temperature=self.predictor.temperature
             )
             segmentation = self.predictor.segment(prepared, native, probabilities=request)
-        case.result = case.result.changed(probabilities=settings.probabilities_wanted)
+        case.result = case.result.changed(probabilities=self._probabilities)
         return segmentation
 
     def _is_done(self, before: CaseResult, key: str) -> bool:
         """Tell whether a case was done, of these files by these models, and what was written is still there."""
         if before.key != key or before.output is None:
             return False
-        wanted = self.settings.probabilities_wanted
         files = [self.settings.out / before.output]
-        files += [self.settings.out / PROBABILITIES / before.output] if wanted else []
-        return wanted in ("", before.probabilities) and all(file.exists() for file in files)
+        files += [self.settings.out / PROBABILITIES / before.output] if self._probabilities else []
+        return self._probabilities in ("", before.probabilities) and all(file.exists() for file in files)
 
     def _key(self, source: SegmentInput) -> str:
         """Return a digest of all that a case's label map depends on."""

@@ -30,6 +30,8 @@ from pipeline.errors import PipelineError
 from pipeline.volumes.stored import is_volume, stem_of
 
 SUFFIX = ".nii.gz"
+# Folder of the probabilities, in that of the label maps; they have the same names.
+PROBABILITIES = "probabilities"
 
 _LONGEST_NAME = 200  # Bytes; file systems take 255 with the suffix and the temporary name's beginning.
 _FILE_NAME = re.compile(r"[^/.\x00-\x1f\x7f][^/\x00-\x1f\x7f]*")
@@ -118,11 +120,11 @@ def _of_manifest(path: Path, channels: Sequence[str]) -> Iterator[SegmentInput]:
         yield SegmentInput(case.id, {c: ChannelFile(manifest.path_of(file), file.index) for c, file in named.items()})
 
 
-def _refuse_missing_channels(path: Path, channels: Iterable[str], declared: Iterable[str]) -> None:
+def _refuse_missing_channels(path: Path, channels: Iterable[str], declared: Iterable[str], more: str = "") -> None:
     """Refuse a list of cases that does not know a channel of the model: more likely misspelt than missing."""
     missing = [channel for channel in channels if channel not in declared]
     if missing:
-        raise PipelineError(f"{path}: lacks the model's channels {', '.join(missing)}; it has {', '.join(declared)}")
+        raise PipelineError(f"{path}: lacks the model's channels {', '.join(missing)}; it has {', '.join(declared)}{more}")
 
 
 def _of_csv(path: Path, channels: Sequence[str]) -> Iterator[SegmentInput]:
@@ -130,15 +132,18 @@ def _of_csv(path: Path, channels: Sequence[str]) -> Iterator[SegmentInput]:
     columns, rows = _table(path)
     if len(channels) == 1 and channels[0] not in columns:
         columns = [channels[0] if column == "image" else column for column in columns]
-    _refuse_missing_channels(path, channels, columns)
+    _refuse_missing_channels(path, channels, columns, "; the first line names the columns, 'case' and the channels")
     if "case" not in columns and len(channels) > 1:
         raise PipelineError(f"{path}: the first line names the columns case,{','.join(channels)}; 'case' is missing")
     problems = []
     for line, cells in rows:
         row = {column: cell.strip() for column, cell in zip(columns, cells, strict=False)}
         files = {c: _channel_file(row[c], path.parent) for c in channels if row.get(c)}
-        if len(cells) != len(columns) or not files or not row.get("case", "unnamed"):
-            problems.append(f"{path}:{line}: expected {len(columns)} cells, a case and a file among them, got {cells}")
+        named = bool(row.get("case", "unnamed"))
+        if len(cells) != len(columns) or not files or not named:
+            # What the cells hold is the user's, and no log's.
+            got = f"{len(cells)}, {'a' if named else 'no'} case, {len(files)} files"
+            problems.append(f"{path}:{line}: expected {len(columns)} cells, a case and a file among them; got {got}")
         else:
             yield SegmentInput(row.get("case") or _name_of(next(iter(files.values()))), files)
     if problems:
@@ -162,8 +167,8 @@ def _table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
 
 def _channel_file(text: str, folder: Path = Path()) -> ChannelFile:
     """Return the file that a text names, with the index that follows a # where no file has that very name."""
-    if "\0" in text:
-        raise PipelineError(f"{text!r}: is no path, it holds a null byte")
+    if not text or "\0" in text:
+        raise PipelineError(f"{text!r}: is no path: it is empty, or holds a null byte")
     numbered = re.fullmatch(r"(.+)#(\d{1,9})", text)
     if numbered and not os.path.lexists(folder / text):
         return ChannelFile(folder / numbered[1], int(numbered[2]))
@@ -302,10 +307,10 @@ def _refuse_same_names(cases: Sequence[SegmentInput]) -> None:
 
 def _refuse_beside_inputs(cases: Sequence[SegmentInput], out: Path) -> None:
     """Refuse to write where an input lies, or where a link leads to one."""
-    taken = Path(os.path.realpath(out))
+    taken = {os.path.realpath(folder) for folder in (out, out / PROBABILITIES)}
     for case in cases:
         for file in case.files.values():
-            if taken in (Path(os.path.realpath(file.path)).parent, Path(os.path.realpath(file.path.parent))):
+            if not taken.isdisjoint([os.path.dirname(os.path.realpath(file.path)), os.path.realpath(file.path.parent)]):
                 raise PipelineError(
                     f"{out}: holds the input {file.path}; choose a folder of its own for the label maps"
                 )

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 from pipeline.errors import PipelineError, ResourceError
+from pipeline.hardware import resident_bytes
 from pipeline.inference.memory import MemoryPlan
 from pipeline.predictor import Predictor
 from pipeline.stages.segment_inputs import SegmentInput
@@ -19,13 +20,13 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
-def case_memory(predictor: Predictor, source: SegmentInput, process_bytes: int | None = None) -> MemoryPlan:
+def case_memory(predictor: Predictor, source: SegmentInput, process_bytes: int) -> MemoryPlan:
     """Return what a case takes, by its files' headers; what is cut off around the body is not known yet, and counted.
 
     Args:
         predictor: that will segment it.
         source: the case.
-        process_bytes: what the process takes without the case; None: what it takes now.
+        process_bytes: what the process takes without the case.
 
     Raises:
         PipelineError, OSError: a header cannot be read, or the case does not fit in memory.
@@ -42,9 +43,10 @@ def plan_text(predictor: Predictor, cases: Sequence[SegmentInput]) -> str:
     """Return the memory plans of the cases for people, the largest first; those that cannot be planned before them."""
     plans: dict[str, MemoryPlan] = {}
     lines = []
+    process_bytes = resident_bytes()
     for case in cases:
         try:
-            plans[case.name] = case_memory(predictor, case)
+            plans[case.name] = case_memory(predictor, case, process_bytes)
         except (PipelineError, OSError) as error:
             lines.append(f"{case.name}: {error}")
     largest = sorted(plans, key=lambda name: -plans[name].peak_ram_bytes)[:CASES_SHOWN]

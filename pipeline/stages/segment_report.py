@@ -25,7 +25,7 @@ class CaseResult(Record):
         status: done; skipped: done before, and neither input nor models have changed; failed.
         inputs: the files that were read.
         output: the label map's file name in the report's folder; None where the case failed.
-        probabilities: which were written beside the label map, and in what type; empty where none were.
+        probabilities: which were written beside the label map, how, and at what temperature; empty where none were.
         reason: why it failed.
         key: digest of the inputs' contents, the models, and the settings that the label map depends on.
         seconds: step -> seconds; of the run in which the case was done.
