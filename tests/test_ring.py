@@ -8,7 +8,7 @@ import torch
 
 from pipeline.errors import ResourceError
 from pipeline.inference.agreement import AgreementCount, classes_of
-from pipeline.inference.ring import LEAST_SHARE, Ring, planes_at_once, zeros_on_disk
+from pipeline.inference.ring import LEAST_SHARE, Ring, planes_at_once, runs, zeros_on_disk
 from pipeline.inference.tiling import Tiling, Windowing, tile_volume
 
 CPU = torch.device("cpu")
@@ -41,6 +41,37 @@ def test_ring_on_disk_gives_the_same_bits_and_leaves_no_file(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []  # not even now: it has no name, so that a SIGKILL cannot leave it behind
     expected = filled(Ring(tiling, windowing, 1, 2, "softmax", CPU), tiling)
     assert torch.equal(filled(on_disk, tiling), expected)
+
+
+@pytest.mark.parametrize(
+    ("channels", "longest", "expected"),
+    [
+        ([0, 1, 2, 3, 4], 1, [(0, 1, 0), (1, 2, 1), (2, 3, 2), (3, 4, 3), (4, 5, 4)]),
+        ([0, 1, 2, 3, 4], 2, [(0, 2, 0), (2, 4, 2), (4, 5, 4)]),
+        ([0, 2, 1, 3, 4], 9, [(0, 1, 0), (1, 2, 2), (2, 3, 1), (3, 5, 3)]),
+        ([0, 3, 4, 1, 2], 9, [(0, 1, 0), (1, 3, 3), (3, 5, 1)]),
+    ],
+)
+def test_classes_are_added_in_runs_of_neighbours(
+    channels: list[int], longest: int, expected: list[tuple[int, int, int]]
+) -> None:
+    found = list(runs(channels, longest))
+    assert [(classes.start, classes.stop, taken.start) for classes, taken in found] == expected
+    assert all(classes.stop - classes.start == taken.stop - taken.start for classes, taken in found)
+
+
+def test_several_classes_at_once_as_on_a_gpu_are_summed_as_one_by_one() -> None:
+    windowing = Windowing(WINDOW, flips=((), (0,)), paired_classes=((1, 2), (4, 5)))
+    tiling = tiling_of((9, 5, 6), windowing)
+    one_by_one, together = (Ring(tiling, windowing, 2, 7, "softmax", CPU) for _ in range(2))
+    together._classes_at_once = 3
+    for start, flip in itertools.product(tiling.starts(0), windowing.flips):
+        logits = torch.randn(7, *WINDOW)
+        for ring in (one_by_one, together):
+            ring.add(start, flip, logits)
+    first, second = (torch.cat([p.logits for p in ring.finish(4)], 1) for ring in (one_by_one, together))
+    assert torch.equal(first, second)
+    assert first.abs().min() > 0
 
 
 def test_ring_that_no_disk_holds_is_refused(tmp_path: Path) -> None:
