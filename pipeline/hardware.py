@@ -38,6 +38,10 @@ _GROUP_FILES = {
     2: ("memory.max", "memory.current", "inactive_file"),
 }
 
+# How those say that memory is used up that raise no error of a type of its own: torch's allocator on a CPU, cuDNN and
+# cuBLAS, and the driver, of pinned memory too.
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+
 # Linux' account of this process's memory.
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -146,7 +150,9 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether torch raised an error because a GPU's memory, or the process's own, is used up."""
-    return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
+        return True
+    return any(sign in str(error) for sign in _OUT_OF_MEMORY)
 
 
 def keep_freed_memory() -> None:

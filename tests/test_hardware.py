@@ -62,6 +62,8 @@ def test_running_out_of_memory_is_told_from_other_errors() -> None:
         torch.empty(2**52)
     assert is_out_of_memory(error.value)
     assert is_out_of_memory(torch.cuda.OutOfMemoryError("CUDA out of memory"))
+    for words in ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory"):
+        assert is_out_of_memory(RuntimeError(words))
     with pytest.raises(RuntimeError) as other:
         torch.zeros(2, 3) @ torch.zeros(2, 3)
     assert not is_out_of_memory(other.value)
