@@ -2,7 +2,7 @@
 
 They are further processes on the same folder: claims say who has which case, the journal what became of it. A worker
 that is killed, as the kernel does where memory runs out, costs nobody else: the others take its cases over. Run as a
-module, this is a worker; it ends when the batch does, or when its parent closes the pipe, dead or alive.
+module, this is a worker; it ends when the batch does, at SIGTERM, or when its parent closes the pipe, dead or alive.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -125,12 +126,12 @@ class Workers:
                 self._replace(worker, -code, names)
         return not self._alive
 
-    def _replace(self, worker: Worker, signal: int, names: Sequence[str]) -> None:
+    def _replace(self, worker: Worker, number: int, names: Sequence[str]) -> None:
         """Say that a worker was killed, and start another if it had a case in hand."""
         cases = list(left_by(self._settings.out, worker.process.pid, names))
-        why = " (out of memory?)" if signal == 9 else ""
+        why = " (out of memory?)" if number == signal.SIGKILL else ""
         held = ", ".join(cases) or "no case"
-        log.warning("a worker was killed by signal %d%s; it had in hand: %s", signal, why, held)
+        log.warning("a worker was killed by signal %d%s; it had in hand: %s", number, why, held)
         # One that dies before it has a case would die again.
         if cases and not self._stop.is_set():
             self._start(worker.device)
@@ -178,6 +179,7 @@ def main() -> None:
     logging.getLogger("pipeline").setLevel(task.log_level)
     torch.set_num_threads(task.threads)
     stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())  # Batch systems send it to all, not the parent alone.
     threading.Thread(target=_stop_at_end_of_pipe, args=(stop,), daemon=True).start()
     try:
         batch = Batch(CaseSteps(task.settings.changed(device=device)), stop)
