@@ -22,8 +22,10 @@ import psutil
 import pytest
 from tiny_models import NEAREST_MEAN, make_model, make_plan, nearest_mean
 
+from pipeline.confidence.calibration import Calibration, save_calibration
 from pipeline.confidence.judging import judge
 from pipeline.confidence.measuring import StructureConfidence
+from pipeline.confidence.reliability import Reliability
 from pipeline.errors import PipelineError
 from pipeline.geometry import Geometry
 from pipeline.hardware import resident_bytes
@@ -163,21 +165,24 @@ def test_a_killed_worker_costs_nothing_and_the_report_is_in_order(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("jobs", ["1", "2"])
-def test_ctrl_c_finishes_the_cases_in_hand_and_reports(
+def test_a_signal_lets_the_cases_in_hand_be_finished_and_reported(
     jobs: str, model: Path, scans: Path, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
     out = tmp_path / "out"
     process = start(model, scans, out, "--jobs", jobs)
     wait_until(lambda: len(entries(out)) >= 1, process)
-    process.send_signal(signal.SIGINT)
+    # A terminal tells the parent alone, a batch system all its processes.
+    children = psutil.Process(process.pid).children()
+    for one in [*children, process]:
+        one.send_signal(signal.SIGTERM if children else signal.SIGINT)
     said = process.communicate()[0]
     assert process.returncode == 130, said
     report = json.loads((out / "report.json").read_text())
     done = [case["name"] for case in report["cases"] if case["status"] == "done"]
     assert 1 <= len(done) == CASES - report["not_reached"] < CASES
     assert label_files(out) == {f"{name}.nii.gz": undisturbed[f"{name}.nii.gz"] for name in done}
-    assert not psutil.pid_exists(process.pid)
     assert not list(out.rglob(".tmp-*"))
+    assert {file.read_text() for file in (out / CLAIMS).iterdir()} == {""}
 
 
 IN_TMPFS = """
@@ -543,5 +548,24 @@ def test_probabilities_are_written_on_request_and_asked_for_later(model: Path, s
     assert (written[label == 1, 0] >= written[label == 1, 1] - 1 / 255).all()
     later = segment.run(str(model), [scan], out, device="cpu")
     assert [result.status for result in later.results] == ["skipped"]
+    shutil.copytree(model, tmp_path / "calibrated")
+    unknown = Reliability(ece=0, brier=0, ece_foreground=None, brier_foreground=None)
+    calibration = Calibration(temperature=2.0, cases=1, before=unknown, after=unknown, labels={})
+    save_calibration(tmp_path / "calibrated", calibration)
+    softer = segment.run(str(tmp_path / "calibrated"), [scan], out, device="cpu", probabilities=["all"])
+    assert [result.status for result in softer.results] == ["done"]
+    segment.run(str(model), [scan], out, device="cpu", overwrite=True)
+    assert not (out / "probabilities" / "case_0.nii.gz").exists()  # They would be of another label map.
+
+
+def test_what_cannot_be_asked_for_is_refused_before_anything_is_written(
+    model: Path, scans: Path, tmp_path: Path
+) -> None:
+    out, scan = tmp_path / "out", scans / "case_0.nii.gz"
     with pytest.raises(PipelineError, match=r"liver: unknown; the labels are background, left, right, or all"):
         segment.run(str(model), [scan], out, device="cpu", probabilities=["liver"])
+    with pytest.raises(PipelineError, match="expected a size"):
+        segment.run(str(model), [scan], out, device="cpu", max_memory="8 apples")
+    with pytest.raises(PipelineError, match="'gpu': unknown; use auto"):
+        segment.run(str(model), [scan], out, device="gpu,cpu")
+    assert not out.exists()

@@ -89,6 +89,8 @@ def test_a_list_on_standard_input(tmp_path: Path) -> None:
         find("-")
     with pytest.raises(PipelineError, match="null byte"):
         find("-", lines="a\0b.nii\n")
+    with pytest.raises(PipelineError, match="it is empty"):
+        find("")  # Not the working folder: a variable of a script was empty.
     binary = io.TextIOWrapper(io.BytesIO(b"\xff\xfe\x80"), encoding="utf-8")
     with pytest.raises(PipelineError, match="no list of paths"):
         find_inputs(["-"], ONE, tmp_path / "out", binary)
@@ -161,9 +163,10 @@ def test_a_csv_of_one_channel_may_say_image_and_leave_the_cases_out(tmp_path: Pa
     ("content", "channels", "reason"),
     [
         ("", ONE, "is empty"),
-        ("case,t1\np,a.nii\n", ONE, "lacks the model's channels T1; it has case, t1"),
+        ("case,t1\np,a.nii\n", ONE, "lacks the model's channels T1; it has case, t1; the first line names the columns"),
         ("T1,T2\na.nii,b.nii\n", TWO, "'case' is missing"),
         ("case,T1\np,a.nii,b.nii\nq\nr,\n,c.nii\n", ONE, r":2: expected 2 cells.*\n.*:3: .*\n.*:4: .*\n.*:5: "),
+        ("case,T1\nMüller,a.nii,70\n", ONE, r"got 3, a case, 1 files$"),
         ('case,T1\n"p,a.nii\n', ONE, "cannot be read: unexpected end of data"),
         ("case,T1\n../p,a.nii\n", ONE, "cannot name a label map"),
         ("case,T1\n.p,a.nii\n", ONE, "cannot name a label map"),
@@ -232,6 +235,12 @@ def test_label_maps_never_land_beside_an_input(tmp_path: Path, given: str) -> No
         with pytest.raises(PipelineError, match="holds the input"):
             find(tmp_path / one, out=str(tmp_path / given))
     assert find(tmp_path / "scans/b.nii.gz", out=str(tmp_path / given))
+
+
+def test_probabilities_never_land_on_an_input(tmp_path: Path) -> None:
+    touch(tmp_path, "out/probabilities/a.nii.gz")
+    with pytest.raises(PipelineError, match="holds the input"):
+        find(tmp_path / "out/probabilities", out=str(tmp_path / "out"))
 
 
 def test_what_holds_no_volume_is_said_with_what_may_be_meant(tmp_path: Path) -> None:

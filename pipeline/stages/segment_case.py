@@ -188,7 +188,7 @@ class CaseSteps:
                 return
             # Asked before the voxels are read: what does not fit is refused, and the process not killed.
             memory = case_memory(self.predictor, case.source, self._process_bytes)
-            log.info("%s: %s", case.source.name, memory.as_text())
+            log.debug("%s: %s", case.source.name, memory.as_text())
             images = {channel: read_image(file.path, file.index) for channel, file in case.source.files.items()}
         with case.timed("prepare"):
             case.native = self.predictor.native_of(images)

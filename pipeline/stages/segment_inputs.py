@@ -124,7 +124,8 @@ def _refuse_missing_channels(path: Path, channels: Iterable[str], declared: Iter
     """Refuse a list of cases that does not know a channel of the model: more likely misspelt than missing."""
     missing = [channel for channel in channels if channel not in declared]
     if missing:
-        raise PipelineError(f"{path}: lacks the model's channels {', '.join(missing)}; it has {', '.join(declared)}{more}")
+        known = ", ".join(declared)
+        raise PipelineError(f"{path}: lacks the model's channels {', '.join(missing)}; it has {known}{more}")
 
 
 def _of_csv(path: Path, channels: Sequence[str]) -> Iterator[SegmentInput]:
@@ -307,10 +308,10 @@ def _refuse_same_names(cases: Sequence[SegmentInput]) -> None:
 
 def _refuse_beside_inputs(cases: Sequence[SegmentInput], out: Path) -> None:
     """Refuse to write where an input lies, or where a link leads to one."""
-    taken = {os.path.realpath(folder) for folder in (out, out / PROBABILITIES)}
+    taken = {Path(os.path.realpath(folder)) for folder in (out, out / PROBABILITIES)}
     for case in cases:
         for file in case.files.values():
-            if not taken.isdisjoint([os.path.dirname(os.path.realpath(file.path)), os.path.realpath(file.path.parent)]):
+            if taken & {Path(os.path.realpath(file.path)).parent, Path(os.path.realpath(file.path.parent))}:
                 raise PipelineError(
                     f"{out}: holds the input {file.path}; choose a folder of its own for the label maps"
                 )
