@@ -5,8 +5,8 @@
     python benchmarks/engine.py precision --model MODEL IMAGE...       # wanted: 99.9 % of the labels as in float32
 
 The network is a U-Net of 16-32-64-128-128 maps with InstanceNorm, windows of 96^3 overlap by half, blended by a
-Gaussian; --shape, --classes and --window make it smaller. bare: streaming all windows over as many forward passes of
-one fixed window, the same network, precision and allocator, medians of interleaved pairs. peers: the same weights and
+Gaussian; --shape, --classes and --window make it smaller. bare: streaming all windows over forward passes of one fixed
+batch, as large as medseg takes it and as many windows in all, the same network, precision and allocator, medians of interleaved pairs. peers: the same weights and
 image (peers/requirements.txt makes their environment), each party in a process of its own, in turns; seconds are those
 of the one call after a first forward pass, ours with the labels taken from the planes; memory is the peak resident set
 of the whole process, libraries, image and result included. Both peers return all K logit volumes.
@@ -64,25 +64,25 @@ def streamed_s(predictor: Predictor, image: NDArray[np.float32]) -> tuple[float,
 
 
 @torch.inference_mode()
-def bare_s(network: Network, window: Tensor, passes: int, dtype: torch.dtype) -> float:
-    """Return the seconds of as many forward passes of one fixed window."""
-    start = time.perf_counter()
+def bare_s(network: Network, batch: Tensor, windows: int, dtype: torch.dtype) -> float:
+    """Return the seconds of as many windows by forward passes of one fixed batch."""
+    start, passes = time.perf_counter(), -(-windows // len(batch))
     for _ in range(passes):
-        with autocast(window.device, dtype):
-            network(window)
-    return time.perf_counter() - start
+        with autocast(batch.device, dtype):
+            network(batch)
+    return (time.perf_counter() - start) * windows / (passes * len(batch))
 
 
 def bare(options: argparse.Namespace) -> None:
     """Print streaming over bare forward passes, in both precisions."""
     keep_freed_memory()
     network, image = make_network(options.classes, options.window), make_image(options.shape)
-    window = torch.randn(1, 1, *(options.window,) * 3)
     for precision, wanted in (("fp32", 1.05), ("bf16", 1.10)):
         predictor = make_predictor(network, options, precision)
+        batch = torch.randn(predictor.batch, 1, *(options.window,) * 3)
         _, windows = streamed_s(predictor, image)
         pairs = [
-            (streamed_s(predictor, image)[0], bare_s(network, window, windows, predictor.dtype))
+            (streamed_s(predictor, image)[0], bare_s(network, batch, windows, predictor.dtype))
             for _ in range(options.rounds)
         ]
         ratios = sorted(streamed / plain for streamed, plain in pairs)

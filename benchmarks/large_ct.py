@@ -42,7 +42,8 @@ def write_scan(path: Path, slices: int) -> None:
 def bare_s(network: Network, patch: tuple[int, int, int], device: torch.device) -> float:
     """Return the seconds of a window's bare forward pass: the median of five batches of as many as medseg takes."""
     keep_freed_memory()
-    batch, dtype = windows_at_once(network, patch, device), pick_dtype("auto", device)
+    dtype = pick_dtype("auto", device)
+    batch = windows_at_once(network, patch, device, dtype)
     windows = torch.zeros(batch, 1, *network.input_size(patch), device=device)
     times = []
     with torch.inference_mode(), autocast(device, dtype):

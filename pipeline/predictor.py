@@ -120,7 +120,9 @@ class Predictor:
         self.dtype = pick_dtype(engine.precision or "auto", self.device)
         members = [networks] if isinstance(networks, Network) else networks
         self._networks = [network.to(self.device) for network in members]
-        self.batch = engine.batch or windows_at_once(self._networks[0], plan.patch_size, self.device)
+        self.batch = engine.batch or windows_at_once(
+            self._networks[0], plan.patch_size, self.device, self.dtype
+        )
         if engine.compile:
             self._networks = [self._compiled(network) for network in self._networks]
         self.temperature = temperature_of(calibrations)
@@ -368,9 +370,11 @@ class Predictor:
         }
 
 
-def windows_at_once(network: Network, window: Size, device: torch.device) -> int:
+def windows_at_once(network: Network, window: Size, device: torch.device, dtype: torch.dtype) -> int:
     """Return the windows of a forward pass that keep a device busy."""
-    return max(1, BATCH_VOXELS.get(device.type, 1) // math.prod(network.input_size(window)))
+    # On a CPU torch convolves a single small image in float32 by one thread: two take little longer than one.
+    least = 2 if (device.type, dtype) == ("cpu", torch.float32) else 1
+    return max(least, BATCH_VOXELS.get(device.type, 1) // math.prod(network.input_size(window)))
 
 
 def _load(folder: Path, device: torch.device) -> Model:

@@ -115,7 +115,7 @@ class DenoisingValidation:
         """Return a volume (C, X, Y, Z) as the network gives it back, window by window."""
         plan, inference = self.task.plan, self.task.config.inference
         windowing = Windowing(plan.patch_size, inference.overlap, inference.blending)
-        batch = windows_at_once(self.network, plan.patch_size, self.task.device)
+        batch = windows_at_once(self.network, plan.patch_size, self.task.device, self.task.dtype)
         was_training = self.network.training
         self.network.eval()
         try:
