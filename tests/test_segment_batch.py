@@ -12,7 +12,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -112,36 +113,33 @@ def wait_until(reached: Callable[[], bool], process: subprocess.Popen[str]) -> N
         time.sleep(0.01)
 
 
-@pytest.mark.slow
-def test_killed_again_and_again_it_goes_on_and_all_files_are_those_of_an_undisturbed_run(
-    model: Path, scans: Path, tmp_path: Path, undisturbed: dict[str, bytes]
-) -> None:
-    out = tmp_path / "out"
-    for _ in range(2):
-        done = len(entries(out))
-        process = start(model, scans, out)
-        wait_until(lambda done=done: len(entries(out)) >= done + 2, process)  # type: ignore[misc]
-        process.kill()
-        process.communicate()
-    assert len(entries(out)) < CASES
-    answer = start(model, scans, out)
-    assert "done" in answer.communicate()[0]
-    assert answer.returncode == 0
-    assert label_files(out) == undisturbed
-    assert Counter(entries(out)) == Counter(f"case_{n}" for n in range(CASES))
-    assert not list(out.rglob(".tmp-*"))
+@contextmanager
+def unfinished(out: Path) -> Iterator[None]:
+    """Hold a batch's last case, so that the batch cannot end, however slow this process is."""
+    claim = Claims(out, "test").take(f"case_{CASES - 1}")
+    assert claim is not None
+    yield
+    claim.give_back(ended=False)
 
 
 @pytest.mark.slow
-def test_two_jobs_share_a_folder_and_each_case_is_done_once(
+def test_killed_again_and_again_two_jobs_go_on_and_all_files_are_those_of_an_undisturbed_run(
     model: Path, scans: Path, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
     out = tmp_path / "out"
+    with unfinished(out):
+        for _ in range(2):
+            done = len(entries(out))
+            process = start(model, scans, out)
+            wait_until(lambda done=done: len(entries(out)) >= done + 2, process)  # type: ignore[misc]
+            process.kill()
+            process.communicate()
     jobs = [start(model, scans, out) for _ in range(2)]
     said = [job.communicate()[0] for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], said
-    assert Counter(entries(out)) == Counter(f"case_{n}" for n in range(CASES))
     assert label_files(out) == undisturbed
+    assert Counter(entries(out)) == Counter(f"case_{n}" for n in range(CASES))
+    assert not list(out.rglob(".tmp-*"))
 
 
 @pytest.mark.slow
@@ -149,18 +147,23 @@ def test_a_killed_worker_costs_nothing_and_the_report_is_in_order(
     model: Path, scans: Path, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
     out = tmp_path / "out"
-    process = start(model, scans, out, "--jobs", "2")
-    wait_until(lambda: len(entries(out)) >= 2, process)
-    victim = psutil.Process(process.pid).children()[0]
-    wait_until(lambda: any(left_by(out, victim.pid, [f"case_{n}" for n in range(CASES)])), process)
-    victim.kill()
+    names = [f"case_{n}" for n in range(CASES)]
+    with unfinished(out):
+        process = start(model, scans, out, "--jobs", "2")
+        wait_until(lambda: any(holders(process, out, names)), process)
+        next(holders(process, out, names)).kill()
     said = process.communicate()[0]
     assert process.returncode == 0, said
     assert "a worker was killed by signal 9 (out of memory?)" in said
     report = json.loads((out / "report.json").read_text())
-    assert [case["name"] for case in report["cases"]] == [f"case_{n}" for n in range(CASES)]
+    assert [case["name"] for case in report["cases"]] == names
     assert {case["status"] for case in report["cases"]} == {"done"}
     assert label_files(out) == undisturbed
+
+
+def holders(process: subprocess.Popen[str], out: Path, names: list[str]) -> Iterator[psutil.Process]:
+    """Yield the workers of a batch that have a case in hand."""
+    return (child for child in psutil.Process(process.pid).children() if any(left_by(out, child.pid, names)))
 
 
 @pytest.mark.slow
@@ -169,13 +172,14 @@ def test_a_signal_lets_the_cases_in_hand_be_finished_and_reported(
     jobs: str, model: Path, scans: Path, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
     out = tmp_path / "out"
-    process = start(model, scans, out, "--jobs", jobs)
-    wait_until(lambda: len(entries(out)) >= 1, process)
-    # A terminal tells the parent alone, a batch system all its processes.
-    children = psutil.Process(process.pid).children()
-    for one in [*children, process]:
-        one.send_signal(signal.SIGTERM if children else signal.SIGINT)
-    said = process.communicate()[0]
+    with unfinished(out):
+        process = start(model, scans, out, "--jobs", jobs)
+        wait_until(lambda: len(entries(out)) >= 1, process)
+        # A terminal tells the parent alone, a batch system all its processes.
+        children = psutil.Process(process.pid).children()
+        for one in [*children, process]:
+            one.send_signal(signal.SIGTERM if children else signal.SIGINT)
+        said = process.communicate()[0]
     assert process.returncode == 130, said
     report = json.loads((out / "report.json").read_text())
     done = [case["name"] for case in report["cases"] if case["status"] == "done"]
