@@ -31,7 +31,7 @@ from pipeline.geometry import Geometry
 from pipeline.hardware import Precision, compiled, give_freed_memory_back, pick_device, pick_dtype, resident_bytes
 from pipeline.inference.labelling import label_from_planes
 from pipeline.inference.memory import MemoryPlan, plan_memory
-from pipeline.inference.planes import LogitPlanes
+from pipeline.inference.planes import LogitPlanes, ahead
 from pipeline.inference.postprocessing import postprocess
 from pipeline.inference.probabilities import ProbabilityRequest
 from pipeline.inference.tiling import Size, Windowing
@@ -120,9 +120,7 @@ class Predictor:
         self.dtype = pick_dtype(engine.precision or "auto", self.device)
         members = [networks] if isinstance(networks, Network) else networks
         self._networks = [network.to(self.device) for network in members]
-        self.batch = engine.batch or windows_at_once(
-            self._networks[0], plan.patch_size, self.device, self.dtype
-        )
+        self.batch = engine.batch or windows_at_once(self._networks[0], plan.patch_size, self.device, self.dtype)
         if engine.compile:
             self._networks = [self._compiled(network) for network in self._networks]
         self.temperature = temperature_of(calibrations)
@@ -390,7 +388,7 @@ def _shown(stream: LogitStream, watchers: Sequence[Watcher] = ()) -> Iterator[Lo
     Raises:
         ModelError: a logit is infinite or not a number.
     """
-    for planes in stream:
+    for planes in ahead(stream) if stream.device.type == "cuda" else stream:
         if not torch.isfinite(planes.logits).all():
             raise ModelError(
                 "the network's logits are infinite or not a number; train it with training.precision: fp32"

@@ -2,7 +2,8 @@
 
 import itertools
 import logging
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.nn import functional
 
 from pipeline.config import Output
 from pipeline.errors import ResourceError
+from pipeline.inference.planes import LogitPlanes, ahead
 from pipeline.inference.tiling import Windowing
 from pipeline.inference.windows import stream_logits
 from pipeline.networks import Network, NetworkTask, build_network
@@ -202,6 +204,26 @@ def test_network_that_breaks_its_contract_is_refused() -> None:
     network.margin = (2, 2, 2)
     with pytest.raises(ValueError, match="the network makes"):
         list(stream_logits([network], make_image(20, 20, 20), Windowing((8, 8, 8)), batch=1, dtype=torch.float32))
+
+
+def test_planes_made_ahead_are_the_same_and_so_are_their_errors() -> None:
+    stream = stream_logits([make_network()], make_image(40, 8, 8), Windowing((8, 8, 8)), batch=1, dtype=torch.float32)
+    threads = []
+
+    def failing() -> Iterator[LogitPlanes]:
+        for planes in stream:
+            threads.append(threading.current_thread().name)
+            yield planes
+        raise ResourceError("no memory")
+
+    made = []
+    with pytest.raises(ResourceError, match="no memory"):
+        made.extend(ahead(failing()))
+    assert set(threads) == {"windows_0"}
+    expected = list(stream)
+    assert len(expected) > 3
+    assert [planes.start for planes in made] == [planes.start for planes in expected]
+    assert all(torch.equal(own.logits, other.logits) for own, other in zip(made, expected, strict=True))
 
 
 def test_consumer_between_planes_is_not_in_inference_mode() -> None:

@@ -56,6 +56,7 @@ class LogitStream:
         batch: windows a forward pass; halved for good where the device runs out of memory.
         run: windows that were run, each counted once, whatever its flips and networks.
         skipped: windows that were left out, for they hold no body.
+        device: where the networks are.
         agreement: how far an ensemble's networks agree, once all planes have left; None of one network.
     """
 
@@ -76,8 +77,8 @@ class LogitStream:
         self.agreement: FoldAgreement | None = None
         self._networks, self._image, self._windowing, self._dtype = networks, image, windowing, dtype
         self._kind, self._body, self._ring_folder = output, body, ring_folder
-        self._device = next(networks[0].parameters()).device
-        self._copies = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.device = next(networks[0].parameters()).device
+        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._input, self._margin = networks[0].input_size(windowing.window), networks[0].margin
         self._output = networks[0].output_size(self._input)
         self.tiling = tiling_of(networks, (x, y, z), windowing)
@@ -103,7 +104,7 @@ class LogitStream:
             yield from ring.finish(slab)
             starts = self._starts(slab, sums)
             passes = [(start, flip) for start in starts for flip in self._windowing.flips]
-            if self._device.type == "cpu" and len(passes) * math.prod(self._input) > LARGE_SLAB_VOXELS:
+            if self.device.type == "cpu" and len(passes) * math.prod(self._input) > LARGE_SLAB_VOXELS:
                 trim_heap()
             for network in self._networks:
                 self._add(network, passes, sums)
@@ -113,7 +114,7 @@ class LogitStream:
     def _new_ring(self, num_logits: int) -> Ring:
         """Return an empty ring on the networks' device; one on disk lies on the CPU."""
         passes = len(self._networks) * len(self._windowing.flips)
-        device = self._device if self._ring_folder is None else torch.device("cpu")
+        device = self.device if self._ring_folder is None else torch.device("cpu")
         return Ring(self.tiling, self._windowing, passes, num_logits, self._kind, device, self._ring_folder)
 
     def _new_agreement(self, num_logits: int) -> AgreementCount | None:
@@ -145,7 +146,7 @@ class LogitStream:
             else:
                 self.batch = len(batch) // 2
                 torch.cuda.empty_cache()
-                log.warning("%s is out of memory: going on with %d windows at once", self._device, self.batch)
+                log.warning("%s is out of memory: going on with %d windows at once", self.device, self.batch)
 
     def _is_added(self, network: Network, batch: list[Pass], sums: Sequence[Ring | AgreementCount]) -> bool:
         """Run a batch and add its logits (K, *output) to the sums; False where there is no memory for so many windows.
@@ -166,14 +167,14 @@ class LogitStream:
         """Return the logits (N, K, *output) of a batch, or None where there is no memory for so many windows."""
         try:
             images = self._moved(self._read(batch))
-            with autocast(self._device, self._dtype):
+            with autocast(self.device, self._dtype):
                 logits: Tensor = network(images)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             if len(batch) == 1:
                 raise ResourceError(
-                    f"{self._device} has no memory for a single window of {self._input} voxels; free some, take "
+                    f"{self.device} has no memory for a single window of {self._input} voxels; free some, take "
                     "another device, or a model with a smaller window"
                 ) from error
             # Handled by the caller: while the exception lives, so do the failed pass' tensors.
@@ -185,10 +186,10 @@ class LogitStream:
     def _moved(self, images: Tensor) -> Tensor:
         """Bring a batch to the device; to a GPU from pinned memory in a queue of its own, while it runs the last."""
         if self._copies is None or images.is_cuda:
-            return images.to(self._device)
+            return images.to(self.device)
         with torch.cuda.stream(self._copies):
-            moved = images.pin_memory().to(self._device, non_blocking=True)
-        now = torch.cuda.current_stream(self._device)
+            moved = images.pin_memory().to(self.device, non_blocking=True)
+        now = torch.cuda.current_stream(self.device)
         now.wait_stream(self._copies)
         moved.record_stream(now)
         return moved
