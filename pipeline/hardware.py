@@ -99,6 +99,18 @@ def place(network: torch.nn.Module, device: torch.device) -> None:
             weight.data = weight.data.contiguous(memory_format=torch.channels_last_3d)
 
 
+def place_to_predict(network: torch.nn.Module, device: torch.device) -> None:
+    """Put a network on a device to predict: in the layout of `place`, where that pays.
+
+    An instance norm goes through one channel after another and takes each layer back to the plain layout. Measured with
+    the networks here, on a CPU in bf16 and float32: 0.5 to 1.0 of the time without such a norm, 0.9 to 1.25 with one.
+    """
+    if any(isinstance(module, torch.nn.InstanceNorm3d) for module in network.modules()):
+        network.to(device)
+    else:
+        place(network, device)
+
+
 def compiled(network: Compiled, example: torch.Tensor, dtype: torch.dtype, backend: str = "inductor") -> Compiled:
     """Return a network compiled by torch.compile, or as it was where that does not pay here, with one warning.
 

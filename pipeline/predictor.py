@@ -9,7 +9,6 @@ The models are loaded once and serve any number of volumes. Several are an ensem
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -28,22 +27,27 @@ from pipeline.config import InferenceSection, Output
 from pipeline.data.plan import Plan
 from pipeline.errors import ModelError, ResourceError, VolumeError
 from pipeline.geometry import Geometry
-from pipeline.hardware import Precision, compiled, give_freed_memory_back, pick_device, pick_dtype, resident_bytes
+from pipeline.hardware import (
+    Precision,
+    compiled,
+    give_freed_memory_back,
+    pick_device,
+    pick_dtype,
+    place_to_predict,
+    resident_bytes,
+)
 from pipeline.inference.labelling import label_from_planes
 from pipeline.inference.memory import MemoryPlan, plan_memory
 from pipeline.inference.planes import LogitPlanes, ahead
 from pipeline.inference.postprocessing import postprocess
 from pipeline.inference.probabilities import ProbabilityRequest
-from pipeline.inference.tiling import Size, Windowing
-from pipeline.inference.windows import LogitStream, stream_logits
+from pipeline.inference.tiling import Windowing
+from pipeline.inference.windows import LogitStream, stream_logits, windows_at_once
 from pipeline.model import Model, load_model, refuse_other_member, refuse_other_task
 from pipeline.networks import Network
 from pipeline.preparation.preprocessing import PreparedImage, prepare_images
 from pipeline.volumes.body import Body
 from pipeline.volumes.volume import Volume, smallest_type
-
-# Voxels of a forward pass, from which on a larger batch gains nothing (a GPU that cannot hold as many halves it).
-BATCH_VOXELS = {"cpu": 64**3, "cuda": 4 * 128**3}
 
 # Is shown finished planes of logits and the axis of the plan's grid that they are stacked along, before they are gone.
 Watcher = Callable[[LogitPlanes, int], None]
@@ -118,8 +122,9 @@ class Predictor:
         self.engine = engine = engine or Engine()
         self.device = pick_device(engine.device)
         self.dtype = pick_dtype(engine.precision or "auto", self.device)
-        members = [networks] if isinstance(networks, Network) else networks
-        self._networks = [network.to(self.device) for network in members]
+        self._networks = [networks] if isinstance(networks, Network) else list(networks)
+        for network in self._networks:
+            place_to_predict(network, self.device)
         self.batch = engine.batch or windows_at_once(self._networks[0], plan.patch_size, self.device, self.dtype)
         if engine.compile:
             self._networks = [self._compiled(network) for network in self._networks]
@@ -366,13 +371,6 @@ class Predictor:
         return {
             name: Volume(one[None], image.geometry) for name, one in zip(self.plan.channels, image.array, strict=True)
         }
-
-
-def windows_at_once(network: Network, window: Size, device: torch.device, dtype: torch.dtype) -> int:
-    """Return the windows of a forward pass that keep a device busy."""
-    # On a CPU torch convolves a single small image in float32 by one thread: two take little longer than one.
-    least = 2 if (device.type, dtype) == ("cpu", torch.float32) else 1
-    return max(least, BATCH_VOXELS.get(device.type, 1) // math.prod(network.input_size(window)))
 
 
 def _load(folder: Path, device: torch.device) -> Model:

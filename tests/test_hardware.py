@@ -13,6 +13,7 @@ from pipeline.hardware import (
     available_bytes,
     compiled,
     is_out_of_memory,
+    place_to_predict,
     resident_bytes,
     threads_per_worker,
 )
@@ -55,6 +56,19 @@ def test_workers_share_the_cores() -> None:
     assert cores >= 1
     assert threads_per_worker(2) == max(1, cores // 2)
     assert threads_per_worker(10_000) == 1
+
+
+@pytest.mark.parametrize(("norm", "is_channels_last"), [(nn.BatchNorm3d, True), (nn.InstanceNorm3d, False)])
+def test_a_network_predicts_channels_last_unless_an_instance_norm_takes_that_back(
+    norm: type[nn.Module], is_channels_last: bool
+) -> None:
+    network = nn.Sequential(nn.Conv3d(2, 3, 3), norm(3)).eval()
+    image = torch.randn(1, 2, 5, 6, 7)
+    before = network(image)
+    place_to_predict(network, torch.device("cpu"))
+    weight = next(network.parameters())
+    assert weight.is_contiguous(memory_format=torch.channels_last_3d) == is_channels_last
+    torch.testing.assert_close(network(image), before)
 
 
 def test_running_out_of_memory_is_told_from_other_errors() -> None:

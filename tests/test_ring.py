@@ -74,6 +74,19 @@ def test_several_classes_at_once_as_on_a_gpu_are_summed_as_one_by_one() -> None:
     assert first.abs().min() > 0
 
 
+def test_logits_in_the_layout_of_channels_last_are_summed_as_others() -> None:
+    windowing = Windowing(WINDOW, flips=((), (0,)), paired_classes=((1, 2),))
+    tiling = tiling_of((4, 4, 4), windowing)
+    logits = torch.randn(2, 5, *WINDOW)
+    sums = []
+    for layout in (torch.contiguous_format, torch.channels_last_3d):
+        ring = Ring(tiling, windowing, 2, 5, "softmax", CPU)
+        for own, flip in zip(logits.contiguous(memory_format=layout), windowing.flips, strict=True):
+            ring.add((0, 0, 0), flip, own)
+        sums += [planes.logits for planes in ring.finish(4)]
+    assert torch.equal(*sums)
+
+
 def test_ring_that_no_disk_holds_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match=r"no room for 4194304\.0 GB of unfinished planes"):
         zeros_on_disk((2**20, 2**10, 2**20), tmp_path)

@@ -42,6 +42,9 @@ log = logging.getLogger(__name__)
 # A slab that reads more is worth giving the heap's gaps back first: a percent of its time for a tenth of the memory.
 LARGE_SLAB_VOXELS = 2**22
 
+# Voxels of a forward pass, from which on a larger batch gains nothing (a GPU that cannot hold as many halves it).
+BATCH_VOXELS = {"cpu": 64**3, "cuda": 4 * 128**3}
+
 # One forward pass of a window: its first output voxel, and the flip in which the network sees it.
 Pass = tuple[Size, Flip]
 
@@ -263,3 +266,10 @@ def tiling_of(networks: Sequence[Network], shape: Size, windowing: Windowing) ->
         ):
             raise ValueError(f"the networks of an ensemble read windows of {size} and {own} voxels; they must agree")
     return tiling
+
+
+def windows_at_once(network: Network, window: Size, device: torch.device, dtype: torch.dtype) -> int:
+    """Return the windows of a forward pass that keep a device busy."""
+    # On a CPU torch convolves a single small image in float32 by one thread: two take little longer than one.
+    least = 2 if (device.type, dtype) == ("cpu", torch.float32) else 1
+    return max(least, BATCH_VOXELS.get(device.type, 1) // math.prod(network.input_size(window)))

@@ -14,10 +14,9 @@ from pipeline.config import AugmentationSection
 from pipeline.data.manifest import Case
 from pipeline.errors import ConfigError, ModelError
 from pipeline.inference.tiling import Windowing
-from pipeline.inference.windows import stream_logits
+from pipeline.inference.windows import stream_logits, windows_at_once
 from pipeline.networks import Network
 from pipeline.pictures import draw_images
-from pipeline.predictor import windows_at_once
 from pipeline.stages.fold_task import FoldTask
 from pipeline.training.denoising import NoisyBatches, WithoutLabel, noisy_volume, psnr_db
 from pipeline.training.loop import Batches
