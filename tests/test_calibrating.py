@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from tiny_models import NearestMean, make_plan
+from tiny_models import NearestMean, make_model, make_plan
 
 from pipeline.config import InferenceSection
 from pipeline.data.manifest import Case, ImageFile
 from pipeline.data.store import CaseStore, PreparedCase
 from pipeline.geometry import Geometry
 from pipeline.inference.planes import LogitPlanes
+from pipeline.model import save_model
 from pipeline.predictor import Engine, Predictor
-from pipeline.stages.calibrating import TEMPERATURE_CASES, VoxelJudge, beside, calibrate
+from pipeline.stages.calibrating import TEMPERATURE_CASES, VoxelJudge, beside, calibrate, calibration_of
 
 # Logits are a thousandth of NearestMean's for intensities of 100 a class: a voxel is right by 5 or 20 of them.
 MEANS = (0.0, 100.0, 200.0)
@@ -74,6 +75,15 @@ def test_what_validation_teaches_is_what_the_cases_say(tmp_path: Path, predictor
     wrong = (64 * len(widths) + 64 * 9) / (len(cases) * math.prod(GRID.shape))
     sure = 1 / (1 + math.exp(-5) + math.exp(-20))
     assert found.before.ece == pytest.approx(sure - (1 - wrong), abs=1e-3)
+
+
+def test_a_model_stays_whole_where_memory_does_not_suffice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_model(tmp_path / "model", make_model())
+    store = CaseStore(tmp_path / "store")
+    cases = [stored(store, "c", box(3), box(4))]
+    assert calibration_of(tmp_path / "model", store, cases, Engine("cpu", "fp32")) is not None
+    assert calibration_of(tmp_path / "model", store, cases, Engine("cpu", "fp32", limit_bytes=1)) is None
+    assert "without a calibration" in caplog.text
 
 
 @pytest.mark.parametrize(("most", "step"), [(None, 1), (384, 2), (128, 3)])

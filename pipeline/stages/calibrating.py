@@ -15,6 +15,7 @@ from pipeline.confidence.calibration import Calibration, Features, fit_dice
 from pipeline.confidence.reliability import Reliability, ReliabilityMeter, TemperatureFit, lattice_step
 from pipeline.data.manifest import Case
 from pipeline.data.store import CaseStore, Labels, PreparedCase
+from pipeline.errors import ResourceError
 from pipeline.evaluation.metrics import score_case
 from pipeline.evaluation.scored import UNCALIBRATED
 from pipeline.evaluation.self_assessment import true_dice
@@ -77,14 +78,18 @@ def calibration_of(folder: Path, store: CaseStore, cases: Sequence[Case], engine
         engine: how the machine is used.
 
     Returns:
-        None without cases.
+        None without cases, and where memory does not suffice: the model is whole without it.
     """
     if not cases:
         return None
     model = load_model(folder, torch.device("cpu"))
     description = model.description
     predictor = Predictor(model.network, model.plan, description.inference, engine, output=description.output)
-    return calibrate(predictor, store, cases)
+    try:
+        return calibrate(predictor, store, cases)
+    except ResourceError as error:
+        log.warning("%s: is left without a calibration: %s", folder, error)
+        return None
 
 
 def calibrate(predictor: Predictor, store: CaseStore, cases: Sequence[Case]) -> Calibration:
