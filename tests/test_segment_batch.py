@@ -150,8 +150,9 @@ def test_a_killed_worker_costs_nothing_and_the_report_is_in_order(
     names = [f"case_{n}" for n in range(CASES)]
     with unfinished(out):
         process = start(model, scans, out, "--jobs", "2")
-        wait_until(lambda: any(holders(process, out, names)), process)
-        next(holders(process, out, names)).kill()
+        held_by: list[psutil.Process] = []
+        wait_until(lambda: bool(held_by.extend(holders(process, out, names)) or held_by), process)
+        held_by[0].kill()
     said = process.communicate()[0]
     assert process.returncode == 0, said
     assert "a worker was killed by signal 9 (out of memory?)" in said
