@@ -92,6 +92,12 @@ def empty(path: Path) -> Path:
     return path
 
 
+def device(path: Path) -> Path:
+    """Link to a device that is read at once; others, and pipes, may never end."""
+    path.symlink_to(os.devnull)
+    return path
+
+
 def itk(path: Path, spacing: tuple[float, float, float] = (1, 2, 3)) -> Path:
     image = sitk.GetImageFromArray(VALUES.T.astype(np.int16))
     image.SetSpacing(spacing)
@@ -138,6 +144,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no_type.nii": (lambda path: patched(path, DATATYPE, np.zeros(1, "i2")), "says no type of voxel"),
     "empty.nii.gz": (empty, "is not NIfTI, or cut short"),
     "missing.nii.gz": (lambda path: path, "No such file"),
+    "device.nii.gz": (device, "is no regular file"),
 }
 
 

@@ -149,9 +149,9 @@ def content_digest(path: Path, content: bytes | None = None) -> str:
     Raises:
         VolumeError: a file cannot be read.
     """
-    with reading(path):
-        digests = [
-            hashlib.sha256(content).hexdigest() if content is not None and file == path else file_digest(file)
-            for file in files_of(path)
-        ]
+    digests = []
+    for file in files_of(path):
+        with reading(file):
+            read_already = content if file == path else None
+            digests.append(file_digest(file) if read_already is None else hashlib.sha256(read_already).hexdigest())
     return digests[0] if len(digests) == 1 else digest_of(digests)

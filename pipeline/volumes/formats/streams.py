@@ -41,8 +41,10 @@ _THREADS = 2
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Say which file could not be read, and why."""
+    """Say which file could not be read, and why; what is no file is not opened: a pipe or a device may never end."""
     try:
+        if path.exists() and not path.is_file():
+            raise VolumeError(f"{path}: cannot be read: it is no regular file")
         yield
     except DAMAGE as error:
         raise VolumeError(f"{path}: is cut short or damaged ({error}); copy it again") from error
