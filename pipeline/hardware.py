@@ -191,11 +191,6 @@ def device_name(device: torch.device) -> str:
 def give_freed_memory_back() -> None:
     """Give the kernel what the process has freed, so that what it did before does not count as what it does next."""
     gc.collect()
-    trim_heap()
-
-
-def trim_heap() -> None:
-    """Give the kernel the gaps in glibc's heap: some 20 ms, and the faults when they are filled again."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from pipeline.config import Output
 from pipeline.errors import ResourceError
-from pipeline.hardware import autocast, is_out_of_memory, trim_heap
+from pipeline.hardware import autocast, is_out_of_memory
 from pipeline.inference.agreement import AgreementCount, FoldAgreement
 from pipeline.inference.planes import LogitPlanes
 from pipeline.inference.ring import Ring
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
     from pipeline.networks import Network
 
 log = logging.getLogger(__name__)
-
-# A slab that reads more is worth giving the heap's gaps back first: a percent of its time for a tenth of the memory.
-LARGE_SLAB_VOXELS = 2**22
 
 # Voxels of a forward pass, from which on a larger batch gains nothing (a GPU that cannot hold as many halves it).
 BATCH_VOXELS = {"cpu": 64**3, "cuda": 4 * 128**3}
@@ -107,8 +104,6 @@ class LogitStream:
             yield from ring.finish(slab)
             starts = self._starts(slab, sums)
             passes = [(start, flip) for start in starts for flip in self._windowing.flips]
-            if self.device.type == "cpu" and len(passes) * math.prod(self._input) > LARGE_SLAB_VOXELS:
-                trim_heap()
             for network in self._networks:
                 self._add(network, passes, sums)
         yield from ring.finish(self.tiling.shape[self.axis])
