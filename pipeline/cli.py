@@ -12,10 +12,11 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline import cli_options as options
 from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
@@ -32,23 +33,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The experiment's YAML.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one value of the YAML; repeatable."),
-]
-Workspace = Annotated[
-    Path | None,
-    typer.Option("--workspace", help="Folder of stores, runs and mlflow.db. Default: the configuration's, ./work."),
-]
-Jobs = Annotated[
-    int | None, typer.Option("--jobs", min=1, help="Processes; default: as many as cores and memory admit.")
-]
-TrackingUri = Annotated[
-    str | None, typer.Option("--tracking-uri", help="MLflow server or database of runs:/ and models:/ names.")
-]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 
 
 @app.callback()
@@ -91,7 +75,7 @@ def check(
         Path | None, typer.Option("--root", help="Folder of the images, in place of the manifest's.")
     ] = None,
     workspace: Annotated[Path, typer.Option("--workspace", help="What is learned is kept here.")] = Path("work"),
-    jobs: Jobs = None,
+    jobs: options.Jobs = None,
     pictures: Annotated[
         Path | None, typer.Option("--pictures", help="Write an overlay of image and label per case here.")
     ] = None,
@@ -108,10 +92,10 @@ def check(
 
 @app.command()
 def preprocess(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    workspace: Workspace = None,
-    jobs: Jobs = None,
+    config: options.ConfigPath,
+    overrides: options.Overrides = None,
+    workspace: options.Workspace = None,
+    jobs: options.Jobs = None,
     replan: Annotated[
         bool, typer.Option("--replan", help="Plan anew, even where the plan was edited by hand.")
     ] = False,
@@ -125,14 +109,14 @@ def preprocess(
 
 @app.command()
 def train(
-    config: ConfigPath,
+    config: options.ConfigPath,
     fold: Annotated[
         str, typer.Option("--fold", metavar="K|all", help="Fold to hold out, or all, one after another.")
     ] = "0",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
-    device: Device = "auto",
-    overrides: Overrides = None,
-    workspace: Workspace = None,
+    device: options.Device = "auto",
+    overrides: options.Overrides = None,
+    workspace: options.Workspace = None,
 ) -> None:
     """Train on all folds but one and validate on that one."""
     loaded = _load(config, overrides, workspace)
@@ -155,10 +139,10 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder of the results; default: in the run's folder.")
     ] = None,
-    device: Device = "auto",
-    overrides: Overrides = None,
-    workspace: Workspace = None,
-    tracking_uri: TrackingUri = None,
+    device: options.Device = "auto",
+    overrides: options.Overrides = None,
+    workspace: options.Workspace = None,
+    tracking_uri: options.TrackingUri = None,
 ) -> None:
     """Segment labelled cases and score them on their native grids."""
     loaded = _load(Path(target), overrides, workspace) if target.endswith((".yaml", ".yml")) else None
@@ -181,40 +165,21 @@ def evaluate(
 
 @app.command()
 def segment(
-    inputs: Annotated[
-        list[str],
-        typer.Argument(metavar="INPUT...", help="Volumes, folders, quoted patterns, a manifest, a CSV; -: a list."),
-    ],
-    model: Annotated[
-        list[str],
-        typer.Option("--model", help="A folder, runs:/ID or models:/NAME@ALIAS; several, or an experiment: ensemble."),
-    ],
-    out: Annotated[Path, typer.Option("--out", help="Folder of the label maps and the report.")],
-    plan: Annotated[bool, typer.Option("--plan", help="Say what the cases will take, and do nothing.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Segment also what is done and unchanged.")] = False,
-    device: Annotated[
-        str, typer.Option("--device", help="auto, cpu, cuda or cuda:N; cuda:0,cuda:1: a process for each.")
-    ] = "auto",
-    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Processes; default: one for each device.")] = None,
-    max_memory: Annotated[
-        str | None, typer.Option("--max-memory", metavar="SIZE", help="Such as 8GB, for all processes together.")
-    ] = None,
-    precision: Annotated[
-        Literal["auto", "fp32", "bf16", "fp16"] | None,
-        typer.Option("--precision", help="Default: as the model was trained."),
-    ] = None,
-    compile_networks: Annotated[
-        bool, typer.Option("--compile", help="By torch.compile: a minute at the start, then faster; for long batches.")
-    ] = False,
-    probabilities: Annotated[
-        str | None, typer.Option("--probabilities", metavar="LABEL,...|all", help="Write these labels' probabilities.")
-    ] = None,
-    probabilities_type: Annotated[Literal["uint8", "uint16"], typer.Option("--probabilities-type")] = "uint8",
-    no_skip: Annotated[bool, typer.Option("--no-skip", help="Run the network on windows without body too.")] = False,
-    workspace: Annotated[Path, typer.Option("--workspace", help="Where runs:/ and models:/ are looked up.")] = Path(
-        "work"
-    ),
-    tracking_uri: TrackingUri = None,
+    inputs: options.SegmentInputs,
+    model: options.Models,
+    out: options.LabelFolder,
+    plan: options.PlanOnly = False,
+    overwrite: options.Overwrite = False,
+    device: options.Devices = "auto",
+    jobs: options.SegmentJobs = None,
+    max_memory: options.MaxMemory = None,
+    precision: options.PrecisionChoice = None,
+    compile_networks: options.CompileNetworks = False,
+    probabilities: options.Probabilities = None,
+    probabilities_type: options.ProbabilitiesType = "uint8",
+    no_skip: options.NoSkip = False,
+    workspace: options.ModelWorkspace = options.DEFAULT_WORKSPACE,
+    tracking_uri: options.TrackingUri = None,
 ) -> None:
     """Segment new volumes: one label map each, in its input's own geometry."""
     from pipeline.stages import segment as stage
@@ -261,12 +226,12 @@ def segment(
 
 @app.command()
 def run(
-    config: ConfigPath,
+    config: options.ConfigPath,
     fold: Annotated[str, typer.Option("--fold", metavar="K|all")] = "0",
-    device: Device = "auto",
-    overrides: Overrides = None,
-    workspace: Workspace = None,
-    jobs: Jobs = None,
+    device: options.Device = "auto",
+    overrides: options.Overrides = None,
+    workspace: options.Workspace = None,
+    jobs: options.Jobs = None,
 ) -> None:
     """Run every stage that is stale, in order: check, preprocess, train, evaluate."""
     loaded = _load(config, overrides, workspace)
@@ -292,8 +257,8 @@ def compare(
     allow_different_budgets: Annotated[
         bool, typer.Option("--allow-different-budgets", help="Compare in spite of them; the report says so.")
     ] = False,
-    device: Device = "auto",
-    workspace: Workspace = None,
+    device: options.Device = "auto",
+    workspace: options.Workspace = None,
 ) -> None:
     """Compare trained and evaluated runs on the same cases: tests, intervals, rankings, costs."""
     from pipeline.stages import compare as stage
@@ -317,8 +282,8 @@ def ui(
         Path | None, typer.Argument(metavar="[CONFIG]", help="The experiment's YAML; without one, ./work.")
     ] = None,
     port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 5000,
-    overrides: Overrides = None,
-    workspace: Workspace = None,
+    overrides: options.Overrides = None,
+    workspace: options.Workspace = None,
 ) -> None:
     """Open the MLflow UI on 127.0.0.1."""
     loaded = _load(config, overrides, workspace) if config else None
@@ -367,9 +332,9 @@ def networks(
 
 @app.command()
 def describe(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    workspace: Workspace = None,
+    config: options.ConfigPath,
+    overrides: options.Overrides = None,
+    workspace: options.Workspace = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON, every layer with it.")] = False,
 ) -> None:
     """Explain a configuration's network: levels, parameters, receptive field, legal sizes, memory."""

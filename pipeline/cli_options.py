@@ -1,0 +1,60 @@
+"""Options of the command line that several commands have, and those of `segment`, which has many."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+DEFAULT_WORKSPACE = Path("work")
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The experiment's YAML.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one value of the YAML; repeatable."),
+]
+Workspace = Annotated[
+    Path | None,
+    typer.Option("--workspace", help="Folder of stores, runs and mlflow.db. Default: the configuration's, ./work."),
+]
+Jobs = Annotated[
+    int | None, typer.Option("--jobs", min=1, help="Processes; default: as many as cores and memory admit.")
+]
+TrackingUri = Annotated[
+    str | None, typer.Option("--tracking-uri", help="MLflow server or database of runs:/ and models:/ names.")
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+
+# Of `segment`.
+SegmentInputs = Annotated[
+    list[str],
+    typer.Argument(metavar="INPUT...", help="Volumes, folders, quoted patterns, a manifest, a CSV; -: a list."),
+]
+Models = Annotated[
+    list[str],
+    typer.Option("--model", help="A folder, runs:/ID or models:/NAME@ALIAS; several, or an experiment: ensemble."),
+]
+LabelFolder = Annotated[Path, typer.Option("--out", help="Folder of the label maps and the report.")]
+PlanOnly = Annotated[bool, typer.Option("--plan", help="Say what the cases will take, and do nothing.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Segment also what is done and unchanged.")]
+Devices = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N; cuda:0,cuda:1: a process for each.")]
+SegmentJobs = Annotated[int | None, typer.Option("--jobs", min=1, help="Processes; default: one for each device.")]
+MaxMemory = Annotated[
+    str | None, typer.Option("--max-memory", metavar="SIZE", help="Such as 8GB, for all processes together.")
+]
+PrecisionChoice = Annotated[
+    Literal["auto", "fp32", "bf16", "fp16"] | None,
+    typer.Option("--precision", help="Default: as the model was trained."),
+]
+CompileNetworks = Annotated[
+    bool, typer.Option("--compile", help="By torch.compile: a minute at the start, then faster; for long batches.")
+]
+Probabilities = Annotated[
+    str | None, typer.Option("--probabilities", metavar="LABEL,...|all", help="Write these labels' probabilities.")
+]
+ProbabilitiesType = Annotated[
+    Literal["uint8", "uint16"], typer.Option("--probabilities-type", help="Steps of 1/255, or of 1/65,535.")
+]
+NoSkip = Annotated[bool, typer.Option("--no-skip", help="Run the network on windows without body too.")]
+ModelWorkspace = Annotated[Path, typer.Option("--workspace", help="Where runs:/ and models:/ are looked up.")]
