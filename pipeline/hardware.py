@@ -9,13 +9,14 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import psutil
 import torch
+from torch.overrides import TorchFunctionMode
 
 from pipeline.errors import ConfigError
 
@@ -155,9 +156,38 @@ def _timed_pass(network: torch.nn.Module, image: torch.Tensor, dtype: torch.dtyp
     return logits.float(), min(seconds[1:])
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Return the context in which a network computes in `dtype`; float32 needs none."""
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+@contextmanager
+def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Let a network compute in `dtype`; float32 needs nothing for it."""
+    with ExitStack() as stack:
+        if dtype != torch.float32:
+            stack.enter_context(torch.autocast(device.type, dtype=dtype))
+            if device.type == "cpu" and torch.is_grad_enabled():
+                stack.enter_context(_ThinInFloat32())
+        yield
+
+
+class _ThinInFloat32(TorchFunctionMode):
+    """Convolves volumes of few planes in float32.
+
+    Where a kernel is longer than the volume along the first axis, oneDNN leaves parts of the kernel's gradient in bf16
+    unwritten, or writes beyond it (seen with torch 2.13): the gradient is then what lay in memory, now and then NaN.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation, in float32 if it is such a convolution: of so few planes that it costs nothing."""
+        kwargs = kwargs or {}
+        if func is not torch.conv3d or not _is_thin(*args[:2]):
+            return func(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False):
+            return func(args[0].float(), *args[1:], **kwargs)
+
+
+def _is_thin(image: torch.Tensor, kernel: torch.Tensor) -> bool:
+    """Tell whether a kernel that is not flat may be longer than what comes of an image, both (N, C, X, Y, Z)."""
+    return kernel.shape[2] > 1 and image.shape[2] < 2 * kernel.shape[2]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

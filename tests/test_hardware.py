@@ -1,6 +1,9 @@
 """What the machine can do, read from files like Linux' own; compiling held against what it is compiled from."""
 
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -107,3 +110,33 @@ def test_a_compiled_network_that_does_not_hold_up_is_given_up(
         assert compiled(network, torch.zeros(1, 1, 8, 8, 8), torch.float32, backend="eager") is network
     assert why in caplog.text
     assert len(caplog.records) == 1
+
+
+THIN = """
+import torch
+from torch import nn
+from pipeline.hardware import autocast
+torch.manual_seed(0)
+cases = [(3, 1, (2, 4, 4)), (3, 1, (2, 2, 2)), (3, 2, (4, 2, 2)), (5, 1, (3, 4, 4)), (3, 1, (8, 4, 4))]
+for kernel, stride, shape in cases:
+    convolution = nn.Conv3d(16, 16, kernel, stride, kernel // 2)
+    image = torch.randn(2, 16, *shape)
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        convolution.zero_grad()
+        with autocast(torch.device("cpu"), dtype):
+            logits = convolution(image)
+        torch.manual_seed(1)
+        logits.backward(torch.randn_like(logits, dtype=torch.float32).to(logits.dtype))
+        gradients.append(convolution.weight.grad.clone())
+    print(((gradients[0] - gradients[1]).abs().max() / gradients[0].abs().max()).item())
+"""
+
+
+def test_gradients_of_thin_volumes_hold_nothing_that_lay_in_memory() -> None:
+    # glibc fills what it hands out with large numbers: a gradient that is not written would show them.
+    environment = {**os.environ, "MALLOC_PERTURB_": "1", "OMP_NUM_THREADS": "1"}
+    answer = subprocess.run([sys.executable, "-c", THIN], env=environment, capture_output=True, text=True, check=True)
+    errors = [float(line) for line in answer.stdout.split()]
+    assert len(errors) == 5
+    assert max(errors) < 0.02
