@@ -345,7 +345,7 @@ def test_mlflows_pages_show_a_studys_runs_side_by_side(made: Path, tmp_path: Pat
         charts = page(chromium, compare_url(base, experiment_id), tmp_path / "profile")
         table = page(chromium, runs_url(base, experiment_id, ids), tmp_path / "profile")
     # A chart is drawn when it is scrolled to; its section stands there by name.
-    for text in ("narrow fold 0", "wide fold 0", "evaluation/fold/dice", "evaluation/fold/seconds_per_case"):
+    for text in ("narrow fold 0", "wide fold 0", "evaluation/fold/dice", "calibration/ece"):
         assert text in charts
     for text in ("narrow fold 0", "wide fold 0", "network.parameters", "evaluation/fold/dice/right"):
         assert text in table
