@@ -179,15 +179,17 @@ class _ThinInFloat32(TorchFunctionMode):
     ) -> Any:
         """Run an operation, in float32 if it is such a convolution: of so few planes that it costs nothing."""
         kwargs = kwargs or {}
-        if func is not torch.conv3d or not _is_thin(*args[:2]):
+        if func is not torch.conv3d or not _is_thin(*args):
             return func(*args, **kwargs)
         with torch.autocast("cpu", enabled=False):
             return func(args[0].float(), *args[1:], **kwargs)
 
 
-def _is_thin(image: torch.Tensor, kernel: torch.Tensor) -> bool:
-    """Tell whether a kernel that is not flat may be longer than what comes of an image, both (N, C, X, Y, Z)."""
-    return kernel.shape[2] > 1 and image.shape[2] < 2 * kernel.shape[2]
+def _is_thin(
+    image: torch.Tensor, kernel: torch.Tensor, bias: object = None, stride: Sequence[int] = (1,), *_: object
+) -> bool:
+    """Tell whether a kernel is longer than what it makes of an image, both (N, C, X, Y, Z), along the first axis."""
+    return image.shape[2] < kernel.shape[2] * stride[0]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
