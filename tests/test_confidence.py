@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 
 from pipeline.confidence.calibration import Calibration, DiceRegression
 from pipeline.confidence.judging import LOW_DICE, judge, temperature_of
-from pipeline.confidence.measuring import CERTAIN_LOGITS, ConfidenceSums, StructureConfidence, label_scores, last_region
+from pipeline.confidence.measuring import CERTAIN_LOGITS, ConfidenceSums, StructureConfidence, label_scores
 from pipeline.confidence.reliability import Reliability
 from pipeline.config import Output
+from pipeline.networks.outputs import classes_of
 
 LABELS = ("background", "left", "right", "stone")
 
@@ -66,8 +67,8 @@ def test_regions_by_hand() -> None:
     """A voxel in the first region with 3/4 and in the second with 1/4: of the first label with 3/4 x 3/4."""
     regions = torch.tensor([[log(3.0)], [-log(3.0)]], dtype=torch.float64)
     torch.testing.assert_close(label_scores(regions).exp()[:, 0], torch.tensor([3, 9, 4], dtype=torch.float64) / 16)
-    assert last_region(regions).tolist() == [1]
-    assert last_region(torch.tensor([[1.0, -1.0, 1.0], [0.5, -1.0, 0.0]])).tolist() == [2, 0, 1]
+    assert classes_of(regions, "regions").tolist() == [1]
+    assert classes_of(torch.tensor([[1.0, -1.0, 1.0], [0.5, -1.0, 0.0]]), "regions").tolist() == [2, 0, 1]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])

@@ -49,7 +49,8 @@ def judge(measured: Mapping[str, StructureConfidence], calibrations: Sequence[Ca
     """
     labels = {label: _predicted(label, structure, calibrations) for label, structure in measured.items()}
     found = [structure for structure in labels.values() if structure.voxels]
-    dice = {label: _dice_of(structure) for label, structure in labels.items() if structure.voxels}
+    expected = {label: structure.dice_to_expect for label, structure in labels.items()}
+    dice = {label: value for label, value in expected.items() if value is not None}
     doubtful = tuple(label for label, value in dice.items() if _is_low(label, value, calibrations))
     return Confidence(
         labels=labels,
@@ -75,13 +76,6 @@ def _predicted(label: str, structure: StructureConfidence, calibrations: Sequenc
         return structure
     predicted = _mean(calibration.predict(label, features) for calibration in calibrations)
     return structure.changed(predicted_dice=predicted)
-
-
-def _dice_of(structure: StructureConfidence) -> float:
-    """Return the Dice to expect of a structure that was found."""
-    dice = structure.expected_dice if structure.predicted_dice is None else structure.predicted_dice
-    assert dice is not None
-    return dice
 
 
 def _is_low(label: str, dice: float, calibrations: Sequence[Calibration]) -> bool:

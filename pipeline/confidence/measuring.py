@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pipeline.config import Output
+from pipeline.networks.outputs import classes_of
 from pipeline.records import Record
 
 # By so much (after the temperature) every logit must lie below the background's, or in regions below 0, for a voxel to
@@ -44,6 +45,11 @@ class StructureConfidence(Record):
     expected_dice: float | None = None
     fold_dice: float | None = None
     predicted_dice: float | None = None
+
+    @property
+    def dice_to_expect(self) -> float | None:
+        """The predicted Dice where there is one, else the expected one; None of a structure that was not found."""
+        return self.expected_dice if self.predicted_dice is None else self.predicted_dice
 
 
 class ConfidenceSums:
@@ -96,7 +102,7 @@ class ConfidenceSums:
     def _add(self, scores: Tensor) -> None:
         """Add voxels by their logits after the temperature, (K, M), which are overwritten."""
         if self.output == "regions":
-            scores, labels = label_scores(scores), last_region(scores)
+            scores, labels = label_scores(scores), classes_of(scores, "regions")
             best = scores.amax(0)
         else:
             best, labels = scores.max(0)
@@ -125,9 +131,3 @@ def label_scores(regions: Tensor) -> Tensor:
     outside = torch.cat([(inside - regions).flip(0).cumsum(0).flip(0), torch.zeros_like(regions[:1])])
     outside[1:] += inside
     return outside
-
-
-def last_region(regions: Tensor) -> Tensor:
-    """Return the label (M,) of regions' logits (K - 1, M): the last region above 0, else the background, 0."""
-    ranks = torch.arange(1, len(regions) + 1)[:, None]
-    return (regions > 0).mul(ranks).amax(0)

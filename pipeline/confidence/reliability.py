@@ -16,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.confidence.measuring import doubtful_voxels, label_scores, last_region
+from pipeline.confidence.measuring import doubtful_voxels, label_scores
 from pipeline.config import Output
+from pipeline.networks.outputs import classes_of
 from pipeline.records import Record
 
 FloatArray = NDArray[np.float64]
@@ -141,7 +142,7 @@ class ReliabilityMeter:
     def _add_doubtful(self, logits: Tensor, labels: Tensor) -> None:
         """Add (K, M) logits and (M,) labels."""
         probabilities = log_probabilities(logits, self._temperature, self._output).exp_()  # (labels, M)
-        predicted = predicted_labels(logits, self._output)
+        predicted = classes_of(logits, self._output)
         confidence = probabilities.gather(0, predicted[None])[0]
         own = probabilities.gather(0, labels[None])[0]
         # The sum of (p - y)^2 over labels, y being 1 at the reference and 0 elsewhere.
@@ -207,11 +208,6 @@ def log_probabilities(logits: Tensor, temperature: float, output: Output) -> Ten
     """Return the logarithm of each label's probability, (labels, V), of (K, V) logits at a temperature."""
     scaled = logits / temperature
     return torch.log_softmax(scaled, 0) if output == "softmax" else label_scores(scaled)
-
-
-def predicted_labels(logits: Tensor, output: Output) -> Tensor:
-    """Return (V,) label indices of (K, V) logits: the first of the largest, or the last region above 0."""
-    return logits.argmax(0) if output == "softmax" else last_region(logits)
 
 
 def lattice_step(shape: Sequence[int], voxels: int) -> int:

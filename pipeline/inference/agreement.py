@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.config import Output
 from pipeline.inference.tiling import Flip, Size, Tiling, Windowing, flipped
+from pipeline.networks.outputs import classes_of
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,9 @@ class AgreementCount:
         own = flipped(logits, flip)[:, *self._tiling.nearest(start)][order].float()
         self._sum = own if self._sum is None else self._sum + own
         if flip == self._windowing.flips[-1]:
-            self._count(start, classes_of(self._sum, self._output))
+            # The labels of a slab's windows wait for those of the other networks: in few bytes.
+            small = torch.uint8 if len(logits) < 256 else torch.int16
+            self._count(start, classes_of(self._sum, self._output).to(small))
             self._sum = None
 
     def skip(self, start: Size) -> None:
@@ -82,13 +85,3 @@ class AgreementCount:
     def _voxels(self, labels: Tensor) -> Tensor:
         """Return the number of voxels of each class."""
         return torch.bincount(labels.flatten().int(), minlength=self._classes).cpu()
-
-
-def classes_of(logits: Tensor, output: Output) -> Tensor:
-    """Return the class of each voxel (X, Y, Z) of logits (K, X, Y, Z): the largest, or the last region above 0."""
-    if output == "softmax":
-        classes = logits.argmax(0)
-    else:
-        ranks = torch.arange(1, len(logits) + 1, device=logits.device)[:, None, None, None]
-        classes = ((logits > 0) * ranks).amax(0)
-    return classes.to(torch.uint8 if len(logits) < 256 else torch.int16)

@@ -56,9 +56,7 @@ class CaseResult(Record):
         """Why the case wants a look, in a line; empty where it wants none or nothing was measured."""
         if self.confidence is None or not self.confidence.low:
             return ""
-        labels = self.confidence.labels
-        low = {name: labels[name] for name in self.confidence.doubtful}
-        dice = {n: one.expected_dice if one.predicted_dice is None else one.predicted_dice for n, one in low.items()}
+        dice = {name: self.confidence.labels[name].dice_to_expect for name in self.confidence.doubtful}
         return "doubtful: " + (
             ", ".join(f"{name} (Dice of {value:.2f} expected)" for name, value in dice.items()) or "nothing was found"
         )
