@@ -6,7 +6,6 @@ is no float16 in NIfTI, NRRD or MetaImage; uint16 takes the same two bytes and i
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import tempfile
@@ -16,16 +15,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from nibabel.nifti1 import Nifti1Extension
 from numpy.typing import DTypeLike
 
 from pipeline.errors import VolumeError
 from pipeline.geometry import Geometry
 from pipeline.volumes.formats.layout import Array, in_file_order, plane_slices
-from pipeline.volumes.stored import read_header
 from pipeline.volumes.writing import nifti_header, write_nifti, writing
-
-_COMMENT = 6  # NIfTI's registered code of an extension that is free text.
 
 
 class PlaneWriter:
@@ -65,18 +60,14 @@ class PlaneWriter:
         """
         if not path.name.lower().endswith((".nii", ".nii.gz")):
             raise VolumeError(f"{path}: unknown format; write .nii.gz or .nii")
-        like = read_header(header_of) if header_of else None
-        if like and not like.geometry.matches(geometry, 1e-3):
-            raise ValueError(f"the grid {geometry} is not that of {header_of}, {like.geometry}")
         self._path = path
         self._shape = geometry.shape
         self._volumes = volumes
         self._dtype = np.dtype(dtype)
         self._axis: int | None = None
-        self._nifti = nifti_header((*geometry.shape, volumes)[: 3 + (volumes > 1)], self._dtype, geometry, like)
+        shape = (*geometry.shape, volumes)[: 3 + (volumes > 1)]
+        self._nifti = nifti_header(shape, self._dtype, geometry, header_of=header_of, comment=comment)
         self._nifti.set_slope_inter(scale, 0)
-        if comment:
-            self._nifti.extensions.append(Nifti1Extension(_COMMENT, json.dumps(dict(comment)).encode()))
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115 - closed by __exit__

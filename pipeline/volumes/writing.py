@@ -20,7 +20,6 @@ from numpy.typing import DTypeLike
 from pipeline.errors import VolumeError
 from pipeline.geometry import Geometry
 from pipeline.records import atomic_path
-from pipeline.volumes.formats.header import Header
 from pipeline.volumes.formats.itk import LPS_TO_RAS, path_for_itk
 from pipeline.volumes.formats.layout import Array, in_file_order, plane_slices
 from pipeline.volumes.formats.streams import write_gzip
@@ -55,25 +54,41 @@ def write_label(
         ValueError: the label does not lie on the grid of `header_of`.
         OSError: the file cannot be written, the disk being full or another reason; nothing is left of it.
     """
-    header = read_header(header_of) if header_of else None
-    if header and not header.geometry.matches(label.geometry, 1e-3):
-        raise ValueError(f"the label's grid {label.geometry} is not that of {header_of}, {header.geometry}")
     array = label.array.astype(smallest_type(int(label.array.min()), int(label.array.max())), copy=False)
-    nifti = nifti_header(array.shape, array.dtype, label.geometry, header)
-    if names:
-        comment = {"labels": dict(names), "colours": label_colours(names)}
-        nifti.extensions.append(Nifti1Extension(_COMMENT, json.dumps(comment).encode()))
+    comment = {"labels": dict(names), "colours": label_colours(names)} if names else None
+    nifti = nifti_header(array.shape, array.dtype, label.geometry, header_of=header_of, comment=comment)
     _write(path, array, label.geometry, nifti)
 
 
 def write_image(path: Path, image: Volume) -> None:
     """Write an image (C, X, Y, Z) atomically: 3-D for one channel, 4-D for more; the suffix decides the format."""
     array = image.array[0] if len(image.array) == 1 else np.moveaxis(image.array, 0, -1)
-    _write(path, array, image.geometry, nifti_header(array.shape, array.dtype, image.geometry, None))
+    _write(path, array, image.geometry, nifti_header(array.shape, array.dtype, image.geometry))
 
 
-def nifti_header(shape: tuple[int, ...], dtype: DTypeLike, geometry: Geometry, like: Header | None) -> Any:
-    """Return a NIfTI header: with the place, codes and units of `like`, where that is NIfTI, else the grid's affine."""
+def nifti_header(
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    geometry: Geometry,
+    *,
+    header_of: Path | None = None,
+    comment: Mapping[str, Any] | None = None,
+) -> Any:
+    """Return a NIfTI header.
+
+    Args:
+        shape: (X, Y, Z), or (X, Y, Z, N).
+        dtype: of the voxels.
+        geometry: of each volume.
+        header_of: an image on the same grid: if it is NIfTI, its very affines, codes and units are taken.
+        comment: kept as JSON in an extension of free text.
+
+    Raises:
+        ValueError: the geometry is not that of `header_of`.
+    """
+    like = read_header(header_of) if header_of else None
+    if like and not like.geometry.matches(geometry, 1e-3):
+        raise ValueError(f"the grid {geometry} is not that of {header_of}, {like.geometry}")
     if like is None or like.nifti is None:
         made = nib.Nifti1Header() if max(shape) <= _LONGEST_NIFTI1_AXIS else nib.Nifti2Header()
         made.set_data_shape(shape)
@@ -88,6 +103,8 @@ def nifti_header(shape: tuple[int, ...], dtype: DTypeLike, geometry: Geometry, l
         made["pixdim"][:4] = like.nifti["pixdim"][:4]
     made.set_data_dtype(dtype)
     made.set_slope_inter(1, 0)
+    if comment:
+        made.extensions.append(Nifti1Extension(_COMMENT, json.dumps(dict(comment)).encode()))
     return made
 
 
