@@ -5,7 +5,7 @@ A class has one colour everywhere, by its index: in the label map's header, in b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -23,7 +23,7 @@ SLICER_TABLE = "labels.ctbl"
 # Okabe and Ito (2008), told apart by colour-blind people too; black is left out, the background is.
 OKABE_ITO = ("#E69F00", "#56B4E9", "#F0E442", "#009E73", "#D55E00", "#CC79A7", "#0072B2")
 # ITK-SNAP holds labels in 16 bits; 3D Slicer took ids up to 2^15 in its older versions and a million since.
-_LARGEST_VALUE = {ITKSNAP_TABLE: 2**16 - 1, SLICER_TABLE: 2**15}
+_VIEWERS = {ITKSNAP_TABLE: ("ITK-SNAP", 2**16 - 1), SLICER_TABLE: ("3D Slicer", 2**15)}
 _LEVELS = range(0, 256, 15)  # Of each of red, green and blue, among which the further colours are chosen.
 _LIGHTNESS = (40, 92)  # CIE L*: seen on black and on white.
 
@@ -79,14 +79,12 @@ def itksnap_table(labels: Mapping[str, int]) -> str:
         labels: label name -> value in the files, by class index; the first is the background. What ITK-SNAP cannot
             hold (below 0, above 65535) is named in a comment.
     """
-    lines = ['    0     0    0    0        0  0  0    "Clear Label"']
-    for name, value, colour in _held(labels, ITKSNAP_TABLE):
-        if colour is None:
-            lines.append(f"# {_one_line(name)}: ITK-SNAP cannot hold its value, {value}")
-        else:
-            red, green, blue = colour
-            lines.append(f'{value:5} {red:5} {green:4} {blue:4}        1  1  1    "{_one_line(name)}"')
-    return _ITKSNAP_HEAD + "\n".join(lines) + "\n"
+
+    def line(name: str, value: int, red: int, green: int, blue: int) -> str:
+        return f'{value:5} {red:5} {green:4} {blue:4}        1  1  1    "{_one_line(name)}"'
+
+    clear = '    0     0    0    0        0  0  0    "Clear Label"'
+    return _ITKSNAP_HEAD + "\n".join([clear, *_lines(labels, ITKSNAP_TABLE, line)]) + "\n"
 
 
 def slicer_table(labels: Mapping[str, int]) -> str:
@@ -98,15 +96,13 @@ def slicer_table(labels: Mapping[str, int]) -> str:
     Args:
         labels: as `itksnap_table`; what Slicer cannot hold (below 0, above 32768) is named in a comment.
     """
+
+    def line(name: str, value: int, red: int, green: int, blue: int) -> str:
+        return f"{value} {_one_word(name)} {red} {green} {blue} 255"
+
     background, value = next(iter(labels.items()))
-    lines = [f"0 {_one_word(background if value == 0 else 'background')} 0 0 0 0"]
-    for name, value, colour in _held(labels, SLICER_TABLE):
-        if colour is None:
-            lines.append(f"# {_one_line(name)}: 3D Slicer cannot hold its value, {value}")
-        else:
-            red, green, blue = colour
-            lines.append(f"{value} {_one_word(name)} {red} {green} {blue} 255")
-    return "\n".join(["# Color table file " + SLICER_TABLE, *lines]) + "\n"
+    clear = f"0 {_one_word(background if value == 0 else 'background')} 0 0 0 0"
+    return "\n".join(["# Color table file " + SLICER_TABLE, clear, *_lines(labels, SLICER_TABLE, line)]) + "\n"
 
 
 def write_label_tables(folder: Path, labels: Mapping[str, int]) -> None:
@@ -120,15 +116,17 @@ def write_label_tables(folder: Path, labels: Mapping[str, int]) -> None:
     write_text(folder / SLICER_TABLE, slicer_table(labels))
 
 
-def _held(labels: Mapping[str, int], table: str) -> Iterator[tuple[str, int, tuple[int, ...] | None]]:
-    """Yield name, value and (red, green, blue) of the labels but the background; None where the table cannot hold it.
+def _lines(labels: Mapping[str, int], table: str, line: Callable[..., str]) -> Iterator[str]:
+    """Yield a table's lines of the labels but the background: of name, value, red, green and blue.
 
-    0 is taken by what the viewers call clear.
+    What the table cannot hold is a comment; 0 is taken by what the viewers call clear.
     """
+    viewer, largest = _VIEWERS[table]
     for index, (name, value) in enumerate(labels.items()):
-        if index:
-            held = 0 < value <= _LARGEST_VALUE[table]
-            yield name, value, tuple(bytes.fromhex(colour_of(index)[1:])) if held else None
+        if index and 0 < value <= largest:
+            yield line(name, value, *bytes.fromhex(colour_of(index)[1:]))
+        elif index:
+            yield f"# {_one_line(name)}: {viewer} cannot hold its value, {value}"
 
 
 def _one_line(name: str) -> str:
