@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 COLOURS = OKABE_ITO
 LINES = ("solid", "dashed", "dotted")
+# To the patient's left, front and head: a picture's right is the patient's left, as radiologists look at it.
+PICTURE_ORIENTATION = "LAS"
 
 # Voxels from which a strip's grey scale is taken.
 _SAMPLED = 1 << 18

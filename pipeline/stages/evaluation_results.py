@@ -15,7 +15,7 @@ from pipeline.errors import ModelError
 from pipeline.evaluation import report
 from pipeline.evaluation.report import Evaluation
 from pipeline.evaluation.scored import case_table, write_case_table
-from pipeline.pictures import draw_overlay
+from pipeline.pictures import PICTURE_ORIENTATION, draw_overlay
 from pipeline.preparation.preprocessing import class_indices
 from pipeline.records import atomic_path
 from pipeline.stages.evaluation_cases import LabelledCase, Task, descriptions_of, experiment_folder, read_labelled
@@ -24,9 +24,6 @@ from pipeline.volumes.resampling import resample_image, resample_label
 from pipeline.volumes.volume import Volume, read_label
 
 log = logging.getLogger(__name__)
-
-# To the patient's left, front and head: a picture's right is the patient's left, as radiologists look at it.
-PICTURE_ORIENTATION = "LAS"
 
 SEND_LIMIT_S = 60.0
 

@@ -19,7 +19,6 @@ from pipeline.geometry import Geometry
 from pipeline.hardware import (
     Precision,
     available_bytes,
-    give_freed_memory_back,
     keep_freed_memory,
     peak_memory_bytes,
     reset_peak_memory,
@@ -32,7 +31,7 @@ from pipeline.preparation.preprocessing import PreparedImage
 from pipeline.records import Record, digest_of
 from pipeline.stages.familiarity import unfamiliar
 from pipeline.stages.segment_claims import Claim
-from pipeline.stages.segment_inputs import PROBABILITIES, SUFFIX, SegmentInput
+from pipeline.stages.segment_inputs import BOOKKEEPING, PROBABILITIES, SUFFIX, SegmentInput
 from pipeline.stages.segment_page import Preview
 from pipeline.stages.segment_plan import case_memory, wanted_bytes
 from pipeline.stages.segment_report import CaseResult
@@ -87,7 +86,7 @@ class SegmentSettings(Record):
             precision=self.precision,
             skip_empty=self.skip_empty,
             limit_bytes=self.max_memory_bytes,
-            scratch=self.out / ".medseg",
+            scratch=self.out / BOOKKEEPING,
             compile=self.compile,
         )
 
@@ -201,8 +200,6 @@ class CaseSteps:
     def predict(self, case: CaseInHand) -> None:
         """Segment a prepared case."""
         assert case.prepared is not None and case.native is not None
-        if resident_bytes() + case.memory_bytes > self._process_bytes + self.room_bytes:
-            give_freed_memory_back()  # What earlier cases have freed is kept for the next, and would count twice.
         reset_peak_memory(self.predictor.device)
         with case.timed("predict"):
             segmentation = self._segmented(case, case.prepared, case.native)

@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from pipeline.stages.segment_inputs import BOOKKEEPING
+
 log = logging.getLogger(__name__)
 
-CLAIMS = Path(".medseg/claims")
+CLAIMS = Path(BOOKKEEPING, "claims")
 
 
 @dataclass

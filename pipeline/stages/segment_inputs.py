@@ -32,6 +32,8 @@ from pipeline.volumes.stored import is_volume, stem_of
 SUFFIX = ".nii.gz"
 # Folder of the probabilities, in that of the label maps; they have the same names.
 PROBABILITIES = "probabilities"
+# Folder of what lets a batch go on, in that of the label maps: claims, journal, unfinished planes.
+BOOKKEEPING = ".medseg"
 
 _LONGEST_NAME = 200  # Bytes; file systems take 255 with the suffix and the temporary name's beginning.
 _FILE_NAME = re.compile(r"[^/.\x00-\x1f\x7f][^/\x00-\x1f\x7f]*")

@@ -17,9 +17,10 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from pipeline.records import Record
+from pipeline.stages.segment_inputs import BOOKKEEPING
 from pipeline.stages.segment_report import CaseResult
 
-JOURNAL = Path(".medseg/journal.jsonl")
+JOURNAL = Path(BOOKKEEPING, "journal.jsonl")
 
 
 class Entry(Record):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline import evaluation
 from pipeline.geometry import Geometry
-from pipeline.pictures import draw_strip
+from pipeline.pictures import PICTURE_ORIENTATION, draw_strip
 from pipeline.records import atomic_path, write_text
 from pipeline.stages.segment_report import CaseResult, SegmentReport
 from pipeline.volumes.label_tables import colour_of
@@ -22,8 +22,6 @@ from pipeline.volumes.volume import Volume
 REPORT_HTML, PICTURES = "report.html", Path("pictures")
 # Of larger batches the pictures are linked, so that the page stays small: 40 are some 2 MB.
 LARGEST_EMBEDDED = 40
-# To the patient's left, front and head: a picture's right is the patient's left, as radiologists look at it.
-PICTURE_ORIENTATION = "LAS"
 # A picture's longest axis: more voxels than it has pixels are not looked at.
 LARGEST_PREVIEW = 256
 # Columns of a case's table: those that the models of a batch have.

@@ -25,7 +25,7 @@ from pipeline.records import Record, write_json
 from pipeline.stages.segment_batch import Batch
 from pipeline.stages.segment_case import CaseSteps, SegmentSettings
 from pipeline.stages.segment_claims import left_by
-from pipeline.stages.segment_inputs import SegmentInput
+from pipeline.stages.segment_inputs import BOOKKEEPING, SegmentInput
 from pipeline.stages.segment_journal import Journal
 from pipeline.stages.segment_report import CaseResult
 
@@ -78,7 +78,7 @@ class Workers:
         self.disk_full = False
         self.journal = Journal(settings.out, settings.run)
         self._settings, self._devices, self._threads, self._stop = settings, devices, threads, stop
-        self._task = settings.out / ".medseg" / f"task-{settings.run}.json"
+        self._task = settings.out / BOOKKEEPING / f"task-{settings.run}.json"
         self._alive: list[Worker] = []
 
     def results(self, cases: Sequence[SegmentInput]) -> Iterator[CaseResult]:
