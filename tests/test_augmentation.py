@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import AugmentationSection
-from pipeline.training.augmentation import Augmentation, _gaussian_blur, _rotation, _spline_weights
+from pipeline.training.sampling.augmentation import Augmentation, _gaussian_blur, _rotation, _spline_weights
 
 PATCH = (24, 20, 16)
 NONE = {

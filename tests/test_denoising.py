@@ -19,8 +19,8 @@ from pipeline.predictor import Predictor
 from pipeline.stages import evaluate, manifest, preprocess, run, train
 from pipeline.stages.denoising_task import DenoisingTask, DenoisingValidation
 from pipeline.tracking import metric_history
-from pipeline.training.denoising import NoisyBatches, WithoutLabel, noisy_volume, psnr_db
-from pipeline.training.patches import CaseInMemory, PatchSampler
+from pipeline.training.sampling.denoising import NoisyBatches, WithoutLabel, noisy_volume, psnr_db
+from pipeline.training.sampling.patches import CaseInMemory, PatchSampler
 
 SETTINGS = (
     "task=denoise",

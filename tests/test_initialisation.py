@@ -20,7 +20,7 @@ from pipeline.stages.fold_task import FoldTask
 from pipeline.stages.initialisation import Initialisation, initialise
 from pipeline.stages.workspace import Workspace
 from pipeline.training.checkpoints import load_checkpoint, save_checkpoint
-from pipeline.training.loop import TrainState
+from pipeline.training.state import TrainState
 
 SETTINGS = (
     "preprocessing.patch_size=[16, 16, 16]",

@@ -15,16 +15,10 @@ from pipeline.errors import TrainingError
 from pipeline.networks import Network
 from pipeline.training.budget import Costs, steps_within
 from pipeline.training.checkpoints import load_checkpoint, save_checkpoint
-from pipeline.training.loop import (
-    SCHEDULES,
-    LoopSettings,
-    TrainState,
-    averaged_tensors,
-    averaged_weights,
-    cosine_schedule,
-    train,
-)
+from pipeline.training.loop import LoopSettings, train
 from pipeline.training.losses import Objective, build_loss
+from pipeline.training.optimisation import SCHEDULES, cosine_schedule
+from pipeline.training.state import TrainState, averaged_tensors, averaged_weights
 
 
 class Tiny(Network):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.training.patches import CaseInMemory, PatchSampler, Size
+from pipeline.training.sampling.patches import CaseInMemory, PatchSampler, Size
 
 
 def coded_case(shape: Size, number: int, foreground: tuple[int, int, int] | None = None) -> CaseInMemory:

@@ -12,6 +12,7 @@ from pipeline.data.plan import read_plan, write_plan
 from pipeline.errors import ConfigError, StoreError, TrainingError
 from pipeline.records import exclusively
 from pipeline.stages import evaluate, segment, train
+from pipeline.stages.fold_hooks import shareable
 from pipeline.stages.workspace import Workspace
 from pipeline.volumes.stored import read_header
 
@@ -145,6 +146,6 @@ def test_a_fold_trained_twice_keeps_the_earlier_run_apart(prepared: Config) -> N
 
 def test_a_password_in_the_servers_address_stays_out_of_what_is_shared(prepared: Config) -> None:
     config = changed(prepared, "tracking", uri="http://user:secret@127.0.0.1:5000", experiment="mine")
-    text = train.shareable(config)
+    text = shareable(config)
     assert "secret" not in text
     assert "experiment: mine" in text

@@ -18,10 +18,10 @@ from pipeline.inference.windows import stream_logits, windows_at_once
 from pipeline.networks import Network
 from pipeline.pictures import draw_images
 from pipeline.stages.fold_task import FoldTask
-from pipeline.training.denoising import NoisyBatches, WithoutLabel, noisy_volume, psnr_db
 from pipeline.training.loop import Batches
 from pipeline.training.losses import Objective, mean_squared_error
-from pipeline.training.patches import PatchCase
+from pipeline.training.sampling.denoising import NoisyBatches, WithoutLabel, noisy_volume, psnr_db
+from pipeline.training.sampling.patches import PatchCase
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -30,12 +30,14 @@ from pipeline.stages.models import LAST, resolve_model
 from pipeline.stages.preprocess import CASES, KEYS, sources_digest
 from pipeline.stages.validation import DiceValidation, Validation
 from pipeline.stages.workspace import Workspace
-from pipeline.training.augmentation import Augmentation
-from pipeline.training.batches import Batches as AugmentedBatches
-from pipeline.training.loop import Batches, LoopSettings, TrainState, averaged_tensors
+from pipeline.training.loop import Batches, LoopSettings
 from pipeline.training.losses import Objective, build_loss
-from pipeline.training.patches import CaseInMemory, PatchCase, PatchSampler
+from pipeline.training.optimisation import build_optimiser
 from pipeline.training.randomness import torch_seed
+from pipeline.training.sampling.augmentation import Augmentation
+from pipeline.training.sampling.batches import Batches as AugmentedBatches
+from pipeline.training.sampling.patches import CaseInMemory, PatchCase, PatchSampler
+from pipeline.training.state import TrainState, averaged_tensors
 
 log = logging.getLogger(__name__)
 
@@ -207,7 +209,7 @@ class FoldTask:
         place(network, self.device)
         return TrainState(
             objective=objective,
-            optimiser=_optimiser(network, config),
+            optimiser=build_optimiser(network, section),
             scaler=torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16),
             average=None if section.ema_decay is None else [t.clone() for t in averaged_tensors(network)],
             step=0,
@@ -312,16 +314,3 @@ def configuration_digest(config: Config) -> str:
     sections = {"seed", "task", "preprocessing", "network", "training", "inference"}
     kept = config.model_dump(mode="json", include=sections, exclude={"training": {"init_from"}})
     return digest_of(kept)
-
-
-def _optimiser(network: Network, config: Config) -> torch.optim.Optimizer:
-    """Build the optimiser; norms and biases are not decayed."""
-    section = config.training
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": section.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    if section.optimiser == "adamw":
-        return torch.optim.AdamW(groups, lr=section.learning_rate, fused=True)
-    return torch.optim.SGD(groups, lr=section.learning_rate, momentum=0.99, nesterov=True, fused=True)

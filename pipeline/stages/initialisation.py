@@ -15,7 +15,7 @@ from pipeline.errors import ConfigError
 from pipeline.model import Model, load_model, model_digest
 from pipeline.networks import Network
 from pipeline.records import Record, write_json
-from pipeline.training.loop import TrainState, averaged_tensors
+from pipeline.training.state import TrainState, averaged_tensors
 
 if TYPE_CHECKING:
     from pipeline.stages.fold_task import FoldTask

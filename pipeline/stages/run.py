@@ -10,6 +10,7 @@ from pipeline.errors import ManifestError
 from pipeline.model import model_digest
 from pipeline.records import digest_of, write_text
 from pipeline.stages import check, evaluate, preprocess, train
+from pipeline.stages.fold_run import train_fold
 from pipeline.stages.fold_task import FoldTask
 from pipeline.stages.models import BEST
 
@@ -49,7 +50,7 @@ def _train_and_evaluate(task: FoldTask) -> Path:
     if task.is_finished:
         log.info("fold %d: trained already, in %s", task.fold, task.folder)
     else:
-        train.train_fold(task, resume=task.is_begun and task.checkpoint.exists())
+        train_fold(task, resume=task.is_begun and task.checkpoint.exists())
     if task.config.task != "segment":
         return task.folder
     record, made_from = task.folder / "evaluation" / "fold" / MADE_FROM, _evaluation_digest(task)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.errors import TrainingError
 from pipeline.records import atomic_path
-from pipeline.training.loop import TrainState
+from pipeline.training.state import TrainState
 
 CHECKPOINT_FORMAT_VERSION = 1
 

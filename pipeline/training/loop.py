@@ -10,8 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,46 +19,11 @@ from torch import Tensor
 
 from pipeline.errors import TrainingError
 from pipeline.hardware import autocast
-from pipeline.networks.contract import Network
-from pipeline.training.losses import Objective
+from pipeline.training.optimisation import Schedule
 from pipeline.training.randomness import torch_seed
+from pipeline.training.state import TrainState, averaged_tensors, update_average
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class TrainState:
-    """All that a resumed run needs, and the only mutable type of the package.
-
-    Attributes:
-        objective: the network with its loss.
-        optimiser: over the network's parameters.
-        scaler: of fp16 gradients; disabled otherwise.
-        average: running mean of the network's floating-point state, in its order; None without EMA.
-        step: steps done.
-        total_steps: steps in all; the schedule ends there.
-        best_score: best validation score so far.
-        best_step: its step.
-        stale_validations: validations since then.
-        loss_sum: sum of the losses of the epoch so far, on the device: reading it every step would make the device
-            wait.
-    """
-
-    objective: Objective
-    optimiser: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    average: list[Tensor] | None
-    step: int
-    total_steps: int
-    best_score: float
-    best_step: int
-    stale_validations: int
-    loss_sum: Tensor
-
-    @property
-    def network(self) -> Network:
-        """The network in training."""
-        return self.objective.network
 
 
 @dataclass(frozen=True)
@@ -110,7 +74,6 @@ class Hooks(Protocol):
 
 
 Batches = Callable[[int], tuple[Tensor, Tensor]]
-Schedule = Callable[[int, int], float]
 
 
 def train(state: TrainState, batches: Batches, schedule: Schedule, settings: LoopSettings, hooks: Hooks) -> None:
@@ -162,70 +125,7 @@ def train_step(state: TrainState, batch: tuple[Tensor, Tensor], learning_rate: f
     state.loss_sum += loss.detach()
     state.step += 1
     if state.average is not None and settings.ema_decay is not None:
-        _update_average(state.average, averaged_tensors(state.network), settings.ema_decay, state.step)
-
-
-def averaged_tensors(network: Network) -> list[Tensor]:
-    """Return the tensors that the running mean follows: parameters and floating-point buffers, each once."""
-    tensors = [*network.parameters(), *network.buffers()]
-    return [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
-
-
-@contextmanager
-def averaged_weights(state: TrainState) -> Iterator[None]:
-    """Give the network its running mean of weights for a while; without EMA it keeps its own."""
-    if state.average is None:
-        yield
-        return
-    own = averaged_tensors(state.network)
-    kept = [tensor.clone() for tensor in own]
-    torch._foreach_copy_(own, state.average)
-    try:
-        yield
-    finally:
-        torch._foreach_copy_(own, kept)
-
-
-def cosine_schedule(peak: float, warmup_fraction: float) -> Schedule:
-    """Return a linear rise to `peak`, then a half cosine to 0 at the last step (Loshchilov and Hutter 2017)."""
-    return _with_warmup(peak, warmup_fraction, lambda progress: 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def poly_schedule(peak: float, warmup_fraction: float) -> Schedule:
-    """Return a linear rise to `peak`, then (1 - progress)^0.9, as nnU-Net and DeepLab do."""
-    return _with_warmup(peak, warmup_fraction, lambda progress: (1 - progress) ** 0.9)
-
-
-def constant_schedule(peak: float, warmup_fraction: float) -> Schedule:
-    """Return a linear rise to `peak`, kept to the end."""
-    return _with_warmup(peak, warmup_fraction, lambda progress: 1.0)
-
-
-SCHEDULES: dict[str, Callable[[float, float], Schedule]] = {
-    "cosine": cosine_schedule,
-    "poly": poly_schedule,
-    "constant": constant_schedule,
-}
-
-
-def _with_warmup(peak: float, warmup_fraction: float, course: Callable[[float], float]) -> Schedule:
-    """Return a schedule that rises for a share of the budget and follows `course`, of progress 0..1, for the rest."""
-
-    def rate(step: int, total_steps: int) -> float:
-        warmup = round(warmup_fraction * total_steps)
-        if step < warmup:
-            return peak * (step + 1) / warmup
-        return peak * course((step - warmup) / max(1, total_steps - warmup))
-
-    return rate
-
-
-def _update_average(average: list[Tensor], current: list[Tensor], decay: float, step: int) -> None:
-    """Move the running mean towards the weights; early on it follows faster, so that random weights are soon
-    forgotten.
-    """
-    weight = 1 - min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(average, current, weight)
+        update_average(state.average, averaged_tensors(state.network), settings.ema_decay, state.step)
 
 
 def _stopped_early(state: TrainState, settings: LoopSettings) -> bool:

@@ -7,8 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from pipeline.training.augmentation import Augmentation
-from pipeline.training.patches import PatchSampler
+from pipeline.training.sampling.augmentation import Augmentation
+from pipeline.training.sampling.patches import PatchSampler
 
 # Batches read ahead of a GPU. A CPU that trains has no core to spare for it.
 READ_AHEAD = 4

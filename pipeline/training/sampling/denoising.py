@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.networks.contract import Size, centre_crop
-from pipeline.training.patches import PatchCase
 from pipeline.training.randomness import generator, torch_generator
+from pipeline.training.sampling.patches import PatchCase
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,98 @@
+"""What a fold's training does at the loop's turning points: validation, models, checkpoints, tracking."""
+
+from __future__ import annotations
+
+import logging
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from pipeline import __version__
+from pipeline.config import Config
+from pipeline.config_loading import dump_config
+from pipeline.data.manifest import Case
+from pipeline.model import Model, ModelDescription, save_model
+from pipeline.records import atomic_path
+from pipeline.stages.fold_task import FoldTask
+from pipeline.stages.models import BEST
+from pipeline.tracking import RunLog
+from pipeline.training.checkpoints import save_checkpoint
+from pipeline.training.state import TrainState, averaged_weights
+
+log = logging.getLogger(__name__)
+
+
+class FoldHooks:
+    """The loop's hooks: validation through the shipping road, models, checkpoints, tracking."""
+
+    def __init__(self, task: FoldTask, state: TrainState, tracked: RunLog) -> None:
+        self.task = task
+        self.tracked = tracked
+        self.validation = task.validation(state.network)
+
+    def validate(self, state: TrainState) -> dict[str, float]:
+        """Score the volumes of the fold held out, and draw the first."""
+        with averaged_weights(state):
+            for case in self.task.validation_cases[:1]:
+                self.draw(case, state.step)
+            return self.validation.scores(self.task.validation_cases)
+
+    def draw(self, case: Case, step: int) -> None:
+        """Log a picture of a case: MLflow shows how it changes over the steps."""
+        path = self.task.folder / "pictures" / f"step_{step:07d}.png"
+        with atomic_path(path) as temporary:
+            self.validation.picture(case, f"step {step}").savefig(temporary)
+        self.tracked.image("validation", path, step)
+
+    def improved(self, state: TrainState, scores: dict[str, float]) -> None:
+        """Write the best model."""
+        self.save_model(state, BEST, scores)
+
+    def save_model(self, state: TrainState, to: Path, scores: dict[str, float]) -> None:
+        """Write the model, with the mean weights where there are any."""
+        task, plan = self.task, self.task.plan
+        description = ModelDescription(
+            name=task.config.name,
+            task=task.config.task,
+            network=task.config.network,
+            in_channels=len(plan.channels),
+            num_classes=task.outputs,
+            precision=task.config.training.precision,
+            inference=task.config.inference,
+            manifest_name=task.manifest.name,
+            manifest_digest=task.manifest.digest(),
+            fold=task.fold,
+            step=state.step,
+            scores=scores,
+            versions=_versions(),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        with averaged_weights(state):
+            model = Model(description, state.network, plan, task.fingerprint, shareable(task.config))
+            save_model(task.folder / to, model)
+
+    def checkpoint(self, state: TrainState) -> None:
+        """Write the checkpoint."""
+        save_checkpoint(self.task.checkpoint, state, self.task.facts)
+
+    def epoch_ended(self, state: TrainState, metrics: dict[str, float]) -> None:
+        """Log the epoch's metrics, a line and an event."""
+        self.tracked.metrics(metrics, state.step)
+        shown = "  ".join(f"{name.removeprefix('train/')} {value:.4g}" for name, value in metrics.items())
+        log.info("fold %d  step %d of %d  %s", self.task.fold, state.step, state.total_steps, shown)
+
+
+def shareable(config: Config) -> str:
+    """Return the configuration as text without the tracking server's address, which may hold a password."""
+    return dump_config(config.changed(tracking=config.tracking.changed(uri=None)))
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of the packages that a model's weights and use depend on."""
+    found = {"medseg": __version__}
+    for package in ("torch", "monai", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,233 @@
+"""One fold's training from its first step or its checkpoint to its models, tracked."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from pipeline.confidence.calibration import save_calibration
+from pipeline.data.plan import write_plan
+from pipeline.errors import TrainingError
+from pipeline.hardware import keep_freed_memory
+from pipeline.pictures import draw_learning_curves
+from pipeline.progress import counter
+from pipeline.records import atomic_path, exclusively, write_json, write_text
+from pipeline.stages.fold_hooks import FoldHooks, shareable
+from pipeline.stages.fold_task import FACTS, FoldTask
+from pipeline.stages.initialisation import initialise
+from pipeline.stages.models import BEST, LAST
+from pipeline.stages.workspace import EARLIER, Workspace
+from pipeline.tracking import RunLog, environment_tags, metric_history, start_follower
+from pipeline.training.budget import Costs, seconds_per_step, steps_within
+from pipeline.training.checkpoints import load_checkpoint, save_checkpoint
+from pipeline.training.loop import Batches, train, train_step
+from pipeline.training.optimisation import SCHEDULES
+from pipeline.training.state import TrainState
+
+log = logging.getLogger(__name__)
+
+# How long the end of training waits for MLflow; what has not arrived by then is sent by `medseg sync`.
+TRACKING_WAIT_S = 15.0
+
+# Validation cases that the probe of a minutes budget looks at.
+PROBE_CASES = 3
+
+
+def train_fold(task: FoldTask, *, resume: bool) -> None:
+    """Train one fold to the end of its budget, from its checkpoint or anew.
+
+    Raises:
+        TrainingError: the checkpoint is of another configuration, the loss is not finite, or another process
+            trains here.
+        ConfigError: nothing fits of the model that `training.init_from` names.
+    """
+    keep_freed_memory()
+    _warn_of_unpaired_sides(task)
+    busy = TrainingError(f"{task.folder}: is being trained by another process; wait until it is done")
+    with exclusively(task.folder.with_name(f".{task.folder.name}.lock"), busy):
+        _train_locked(task, resume=resume)
+
+
+def _train_locked(task: FoldTask, *, resume: bool) -> None:
+    """Train one fold while no other process does."""
+    began = time.monotonic()
+    state = task.new_state()
+    batches = task.batches(state.network)
+    if resume:
+        load_checkpoint(task.checkpoint, state, task.facts)
+        tracked = RunLog.resume(task.folder)
+        log.info("fold %d: going on at step %d of %d", task.fold, state.step, state.total_steps)
+    else:
+        taken = initialise(task, state)  # before anything is moved or written: it may refuse
+        _set_aside(task.folder)
+        tracked = _new_run(task)
+        if taken is not None:
+            taken.record(task.folder, tracked)
+    hooks = FoldHooks(task, state, tracked)
+    try:
+        if not resume:
+            state.total_steps = _budgeted_steps(hooks, batches, began)
+            parameters = sum(tensor.numel() for tensor in state.network.parameters())
+            tracked.params({"training.total_steps": state.total_steps, "network.parameters": parameters})
+            tracked.metrics({"network/parameters": parameters}, 0)
+            hooks.checkpoint(state)
+        # Only now: MLflow's imports beside the probe would make the steps look dear.
+        follower = start_follower(task.folder)
+        with counter(f"fold {task.fold}", state.total_steps, state.step) as advance:
+            section = task.config.training
+            schedule = SCHEDULES[section.schedule](section.learning_rate, section.warmup_fraction)
+            train(state, _counted(batches, advance), schedule, task.settings, hooks)
+        _finish(hooks, state)
+    except BaseException as error:
+        tracked.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+    tracked.finish("FINISHED")
+    follower.wait(TRACKING_WAIT_S)
+    best = task.folder / BEST
+    log.info("fold %d: best score %.4f at step %d; model in %s", task.fold, state.best_score, state.best_step, best)
+
+
+def _warn_of_unpaired_sides(task: FoldTask) -> None:
+    """Say so where left and right are flipped but no labels swap: right for one organ, wrong for a pair of them."""
+    section, plan = task.config.training.augmentation, task.plan
+    flips_sides = task.needs_labels and section.enabled and "xyz"[plan.left_right_axis] in section.flip_axes
+    if flips_sides and len(plan.labels) > 2 and not plan.label_pairs:
+        log.warning(
+            "training.augmentation.flip_axes flips left and right, and the manifest has no label_pairs: if two of %s "
+            "are left and right of one structure, name them there",
+            ", ".join(list(plan.labels)[1:]),
+        )
+
+
+def _budgeted_steps(hooks: FoldHooks, batches: Batches, began: float) -> int:
+    """Return the steps of the budget; minutes are turned into steps by a probe."""
+    task = hooks.task
+    budget, settings = task.config.training.budget, task.settings
+    if budget.steps is not None:
+        return budget.steps
+    if budget.minutes is None:
+        return (budget.epochs or 0) * settings.steps_per_epoch
+    costs = _probe(hooks, batches)
+    steps = steps_within(
+        60 * budget.minutes - (time.monotonic() - began),
+        costs,
+        steps_per_epoch=settings.steps_per_epoch,
+        validation_every_epochs=settings.validation_every_epochs,
+    )
+    log.info("fold %d: %d steps fit into %g minutes, at %.3f s each", task.fold, steps, budget.minutes, costs.step_s)
+    return steps
+
+
+def _probe(hooks: FoldHooks, batches: Batches) -> Costs:
+    """Measure a training's parts, on a state that is thrown away."""
+    task, state = hooks.task, hooks.task.new_state()
+
+    def step(number: int) -> None:
+        train_step(state, batches(number), task.config.training.learning_rate, task.settings)
+        state.loss_sum.item()  # waits for the device
+
+    step_s = seconds_per_step(step)
+    every = task.validation_cases
+    some = every[:PROBE_CASES]
+    start = time.monotonic()
+    for case in some[:1]:
+        hooks.draw(case, 0)
+    drawn_s = time.monotonic() - start
+    hooks.validation.scores(some)
+    validation_s = drawn_s + (time.monotonic() - start - drawn_s) * len(every) / max(1, len(some))
+    start = time.monotonic()
+    unused = task.folder / "probe.safetensors"
+    save_checkpoint(unused, state, task.facts)
+    unused.unlink()
+    return Costs(step_s, time.monotonic() - start, validation_s, task.calibration_passes * validation_s)
+
+
+def _counted(batches: Batches, advance: Callable[[], None]) -> Batches:
+    """Return the batches, each moving the progress bar on."""
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        advance()
+        return batches(step)
+
+    return batch
+
+
+def _set_aside(folder: Path) -> None:
+    """Rename an earlier run's folder: hours of training are not overwritten by a command typed twice."""
+    if not folder.exists():
+        return
+    names = (folder.with_name(f"{EARLIER}{number}_{folder.name}") for number in itertools.count(1))
+    aside = next(name for name in names if not name.exists())
+    folder.rename(aside)
+    log.info("the earlier run is kept as %s (`medseg train --resume` would have gone on with it)", aside)
+
+
+def _new_run(task: FoldTask) -> RunLog:
+    """Make the run folder, write down what is trained on what, and begin the run in MLflow."""
+    config, folder = task.config, task.folder
+    write_text(folder / "config.yaml", shareable(config))
+    write_plan(folder / "plan.yaml", task.plan)
+    write_json(folder / "fingerprint.json", task.fingerprint.model_dump(mode="json"))
+    write_json(folder / FACTS, task.facts)
+    parent = Workspace(config.workspace).experiment(config.name)
+    experiment = config.tracking.experiment or task.manifest.name
+    uri = config.tracking.uri
+    RunLog.ensure_parent(parent, uri=uri, workspace=config.workspace, experiment=experiment, name=config.name).close()
+    tracked = RunLog.create(
+        folder,
+        uri=uri,
+        workspace=config.workspace,
+        experiment=experiment,
+        name=f"{config.name} fold {task.fold}",
+        parent=parent,
+        tags={**environment_tags(), "medseg.manifest_digest": task.manifest.digest()},
+    )
+    tracked.params(config.model_dump(mode="json", exclude={"tracking", "workspace"}))
+    tracked.params({"fold": task.fold, "plan": task.plan.model_dump(mode="json", exclude={"reasons"})})
+    for context, cases in (("training", task.training_cases), ("validation", task.validation_cases)):
+        ids = [case.id for case in cases]
+        tracked.dataset(task.manifest.name, task.manifest.digest(), task.manifest.source, ids, context)
+    for name in ("config.yaml", "plan.yaml", "fingerprint.json"):
+        tracked.artifact(folder / name)
+    return tracked
+
+
+def _finish(hooks: FoldHooks, state: TrainState) -> None:
+    """Draw the learning curves, hand the best model to tracking, and write the last one."""
+    task, tracked = hooks.task, hooks.tracked
+    picture = task.folder / "learning_curves.png"
+    with atomic_path(picture) as temporary:
+        draw_learning_curves(metric_history(task.folder)).savefig(temporary)
+    tracked.artifact(picture)
+    tracked.metrics({"best/score": state.best_score, "best/step": state.best_step}, state.step)
+    _calibrate(task, tracked, state.step)
+    tracked.model(task.folder / BEST, task.config.tracking.register_as, task.config.tracking.alias)
+    # Last of all: where it is, the training is over.
+    hooks.save_model(state, LAST, {})
+
+
+def _calibrate(task: FoldTask, tracked: RunLog, step: int) -> None:
+    """Write into the best model's folder what its validation cases teach about its confidence."""
+    calibration = task.calibration(task.folder / BEST)
+    if calibration is None:
+        return
+    save_calibration(task.folder / BEST, calibration)
+    tracked.metrics(
+        {
+            "calibration/temperature": calibration.temperature,
+            "calibration/ece": calibration.after.ece,
+            "calibration/ece_uncalibrated": calibration.before.ece,
+            "calibration/brier": calibration.after.brier,
+            "calibration/brier_uncalibrated": calibration.before.brier,
+        },
+        step,
+    )
+    log.info(
+        "fold %d: temperature %.3f, calibration error %.4f (%.4f without)",
+        *(task.fold, calibration.temperature, calibration.after.ece, calibration.before.ece),
+    )
