@@ -62,6 +62,34 @@ def test_labels_are_read_both_ways_round(tmp_path: Path, labels: dict[str, objec
     assert find_cases(write_json(tmp_path, labels=labels)).labels == {"background": 0, "left kidney": 2}
 
 
+@pytest.mark.parametrize("class_order", [None, [2, 1, 3]])
+def test_nnunets_regions_and_ignored_value_are_read(tmp_path: Path, class_order: list[int] | None) -> None:
+    labels = {"Whole": [1, 2, 3], "Core": [1, 3], "background": 0, "Enhancing": 3, "ignore": 4}
+    found = find_cases(write_json(tmp_path, labels=labels, regions_class_order=class_order))
+    # What a region of several values leaves to see is called after it; labels stand in painting order.
+    assert found.labels is not None
+    assert list(found.labels.items()) == [("background", 0), ("whole_rest", 2), ("core_rest", 1), ("enhancing", 3)]
+    assert found.regions == {
+        "whole": ("core_rest", "whole_rest", "enhancing"),
+        "core": ("core_rest", "enhancing"),
+        "enhancing": ("enhancing",),
+    }
+    assert found.ignore_label == 4
+
+
+def test_labels_beside_an_ignored_value_are_no_regions(tmp_path: Path) -> None:
+    found = find_cases(write_json(tmp_path, labels={"background": 0, "liver": 1, "ignore": 2}))
+    assert (found.labels, found.regions, found.ignore_label) == ({"background": 0, "liver": 1}, {}, 2)
+
+
+def test_a_csv_says_what_is_annotated(tmp_path: Path) -> None:
+    table = tmp_path / "cases.csv"
+    table.write_text("case,CT,label,annotated_classes\na,a.nii,al.nii,liver; spleen\nb,b.nii,bl.nii,\n")
+    found = find_cases(table)
+    assert list(found.channels) == ["CT"]
+    assert [case.annotated_classes for case in found.cases] == [("liver", "spleen"), None]
+
+
 def test_nnunets_files_take_the_names_of_its_channels(tmp_path: Path) -> None:
     touch(tmp_path, "imagesTr/a_0000.nii.gz", "imagesTr/a_0001.nii.gz", "labelsTr/a.nii.gz")
     write_json(tmp_path, modality=None, training=None, channel_names={"1": "FLAIR", "0": "T1"})
@@ -74,7 +102,13 @@ def test_nnunets_files_take_the_names_of_its_channels(tmp_path: Path) -> None:
     ("changes", "reason"),
     [
         ({"modality": ["MRI"]}, "modality: expected"),
-        ({"labels": {"whole": [1, 2]}}, "labels: each name needs one whole number"),
+        ({"labels": {"whole": ["a", 2]}}, "labels: each name needs one whole number"),
+        ({"labels": {"whole": [1, 2]}}, "labels: beside regions, background needs one whole number"),
+        ({"labels": {"background": 0, "whole": [1, 2, 3], "core": [3]}}, "regions_class_order: None, .*1, 2.* to see"),
+        (
+            {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": [2, 1]},
+            r"regions_class_order: \[2, 1\], but",
+        ),
         ({"labels": None}, "labels: expected"),
         ({"training": ["a.nii.gz"]}, "training: expected"),
         ({"training": []}, "no case found"),

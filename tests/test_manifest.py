@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.data.manifest import FORMAT_VERSION, load_manifest
+from pipeline.data.manifest import FORMAT_VERSION, load_manifest, save_manifest
 from pipeline.data.phantoms import write_phantom_dataset
 from pipeline.errors import ManifestError
 from pipeline.records import file_digest
@@ -30,6 +30,46 @@ def written(phantoms: Path) -> Path:
 def changed(path: Path, **fields: Any) -> Path:
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
     return path
+
+
+def test_manifests_of_old_keep_their_digests() -> None:
+    # Stores and models name the manifest they were made from by its digest; these were written before there were
+    # regions, an ignored value and annotated classes.
+    digests = {"hippocampus": "7287f0cf8c4ba512", "sts": "621491c38affe84d"}
+    for name, digest in digests.items():
+        assert load_manifest(REPOSITORY / "data_manifests" / f"{name}.json").digest().startswith(digest)
+
+
+def test_what_is_known_of_the_labels_is_kept_and_told_apart(written: Path) -> None:
+    plain = load_manifest(written)
+    assert not {"regions", "ignore_label"} & set(json.loads(written.read_text()))
+    said = {"regions": {"all": ["label_1", "label_2"], "label_2": ["label_2"]}, "ignore_label": -1}
+    cases = json.loads(written.read_text())["cases"]
+    cases[0]["annotated_classes"] = ["label_1"]
+    found = load_manifest(changed(written, **said, cases=cases))
+    assert found.regions == {"all": ("label_1", "label_2"), "label_2": ("label_2",)}
+    assert found.ignore_label == -1
+    assert [found.cases[0].is_annotated([name]) for name in ("label_1", "label_2")] == [True, False]
+    assert found.cases[1].is_annotated(["label_1", "label_2"])
+    save_manifest(found, written)
+    assert load_manifest(written) == found
+    digests = {plain.digest(), found.digest(), found.changed(regions={}).digest()}
+    assert len(digests | {found.changed(ignore_label=None).digest()}) == 4
+
+
+@pytest.mark.parametrize(
+    ("annotated", "reason"),
+    [
+        (["nose"], "case 'phantom_000_visit1': annotated_classes: 'nose' is not a label"),
+        (["label_1"], "label_1 and label_2 swap when left and right are flipped; name both, or neither"),
+        (["background"], "no structure is named"),
+    ],
+)
+def test_annotated_classes_that_make_no_sense_are_refused(written: Path, annotated: list[str], reason: str) -> None:
+    cases = json.loads(written.read_text())["cases"]
+    cases[0]["annotated_classes"] = annotated
+    with pytest.raises(ManifestError, match=reason):
+        load_manifest(changed(written, label_pairs=[["label_1", "label_2"]], cases=cases))
 
 
 def test_a_manifest_says_what_was_found(phantoms: Path, written: Path) -> None:
@@ -137,6 +177,8 @@ def test_another_format_version_says_what_to_do(written: Path, version: int | No
         ({"labels": {"background": 0}}, "at least one structure"),
         ({"labels": {"background": 0, "a": 1, "b": 1}}, "two names share a value"),
         ({"label_pairs": [["label_1", "nose"]]}, "'nose' is not a label"),
+        ({"ignore_label": 2}, "ignore_label: 2 is the value of label 'label_2'"),
+        ({"regions": {"all": ["label_1", "label_2"]}}, "regions: all: exactly one"),
         ({"colour": "red"}, "colour: Extra inputs"),
         ({"channels": {"T2": "MR"}}, "channel 'T1' is not declared"),
     ],

@@ -10,13 +10,14 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from pipeline.data.manifest import Case, Modality
+from pipeline.data.regions import named_regions
 from pipeline.errors import ManifestError
 from pipeline.volumes.stored import is_volume, stem_of
 
@@ -30,6 +31,8 @@ class Found:
         channels: channel name -> modality, in the network's order.
         cases: in the order of their ids.
         labels: label name -> value; None where the layout does not name them.
+        regions: region name -> its labels, where the layout has any.
+        ignore_label: value of the voxels of which nobody knows what they are, where the layout has it.
         description, licence, source: where the layout holds them.
     """
 
@@ -37,6 +40,8 @@ class Found:
     channels: dict[str, Modality]
     cases: tuple[Case, ...]
     labels: dict[str, int] | None = None
+    regions: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    ignore_label: int | None = None
     description: str = ""
     licence: str = ""
     source: str = ""
@@ -131,7 +136,7 @@ def _find_decathlon(source: Path) -> Found:
     """Read `dataset.json`; channels of a 4-D file get their index, nnU-Net's own flavour has a file per channel."""
     path = source / "dataset.json"
     content = _read_dataset_json(path)
-    channels, labels = _decathlon_channels(content, path), _decathlon_labels(content, path)
+    channels, (labels, regions, ignore_label) = _decathlon_channels(content, path), _decathlon_labels(content, path)
     if "training" in content:
         cases = [_decathlon_case(entry, channels, path) for entry in content["training"]]
     else:
@@ -143,6 +148,8 @@ def _find_decathlon(source: Path) -> Found:
         channels=channels,
         cases=_ordered(cases),
         labels=labels,
+        regions=regions,
+        ignore_label=ignore_label,
         description=str(content.get("description", "")),
         licence=str(content.get("licence") or content.get("license") or content.get("liscence") or ""),
         source=str(content.get("reference", "")),
@@ -173,17 +180,33 @@ def _decathlon_channels(content: Mapping[str, Any], path: Path) -> dict[str, Mod
     return {_slug(str(named[number])): modality_of(str(named[number])) for number in sorted(named, key=int)}
 
 
-def _decathlon_labels(content: Mapping[str, Any], path: Path) -> dict[str, int]:
-    """Return label name -> value by value; the Decathlon writes {"1": "liver"}, nnU-Net {"liver": 1}."""
+def _decathlon_labels(
+    content: Mapping[str, Any], path: Path
+) -> tuple[dict[str, int], dict[str, tuple[str, ...]], int | None]:
+    """Return labels, regions and the ignored value; the Decathlon writes {"1": "liver"}, nnU-Net {"liver": 1}.
+
+    nnU-Net's regions are lists of values, {"tumour": [1, 2]}, and its ignored value is a label of the name ignore.
+    """
     pairs = content.get("labels")
     if not isinstance(pairs, dict):
         raise ManifestError(f'{path}: labels: expected {{"0": "background", ...}}, got {pairs!r}')
+    turned = {str(name): value for value, name in pairs.items()} if all(map(_is_number, pairs)) else pairs
     try:
-        turned = {str(name): int(value) for value, name in pairs.items()} if all(map(_is_number, pairs)) else pairs
-        values = {name.lower(): int(value) for name, value in turned.items()}
+        values = {
+            name.lower(): tuple(map(int, value if isinstance(value, list) else [value]))
+            for name, value in turned.items()
+        }
     except (TypeError, ValueError):
-        raise ManifestError(f"{path}: labels: each name needs one whole number, got {pairs!r}") from None
-    return dict(sorted(values.items(), key=lambda pair: pair[1]))
+        raise ManifestError(
+            f"{path}: labels: each name needs one whole number, or a list of them, got {pairs!r}"
+        ) from None
+    ignored = values.pop("ignore", (None,))[0]
+    if all(len(several) == 1 for several in values.values()):
+        return dict(sorted(((name, value) for name, (value,) in values.items()), key=lambda p: p[1])), {}, ignored
+    try:
+        return *named_regions(values, content.get("regions_class_order")), ignored
+    except ValueError as error:
+        raise ManifestError(f"{path}: {error}") from None
 
 
 def _is_number(text: str) -> bool:
@@ -216,7 +239,7 @@ def _find_csv(source: Path) -> Found:
             columns = list(reader.fieldnames or ())
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ManifestError(f"{source}: cannot be read: {error}") from error
-    channels = [column for column in columns if column not in ("case", "patient", "label")]
+    channels = [column for column in columns if column not in ("case", "patient", "label", "annotated_classes")]
     if "case" not in columns or not channels:
         raise ManifestError(f"{source}: the first line names the columns {_CSV_PATTERN}; got {', '.join(columns)}")
     cases, problems = [], []
@@ -236,7 +259,9 @@ def _csv_case(row: Mapping[str, str], channels: Iterable[str]) -> Case:
         raise ManifestError("the line has more or fewer cells than the first line has columns")
     images = {name: _csv_file(row[name]) for name in channels if row[name].strip()}
     label = _csv_file(row["label"]) if row.get("label", "").strip() else None
-    return _case(row["case"].strip(), images, label, row.get("patient", "").strip())
+    case = _case(row["case"].strip(), images, label, row.get("patient", "").strip())
+    annotated = [name.strip() for name in row.get("annotated_classes", "").split(";") if name.strip()]
+    return case.changed(annotated_classes=annotated or None)
 
 
 def _csv_file(cell: str) -> dict[str, Any]:
@@ -335,7 +360,10 @@ def _ordered(cases: Iterable[Case]) -> tuple[Case, ...]:
 _LABEL_WORDS = "labels?|seg|segmentation|masks?|gt|reference|annotation"
 _IMAGE_WORDS = "image|img|volume|vol"
 _PAIRED_FOLDERS = (("imagesTr", "images", "image"), ("labelsTr", "labels", "label", "masks", "mask"))
-_CSV_PATTERN = "case, patient (optional), label (optional) and one per channel, its cells paths relative to the CSV"
+_CSV_PATTERN = (
+    "case, patient (optional), label (optional), annotated_classes (optional, a;b) and one per channel, its cells paths"
+    " relative to the CSV"
+)
 
 FORMATS: dict[str, Format] = {
     "decathlon": Format(

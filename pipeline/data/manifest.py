@@ -9,17 +9,29 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from pipeline.data.regions import region_problems
 from pipeline.errors import ManifestError
 from pipeline.records import Record, digest_of, refuse_other_format, write_text
 
 FORMAT_VERSION = 1
 
 Modality = Literal["CT", "MR", "PET", "US", "other"]
+
+
+def _is_none(value: object) -> bool:
+    """Tell whether a field is left out of the file: it was added later, and says nothing."""
+    return value is None
+
+
+def _is_empty(value: Mapping[str, object]) -> bool:
+    """Tell whether a mapping is left out of the file."""
+    return not value
 
 
 class ImageFile(Record):
@@ -53,6 +65,8 @@ class Case(Record):
         images: channel name -> file; a channel that the case lacks is left out.
         label: the label drawn by people; None for an unlabelled case.
         fold: the fold in which the case is validated; None for a held-out test case.
+        annotated_classes: names of the labels that people looked for in this case, the background aside; of the others
+            nothing is known. None: all of them.
     """
 
     id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
@@ -60,6 +74,11 @@ class Case(Record):
     images: dict[str, ImageFile]
     label: ImageFile | None = None
     fold: Annotated[int, Field(ge=0)] | None = None
+    annotated_classes: tuple[str, ...] | None = Field(default=None, exclude_if=_is_none)
+
+    def is_annotated(self, names: Iterable[str]) -> bool:
+        """Tell whether people looked for all of some labels in this case."""
+        return self.annotated_classes is None or set(names) <= set(self.annotated_classes)
 
 
 class Manifest(Record):
@@ -74,7 +93,14 @@ class Manifest(Record):
         labels: label name -> value in the files, any integers; the first is the background. The position is the class
             index.
         label_pairs: names of labels that swap when left and right are flipped.
+        regions: region name -> the labels that it is the union of, in the order in which they are painted, so that what
+            lies within comes later; a network then learns regions, which overlap, in place of labels. Each region has
+            one label that no later one has, and labels stand in the order of these regions. Empty: labels are learned.
+        ignore_label: value in the files of voxels of which nobody knows what they are; None: there are none.
         cases: in the order of their ids.
+
+    Regions, ignore_label and annotated_classes are left out of the file and of the digest where they say nothing:
+    manifests that do without them are what they were before there were any.
     """
 
     format_version: int = FORMAT_VERSION
@@ -86,6 +112,8 @@ class Manifest(Record):
     channels: dict[str, Modality]
     labels: dict[str, int]
     label_pairs: tuple[tuple[str, str], ...] = ()
+    regions: dict[str, tuple[str, ...]] = Field(default={}, exclude_if=_is_empty)
+    ignore_label: int | None = Field(default=None, exclude_if=_is_none)
     cases: tuple[Case, ...]
 
     @field_validator("root")
@@ -117,6 +145,10 @@ class Manifest(Record):
             for name in pair
             if name not in self.labels
         ]
+        taken = next((name for name, value in self.labels.items() if value == self.ignore_label), None)
+        if taken is not None:
+            problems.append(f"ignore_label: {self.ignore_label} is the value of label {taken!r}; one of them is wrong")
+        problems += region_problems(self.regions, list(self.labels), self.label_pairs)
         seen: set[str] = set()
         for case in self.cases:
             if case.id in seen:
@@ -129,7 +161,24 @@ class Manifest(Record):
                 for channel in case.images
                 if channel not in self.channels
             ]
+            problems += [f"case {case.id!r}: annotated_classes: {what}" for what in self._annotation_problems(case)]
         return problems
+
+    def _annotation_problems(self, case: Case) -> Iterator[str]:
+        """Yield what is wrong with a case's annotated classes."""
+        annotated = case.annotated_classes
+        if annotated is None:
+            return
+        for name in annotated:
+            if name not in self.labels:
+                yield f"{name!r} is not a label; labels are {', '.join(self.labels)}"
+        if case.label is None:
+            yield "the case has no label; leave one of them out, or add the other"
+        if not set(annotated) & set(list(self.labels)[1:]):
+            yield "no structure is named, so nothing can be learned from the case; leave its label out"
+        for pair in self.label_pairs:
+            if len(set(pair) & set(annotated)) == 1:
+                yield f"{' and '.join(pair)} swap when left and right are flipped; name both, or neither"
 
     @property
     def folds(self) -> tuple[int, ...]:

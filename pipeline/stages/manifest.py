@@ -48,10 +48,13 @@ def run(
         raise ManifestError(f"{out}: is there already, and results may rest on its split; --force replaces it")
     found = find_cases(source, layout)
     hashed, values = _read_all(found)
-    labels = found.labels or named_labels(set().union(*values.values()))
+    labels = found.labels or named_labels(set().union(*values.values()) - {found.ignore_label})
     present = {case_id: {name for name, value in labels.items() if value in own} for case_id, own in values.items()}
     fields = {
-        **{key: getattr(found, key) for key in ("description", "licence", "source", "channels")},
+        **{
+            key: getattr(found, key)
+            for key in ("description", "licence", "source", "channels", "regions", "ignore_label")
+        },
         "name": out.name.removesuffix(".json"),
         "root": found.root.resolve(),
         "labels": labels,
@@ -111,6 +114,12 @@ def _log_summary(manifest: Manifest, out: Path) -> None:
     )
     log.info("  channels: %s", ", ".join(f"{name} ({modality})" for name, modality in manifest.channels.items()))
     log.info("  labels: %s", ", ".join(f"{name} = {value}" for name, value in manifest.labels.items()))
+    for name, own in manifest.regions.items():
+        log.info("  region %s: %s", name, ", ".join(own))
+    if manifest.ignore_label is not None:
+        log.info("  voxels of the value %d are ignored", manifest.ignore_label)
+    if partly := sum(case.annotated_classes is not None for case in manifest.cases):
+        log.info("  %d cases have only some of the labels annotated", partly)
     if manifest.label_pairs:
         log.info("  left and right: %s", ", ".join(" / ".join(pair) for pair in manifest.label_pairs))
     if not manifest.licence:
