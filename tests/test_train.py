@@ -14,6 +14,7 @@ from pipeline.records import exclusively
 from pipeline.stages import evaluate, segment, train
 from pipeline.stages.fold_hooks import shareable
 from pipeline.stages.workspace import Workspace
+from pipeline.training.losses import Target
 from pipeline.volumes.stored import read_header
 
 SETTINGS = (
@@ -98,8 +99,9 @@ def test_a_network_with_margin_reads_more_than_its_patch_and_is_evaluated(prepar
     network = task.new_state().network
     assert min(network.margin) > 0
     image, target = task.batches(network)(0)
+    assert isinstance(target, Target)
     assert image.shape[2:] == network.input_size(task.plan.patch_size)
-    assert target.shape[1:] == task.plan.patch_size
+    assert target.classes.shape[1:] == task.plan.patch_size
     train.run(config)
     assert not evaluate.run(config).failures
 

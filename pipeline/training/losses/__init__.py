@@ -8,8 +8,9 @@ from typing import Any
 from pipeline import options as _options
 from pipeline.training.losses.objective import Objective
 from pipeline.training.losses.overlap import Loss, cross_entropy, dice_ce, mean_squared_error
+from pipeline.training.losses.target import Target
 
-__all__ = ["LOSSES", "Loss", "Objective", "build_loss", "check_options", "mean_squared_error"]
+__all__ = ["LOSSES", "Loss", "Objective", "Target", "build_loss", "check_options", "mean_squared_error"]
 
 LOSSES: dict[str, Callable[..., Loss]] = {
     "dice_ce": dice_ce,

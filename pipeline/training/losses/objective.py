@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pipeline.networks.contract import Network
 from pipeline.training.losses.overlap import Loss
+from pipeline.training.losses.target import Target
 
 
 class Objective(nn.Module):
@@ -22,8 +23,9 @@ class Objective(nn.Module):
         self.loss = loss
         self.deep_supervision = deep_supervision
 
-    def forward(self, image: Tensor, target: Tensor) -> Tensor:
-        """Return the loss of (N, C, *input) against (N, *output) int64 class indices, or what else the loss takes."""
+    def forward(self, image: Tensor, target: Target | Tensor) -> Tensor:
+        """Return the loss of (N, C, *input) against a target, or against what else the loss takes."""
+        target = target.classes if isinstance(target, Target) else target
         if not self.deep_supervision:
             return self.loss(self.network(image), target)
         outputs = self.network.deep_supervision(image)

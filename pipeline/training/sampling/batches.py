@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from pipeline.training.losses.target import Target
 from pipeline.training.sampling.augmentation import Augmentation
 from pipeline.training.sampling.patches import PatchSampler
 
@@ -15,7 +16,7 @@ READ_AHEAD = 4
 
 
 class Batches:
-    """Step -> image (N, C, *patch) float32 and target (N, *patch) int64, augmented, on the device.
+    """Step -> image (N, C, *patch) float32 and target of (N, *patch) class indices, augmented, on the device.
 
     Ahead of a GPU, threads read the next steps' patches into pinned memory; which thread reads what changes nothing:
     a batch is a function of its step.
@@ -31,13 +32,13 @@ class Batches:
         self._reader = ThreadPoolExecutor(2, "patches") if device.type == "cuda" else None
         self._ahead: dict[int, Future[tuple[Tensor, Tensor]]] = {}
 
-    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, step: int) -> tuple[Tensor, Target]:
         """Return the batch of a step."""
         image, label = self._read(step) if self._reader is None else self._read_ahead(self._reader, step)
         image = image.to(self.device, non_blocking=True)
         label = label.to(self.device, non_blocking=True)
-        image, target = self.augmentation(image, label, step * self.batch_size)
-        return image.contiguous(memory_format=torch.channels_last_3d), target
+        image, classes = self.augmentation(image, label, step * self.batch_size)
+        return image.contiguous(memory_format=torch.channels_last_3d), Target(classes)
 
     def _read_ahead(self, reader: ThreadPoolExecutor, step: int) -> tuple[Tensor, Tensor]:
         """Return the patches of a step, and have those of the next read."""

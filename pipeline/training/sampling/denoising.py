@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.networks.contract import Size, centre_crop
+from pipeline.training.losses.target import Target
 from pipeline.training.randomness import generator, torch_generator
 from pipeline.training.sampling.patches import PatchCase
 
@@ -55,7 +56,7 @@ class NoisyBatches:
 
     def __init__(
         self,
-        clean: Callable[[int], tuple[Tensor, Tensor]],
+        clean: Callable[[int], tuple[Tensor, Target | Tensor]],
         *,
         noise_std: tuple[float, float],
         output_size: Size,
