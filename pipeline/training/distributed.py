@@ -1,16 +1,39 @@
 """Several processes that train one network together: which of them this is, and what they tell one another.
 
-Every function here that talks to the others is a collective: all processes call it, in the same order, or all wait.
+They are launched by `torchrun`, or by whoever else sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. All
+of them hold the same TrainState at every step, and the first alone writes.
+
+Every function here that talks to the others is a collective: all processes call it, in the same order, or all wait. In
+one process each of them returns what it was given.
 """
 
 from __future__ import annotations
 
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.errors import ConfigError, TrainingError
+from pipeline.hardware import pick_device
+from pipeline.records import digest_of
+
+Item = TypeVar("Item")
+
+# How long a process waits for the others: longer than the first alone is busy, with a picture or the calibration. One
+# that dies is noticed at once, by its launcher and by its closed connections; this is for one that hangs.
+TIMEOUT = timedelta(hours=1)
+
+# How gloo says that a process is gone, in errors that have no type of their own.
+_LOST = ("closed by peer", "reset by peer", "Broken pipe", "Timed out", "timed out", "Connection refused")
 
 
 @dataclass(frozen=True)
@@ -30,12 +53,162 @@ class Share:
         """Whether this process is the one that writes."""
         return self.rank == 0
 
+    def of(self, items: Sequence[Item]) -> Sequence[Item]:
+        """Return this process's share of the items: one in so many, so that the shares are alike."""
+        return items[self.rank :: self.processes]
+
+    def batch_size(self, all_patches: int) -> int:
+        """Return the patches of a batch that are this process's.
+
+        Raises:
+            ConfigError: the batch cannot be divided evenly.
+        """
+        if all_patches % self.processes:
+            fitting = [n for n in range(1, all_patches + 1) if all_patches % n == 0]
+            raise ConfigError(
+                f"training.batch_size: {all_patches} patches cannot be divided evenly among {self.processes} "
+                f"processes; they are counted over all of them. Start {' or '.join(map(str, fitting))}, or set a "
+                f"multiple of {self.processes}"
+            )
+        return all_patches // self.processes
+
+
+def is_launched() -> bool:
+    """Tell whether a launcher started this process as one of several."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
 
 def this_share() -> Share:
     """Return which process this is; the only one outside a process group."""
     if not dist.is_initialized():
         return Share()
     return Share(dist.get_rank(), dist.get_world_size())
+
+
+@contextmanager
+def joined(device: str) -> Iterator[torch.device]:
+    """Join the processes that were launched together, and yield this one's device; without a launcher it is alone.
+
+    Each takes the GPU of its number on its node, and they talk by NCCL; on CPUs they talk by gloo.
+
+    Args:
+        device: auto, cpu or cuda; cuda:N where the process is alone.
+
+    Raises:
+        ConfigError: the device is not there, or is one for all.
+        TrainingError: another process was lost.
+    """
+    if not is_launched():
+        yield pick_device(device)
+        return
+    chosen = _device_of_this(device)
+    with _lost_peers_named():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
+        yield chosen
+        _sum(torch.zeros(1))  # the first may still be busy: one that leaves before would look lost
+    # Not after an error: the others may be waiting in a collective, and leaving the group would wait for them.
+    dist.destroy_process_group()
+
+
+def _device_of_this(name: str) -> torch.device:
+    """Return the device of this process: the CPU, or the GPU of its number on its node."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device {name}: each process takes the GPU of its number; use auto, cuda or cpu")
+    chosen = pick_device(name)
+    if chosen.type == "cuda":
+        chosen = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+        torch.cuda.set_device(chosen)
+    return chosen
+
+
+@contextmanager
+def _lost_peers_named() -> Iterator[None]:
+    """Say in a line what it means when another process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in _LOST):
+            raise
+        raise TrainingError(
+            f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: another one has ended, hangs, or cannot be "
+            "reached; what it said is the reason. Then go on with --resume"
+        ) from error
+
+
+def agree(facts: Mapping[str, Any]) -> None:
+    """See that all processes hold the same facts: the same keys everywhere, values that JSON knows.
+
+    Raises:
+        TrainingError: they do not; names which, and the processes that differ from the first.
+    """
+    share = this_share()
+    digests = [int(digest_of(value)[:15], 16) for value in facts.values()]
+    table = torch.zeros(share.processes, len(digests), dtype=torch.int64)
+    table[share.rank] = torch.tensor(digests)
+    table = _sum(table)
+    differs = table != table[0]  # (process, fact)
+    if differs.any():
+        names = [name for name, other in zip(facts, differs.any(dim=0).tolist(), strict=True) if other]
+        ranks = [str(rank) for rank, other in enumerate(differs.any(dim=1).tolist()) if other]
+        raise TrainingError(
+            f"process {share.rank} of {share.processes}: not all have the same {', '.join(names)}: process "
+            f"{', '.join(ranks)} differs from process 0; start all with one command, on one version of medseg, "
+            "configuration, plan and manifest"
+        )
+
+
+def from_first(value: float) -> float:
+    """Return the first process's value: what a clock or a file system says is decided by one."""
+    return float(_sum(torch.tensor(value if this_share().is_first else 0.0, dtype=torch.float64)))
+
+
+def gathered(rows: Tensor, total: int) -> Tensor:
+    """Return the rows (n, K) of all processes' shares, as `Share.of` dealt them out, in their order: (total, K).
+
+    Numbers that are no number stay so, and the result is the same in all processes, bit for bit.
+    """
+    share = this_share()
+    table = torch.zeros(total, *rows.shape[1:], dtype=rows.dtype)
+    table[share.rank :: share.processes] = rows
+    return _sum(table)
+
+
+def averaged(tensor: Tensor) -> Tensor:
+    """Return the mean of a tensor over all processes; it carries no gradient."""
+    processes = this_share().processes
+    return tensor if processes == 1 else _sum(tensor.detach()) / processes
+
+
+def average_buffers(network: nn.Module) -> None:
+    """Give every process the mean of the running statistics, which its own patches have moved."""
+    buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+    if this_share().processes == 1 or not buffers:
+        return
+    together = averaged(torch.cat([buffer.flatten() for buffer in buffers]))
+    means = torch.split(together, [buffer.numel() for buffer in buffers])  # type: ignore[no-untyped-call]
+    for buffer, mean in zip(buffers, means, strict=True):
+        buffer.copy_(mean.view_as(buffer))
+
+
+def synchronised(objective: nn.Module) -> nn.Module:
+    """Return what a step calls in an objective's place, so that its gradients are the mean over all processes.
+
+    The parameters become those of the first process.
+    """
+    if this_share().processes == 1:
+        return objective
+    # Unused parameters are looked for: the coarse heads of a network without deep supervision are some. And only so
+    # does DDP keep its buckets as they were at first; rebuilt ones, which a resumed run begins without, add up in
+    # another order where there are more than two processes.
+    warnings.filterwarnings("ignore", "find_unused_parameters=True was specified", UserWarning)
+    return DistributedDataParallel(objective, find_unused_parameters=True)
+
+
+def unsynchronised(module: nn.Module) -> AbstractContextManager[None]:
+    """Let a module's gradients pile up without talking to others, for all but the last batch of a step."""
+    if isinstance(module, DistributedDataParallel):
+        return cast("AbstractContextManager[None]", module.no_sync())
+    return nullcontext()
 
 
 def pooled(tensor: Tensor) -> Tensor:
@@ -48,7 +221,7 @@ def pooled(tensor: Tensor) -> Tensor:
     """
     if this_share().processes == 1:
         return tensor
-    total: Tensor = _SumOverProcesses.apply(tensor)
+    total: Tensor = _SumOverProcesses.apply(tensor)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -67,7 +240,11 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 def _sum(tensor: Tensor) -> Tensor:
-    """Return the sum over processes, the tensor untouched."""
-    total = tensor.detach().clone(memory_format=torch.contiguous_format)
+    """Return the sum over processes where the tensor was; NCCL adds on the GPU alone."""
+    if this_share().processes == 1:
+        return tensor
+    on_gpu = dist.get_backend() == "nccl"
+    total = torch.empty_like(tensor, device="cuda" if on_gpu else tensor.device, memory_format=torch.contiguous_format)
+    total.copy_(tensor.detach())
     dist.all_reduce(total)
-    return total
+    return total.to(tensor.device)
