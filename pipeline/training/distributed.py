@@ -185,7 +185,7 @@ def average_buffers(network: nn.Module) -> None:
     if this_share().processes == 1 or not buffers:
         return
     together = averaged(torch.cat([buffer.flatten() for buffer in buffers]))
-    means = torch.split(together, [buffer.numel() for buffer in buffers])  # type: ignore[no-untyped-call]
+    means = torch.split(together, [buffer.numel() for buffer in buffers])
     for buffer, mean in zip(buffers, means, strict=True):
         buffer.copy_(mean.view_as(buffer))
 
