@@ -18,6 +18,7 @@ from pipeline.inference.windows import stream_logits, windows_at_once
 from pipeline.networks import Network
 from pipeline.pictures import draw_images
 from pipeline.stages.fold_task import FoldTask
+from pipeline.training.distributed import gathered, this_share
 from pipeline.training.loop import Batches
 from pipeline.training.losses import Objective, mean_squared_error
 from pipeline.training.sampling.denoising import NoisyBatches, WithoutLabel, noisy_volume, psnr_db
@@ -85,14 +86,17 @@ class DenoisingValidation:
         Raises:
             ModelError: the network's output is infinite or not a number.
         """
-        found = []
-        for case in cases:
-            clean, noisy, denoised = self._volumes(case)
-            present = [i for i, channel in enumerate(self.task.plan.channels) if channel in case.images]
-            before, after = (psnr_db(image[present], clean[present]) for image in (noisy, denoised))
-            found.append((after, after - before))
-        psnr, gain = np.mean(found, axis=0) if found else (0.0, 0.0)
+        mine = [self._psnr_db(case) for case in this_share().of(cases)]
+        found = gathered(torch.tensor(mine, dtype=torch.float64).reshape(-1, 2), len(cases)).numpy()
+        psnr, gain = found.mean(axis=0) if len(found) else (0.0, 0.0)
         return {"psnr_db": float(psnr), "psnr_gain_db": float(gain), "score": float(gain)}
+
+    def _psnr_db(self, case: Case) -> tuple[float, float]:
+        """Return a case's PSNR once it is denoised, and what it gained."""
+        clean, noisy, denoised = self._volumes(case)
+        present = [i for i, channel in enumerate(self.task.plan.channels) if channel in case.images]
+        before, after = (psnr_db(image[present], clean[present]) for image in (noisy, denoised))
+        return after, after - before
 
     def picture(self, case: Case, title: str) -> Figure:
         """Draw the middle slice of the first channel: clean, noisy, denoised."""

@@ -1,18 +1,24 @@
-"""Validation in training: whole volumes of the fold held out, by the road that `segment` and `evaluate` take."""
+"""Validation in training: whole volumes of the fold held out, by the road that `segment` and `evaluate` take.
+
+Processes that train together share the cases out and all learn every score.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import torch
 
 from pipeline.data.manifest import Case
 from pipeline.data.store import CaseStore
 from pipeline.evaluation.metrics import score_case
 from pipeline.pictures import draw_overlay
 from pipeline.predictor import Predictor
+from pipeline.training.distributed import gathered, this_share
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,22 +49,28 @@ class DiceValidation:
     store: CaseStore
 
     def scores(self, cases: Sequence[Case]) -> dict[str, float]:
-        """Score cases one after another from the store.
+        """Score cases from the store, each process its share; all of them return the same.
 
         A structure that is missed, or found where there is none, counts as 0 here, for what is chosen by this score
         must not gain from missing a structure; `evaluate` lists such cases apart.
         """
-        names = list(self.predictor.plan.labels)
-        found: dict[str, list[float]] = {name: [] for name in names[1:]}
-        for case in map(self.store.read, (case.id for case in cases)):
-            if case.reference is None:
-                continue
-            classes = self.predictor.predict_prepared(case.image, case.geometry, case.native, case.body)
-            for row in score_case(classes, case.reference, case.native.spacing_mm, names, 1.0, metrics=("dice",)):
-                if row.status != "both_empty":
-                    found[row.class_name].append(row.values["dice"] if row.status == "scored" else 0.0)
-        means = {f"dice/{name}": float(np.mean(values)) for name, values in found.items() if values}
+        names = list(self.predictor.plan.labels)[1:]
+        mine = [self._dice(case) for case in this_share().of(cases)]
+        table = gathered(torch.tensor(mine, dtype=torch.float64).reshape(-1, len(names)), len(cases)).numpy()
+        columns = {name: column[~np.isnan(column)] for name, column in zip(names, table.T, strict=True)}
+        means = {f"dice/{name}": float(np.mean(values)) for name, values in columns.items() if len(values)}
         return {**means, "score": float(np.mean(list(means.values()))) if means else 0.0}
+
+    def _dice(self, case: Case) -> list[float]:
+        """Return a case's Dice per class without the background; what does not count is no number."""
+        names = list(self.predictor.plan.labels)
+        prepared = self.store.read(case.id)
+        if prepared.reference is None:
+            return [math.nan] * (len(names) - 1)
+        classes = self.predictor.predict_prepared(prepared.image, prepared.geometry, prepared.native, prepared.body)
+        rows = score_case(classes, prepared.reference, prepared.native.spacing_mm, names, 1.0, metrics=("dice",))
+        counted = {row.class_name: 0.0 if row.status in ("missed", "spurious") else row.values["dice"] for row in rows}
+        return [counted.get(name, math.nan) for name in names[1:]]
 
     def picture(self, case: Case, title: str) -> Figure:
         """Draw the outlines of a case's prediction and reference on the plan's grid."""
