@@ -8,6 +8,7 @@ from pipeline.tracking.fetching import fetch_model
 from pipeline.tracking.log import (
     RunLog,
     RunState,
+    SilentLog,
     Status,
     flatten,
     metric_history,
@@ -31,6 +32,7 @@ __all__ = [
     "Follower",
     "RunLog",
     "RunState",
+    "SilentLog",
     "Status",
     "compare_url",
     "environment_tags",

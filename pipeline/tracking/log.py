@@ -218,6 +218,22 @@ class RunLog:
         return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
 
+class SilentLog(RunLog):
+    """What a run has to say in a process that is not the one that writes: nothing."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Write no table."""
+
+    def close(self) -> None:
+        """Close nothing."""
+
+    def _append(self, kind: str, **fields: Any) -> None:
+        """Append nothing."""
+
+
 def tracking_uri(uri: str | None, workspace: Path) -> str:
     """Return where runs are tracked: `uri`, else MLFLOW_TRACKING_URI, else `mlflow.db` in the workspace."""
     return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{workspace.resolve() / 'mlflow.db'}"
