@@ -17,15 +17,21 @@ from pipeline.stages.fold_task import FoldTask
 from pipeline.stages.models import BEST
 from pipeline.tracking import RunLog
 from pipeline.training.checkpoints import save_checkpoint
+from pipeline.training.distributed import this_share
 from pipeline.training.state import TrainState, averaged_weights
 
 log = logging.getLogger(__name__)
 
 
 class FoldHooks:
-    """The loop's hooks: validation through the shipping road, models, checkpoints, tracking."""
+    """The loop's hooks: validation through the shipping road, models, checkpoints, tracking.
+
+    Where several processes train together each hook is called by all of them. They share the validation out; what
+    stands behind `is_first` only reads and writes, and talks to no other process.
+    """
 
     def __init__(self, task: FoldTask, state: TrainState, tracked: RunLog) -> None:
+        self.share = this_share()
         self.task = task
         self.tracked = tracked
         self.validation = task.validation(state.network)
@@ -39,6 +45,8 @@ class FoldHooks:
 
     def draw(self, case: Case, step: int) -> None:
         """Log a picture of a case: MLflow shows how it changes over the steps."""
+        if not self.share.is_first:
+            return
         path = self.task.folder / "pictures" / f"step_{step:07d}.png"
         with atomic_path(path) as temporary:
             self.validation.picture(case, f"step {step}").savefig(temporary)
@@ -46,7 +54,8 @@ class FoldHooks:
 
     def improved(self, state: TrainState, scores: dict[str, float]) -> None:
         """Write the best model."""
-        self.save_model(state, BEST, scores)
+        if self.share.is_first:
+            self.save_model(state, BEST, scores)
 
     def save_model(self, state: TrainState, to: Path, scores: dict[str, float]) -> None:
         """Write the model, with the mean weights where there are any."""
@@ -72,8 +81,9 @@ class FoldHooks:
             save_model(task.folder / to, model)
 
     def checkpoint(self, state: TrainState) -> None:
-        """Write the checkpoint."""
-        save_checkpoint(self.task.checkpoint, state, self.task.facts)
+        """Write the checkpoint: the first process's state, which is everyone's."""
+        if self.share.is_first:
+            save_checkpoint(self.task.checkpoint, state, self.task.facts)
 
     def epoch_ended(self, state: TrainState, metrics: dict[str, float]) -> None:
         """Log the epoch's metrics, a line and an event."""
