@@ -6,6 +6,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from torch import Tensor
@@ -19,12 +20,13 @@ from pipeline.progress import counter
 from pipeline.records import atomic_path, exclusively, write_json, write_text
 from pipeline.stages.fold_hooks import FoldHooks, shareable
 from pipeline.stages.fold_task import FACTS, FoldTask
-from pipeline.stages.initialisation import initialise
+from pipeline.stages.initialisation import Initialisation, initialise
 from pipeline.stages.models import BEST, LAST
 from pipeline.stages.workspace import EARLIER, Workspace
-from pipeline.tracking import RunLog, environment_tags, metric_history, start_follower
+from pipeline.tracking import RunLog, SilentLog, environment_tags, metric_history, start_follower
 from pipeline.training.budget import Costs, seconds_per_step, steps_within
 from pipeline.training.checkpoints import load_checkpoint, save_checkpoint
+from pipeline.training.distributed import agree, from_first, this_share
 from pipeline.training.loop import Batches, train, train_step
 from pipeline.training.optimisation import SCHEDULES
 from pipeline.training.state import TrainState
@@ -41,6 +43,9 @@ PROBE_CASES = 3
 def train_fold(task: FoldTask, *, resume: bool) -> None:
     """Train one fold to the end of its budget, from its checkpoint or anew.
 
+    Processes that train it together all come by here. The first alone holds the run folder and writes into it; what
+    stands behind `is_first` talks to no other process.
+
     Raises:
         TrainingError: the checkpoint is of another configuration, the loss is not finite, or another process
             trains here.
@@ -49,25 +54,24 @@ def train_fold(task: FoldTask, *, resume: bool) -> None:
     keep_freed_memory()
     _warn_of_unpaired_sides(task)
     busy = TrainingError(f"{task.folder}: is being trained by another process; wait until it is done")
-    with exclusively(task.folder.with_name(f".{task.folder.name}.lock"), busy):
+    lock = task.folder.with_name(f".{task.folder.name}.lock")
+    with exclusively(lock, busy) if this_share().is_first else nullcontext():
         _train_locked(task, resume=resume)
 
 
 def _train_locked(task: FoldTask, *, resume: bool) -> None:
     """Train one fold while no other process does."""
-    began = time.monotonic()
+    began, share = time.monotonic(), this_share()
     state = task.new_state()
     batches = task.batches(state.network)
     if resume:
         load_checkpoint(task.checkpoint, state, task.facts)
-        tracked = RunLog.resume(task.folder)
+        agree({"checkpoint": (state.step, state.total_steps, state.best_step)})
+        tracked = RunLog.resume(task.folder) if share.is_first else SilentLog(task.folder)
         log.info("fold %d: going on at step %d of %d", task.fold, state.step, state.total_steps)
     else:
         taken = initialise(task, state)  # before anything is moved or written: it may refuse
-        _set_aside(task.folder)
-        tracked = _new_run(task)
-        if taken is not None:
-            taken.record(task.folder, tracked)
+        tracked = _new_run(task, taken) if share.is_first else SilentLog(task.folder)
     hooks = FoldHooks(task, state, tracked)
     try:
         if not resume:
@@ -77,17 +81,19 @@ def _train_locked(task: FoldTask, *, resume: bool) -> None:
             tracked.metrics({"network/parameters": parameters}, 0)
             hooks.checkpoint(state)
         # Only now: MLflow's imports beside the probe would make the steps look dear.
-        follower = start_follower(task.folder)
+        follower = start_follower(task.folder) if share.is_first else None
         with counter(f"fold {task.fold}", state.total_steps, state.step) as advance:
             section = task.config.training
             schedule = SCHEDULES[section.schedule](section.learning_rate, section.warmup_fraction)
             train(state, _counted(batches, advance), schedule, task.settings, hooks)
-        _finish(hooks, state)
+        if share.is_first:
+            _finish(hooks, state)
     except BaseException as error:
         tracked.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
     tracked.finish("FINISHED")
-    follower.wait(TRACKING_WAIT_S)
+    if follower is not None:
+        follower.wait(TRACKING_WAIT_S)
     best = task.folder / BEST
     log.info("fold %d: best score %.4f at step %d; model in %s", task.fold, state.best_score, state.best_step, best)
 
@@ -105,7 +111,7 @@ def _warn_of_unpaired_sides(task: FoldTask) -> None:
 
 
 def _budgeted_steps(hooks: FoldHooks, batches: Batches, began: float) -> int:
-    """Return the steps of the budget; minutes are turned into steps by a probe."""
+    """Return the steps of the budget, the same in all processes; minutes are turned into steps by a probe."""
     task = hooks.task
     budget, settings = task.config.training.budget, task.settings
     if budget.steps is not None:
@@ -114,7 +120,7 @@ def _budgeted_steps(hooks: FoldHooks, batches: Batches, began: float) -> int:
         return (budget.epochs or 0) * settings.steps_per_epoch
     costs = _probe(hooks, batches)
     steps = steps_within(
-        60 * budget.minutes - (time.monotonic() - began),
+        60 * budget.minutes - from_first(time.monotonic() - began),
         costs,
         steps_per_epoch=settings.steps_per_epoch,
         validation_every_epochs=settings.validation_every_epochs,
@@ -124,7 +130,7 @@ def _budgeted_steps(hooks: FoldHooks, batches: Batches, began: float) -> int:
 
 
 def _probe(hooks: FoldHooks, batches: Batches) -> Costs:
-    """Measure a training's parts, on a state that is thrown away."""
+    """Measure a training's parts, on a state that is thrown away, as the first process's clock has them."""
     task, state = hooks.task, hooks.task.new_state()
 
     def step(number: int) -> None:
@@ -133,7 +139,7 @@ def _probe(hooks: FoldHooks, batches: Batches) -> Costs:
 
     step_s = seconds_per_step(step)
     every = task.validation_cases
-    some = every[:PROBE_CASES]
+    some = every[: PROBE_CASES * this_share().processes]
     start = time.monotonic()
     for case in some[:1]:
         hooks.draw(case, 0)
@@ -141,16 +147,20 @@ def _probe(hooks: FoldHooks, batches: Batches) -> Costs:
     hooks.validation.scores(some)
     validation_s = drawn_s + (time.monotonic() - start - drawn_s) * len(every) / max(1, len(some))
     start = time.monotonic()
-    unused = task.folder / "probe.safetensors"
-    save_checkpoint(unused, state, task.facts)
-    unused.unlink()
-    return Costs(step_s, time.monotonic() - start, validation_s, task.calibration_passes * validation_s)
+    if this_share().is_first:
+        unused = task.folder / "probe.safetensors"
+        save_checkpoint(unused, state, task.facts)
+        unused.unlink()
+    epoch_end_s, validation_s = from_first(time.monotonic() - start), from_first(validation_s)
+    # The first process alone calibrates, on the cases that all of them have validated.
+    calibration_s = task.calibration_passes * validation_s * this_share().processes
+    return Costs(step_s, epoch_end_s, validation_s, calibration_s)
 
 
 def _counted(batches: Batches, advance: Callable[[], None]) -> Batches:
     """Return the batches, each moving the progress bar on."""
 
-    def batch(step: int) -> tuple[Tensor, Tensor]:
+    def batch(step: int) -> tuple[Tensor, Target | Tensor]:
         advance()
         return batches(step)
 
@@ -167,24 +177,23 @@ def _set_aside(folder: Path) -> None:
     log.info("the earlier run is kept as %s (`medseg train --resume` would have gone on with it)", aside)
 
 
-def _new_run(task: FoldTask) -> RunLog:
+def _new_run(task: FoldTask, taken: Initialisation | None) -> RunLog:
     """Make the run folder, write down what is trained on what, and begin the run in MLflow."""
     config, folder = task.config, task.folder
+    _set_aside(folder)
     write_text(folder / "config.yaml", shareable(config))
     write_plan(folder / "plan.yaml", task.plan)
     write_json(folder / "fingerprint.json", task.fingerprint.model_dump(mode="json"))
     write_json(folder / FACTS, task.facts)
-    parent = Workspace(config.workspace).experiment(config.name)
-    experiment = config.tracking.experiment or task.manifest.name
-    uri = config.tracking.uri
-    RunLog.ensure_parent(parent, uri=uri, workspace=config.workspace, experiment=experiment, name=config.name).close()
+    parent = experiment_run(task)
+    parent.close()
     tracked = RunLog.create(
         folder,
-        uri=uri,
+        uri=config.tracking.uri,
         workspace=config.workspace,
-        experiment=experiment,
+        experiment=config.tracking.experiment or task.manifest.name,
         name=f"{config.name} fold {task.fold}",
-        parent=parent,
+        parent=parent.folder,
         tags={**environment_tags(), "medseg.manifest_digest": task.manifest.digest()},
     )
     tracked.params(config.model_dump(mode="json", exclude={"tracking", "workspace"}))
@@ -194,7 +203,21 @@ def _new_run(task: FoldTask) -> RunLog:
         tracked.dataset(task.manifest.name, task.manifest.digest(), task.manifest.source, ids, context)
     for name in ("config.yaml", "plan.yaml", "fingerprint.json"):
         tracked.artifact(folder / name)
+    if taken is not None:
+        taken.record(folder, tracked)
     return tracked
+
+
+def experiment_run(task: FoldTask) -> RunLog:
+    """Open the run in MLflow whose children the runs of the experiment's folds are, or begin it."""
+    config = task.config
+    return RunLog.ensure_parent(
+        Workspace(config.workspace).experiment(config.name),
+        uri=config.tracking.uri,
+        workspace=config.workspace,
+        experiment=config.tracking.experiment or task.manifest.name,
+        name=config.name,
+    )
 
 
 def _finish(hooks: FoldHooks, state: TrainState) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipeline.errors import TrainingError
+from pipeline.training.distributed import from_first
 
 # The first steps pay for memory and for the choice of kernels; the mean of the later ones settles within a few seconds.
 WARMUP_STEPS, PROBE_S, MOST_PROBE_STEPS = 3, 8.0, 50
@@ -32,16 +33,18 @@ class Costs:
 def seconds_per_step(step: Callable[[int], object]) -> float:
     """Return the mean time of a step, after a few that are not counted.
 
+    The first process's clock says when it is enough, so that all of them do the same steps.
+
     Args:
         step: does the step of a number, and waits until the device has done it.
     """
     for number in range(WARMUP_STEPS):
         step(number)
-    start, done = time.monotonic(), 0
-    while done < MOST_PROBE_STEPS and time.monotonic() - start < PROBE_S:
+    start, spent_s, done = time.monotonic(), 0.0, 0
+    while done < MOST_PROBE_STEPS and spent_s < PROBE_S:
         step(WARMUP_STEPS + done)
-        done += 1
-    return (time.monotonic() - start) / done
+        spent_s, done = from_first(time.monotonic() - start), done + 1
+    return spent_s / done
 
 
 def steps_within(seconds: float, costs: Costs, *, steps_per_epoch: int, validation_every_epochs: int) -> int:
