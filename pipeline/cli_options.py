@@ -25,6 +25,13 @@ TrackingUri = Annotated[
     str | None, typer.Option("--tracking-uri", help="MLflow server or database of runs:/ and models:/ names.")
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Devices = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N; cuda:0,cuda:1: a process for each.")]
+
+# Of `train`.
+Fold = Annotated[str, typer.Option("--fold", metavar="K|all", help="Fold to hold out, or all of them.")]
+FoldJobs = Annotated[
+    int | None, typer.Option("--jobs", min=1, help="Folds at a time, with --fold all; default: one for each device.")
+]
 
 # Of `segment`.
 SegmentInputs = Annotated[
@@ -38,7 +45,6 @@ Models = Annotated[
 LabelFolder = Annotated[Path, typer.Option("--out", help="Folder of the label maps and the report.")]
 PlanOnly = Annotated[bool, typer.Option("--plan", help="Say what the cases will take, and do nothing.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Segment also what is done and unchanged.")]
-Devices = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N; cuda:0,cuda:1: a process for each.")]
 SegmentJobs = Annotated[int | None, typer.Option("--jobs", min=1, help="Processes; default: one for each device.")]
 MaxMemory = Annotated[
     str | None, typer.Option("--max-memory", metavar="SIZE", help="Such as 8GB, for all processes together.")

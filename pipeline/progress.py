@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -21,13 +22,26 @@ LINE_EVERY_S = 10.0
 # The time left follows from the speed over so many items, and seconds of a bar.
 RATE_OVER_ITEMS, RATE_OVER_S = 20, 300.0
 
+# Set where several processes share a terminal, whose bars would overwrite one another.
+_shared = threading.Event()
+
+
+def lines_only() -> None:
+    """Show no bar from now on: this process shares its terminal with others."""
+    _shared.set()
+
+
+def _shows_bars() -> bool:
+    """Tell whether there is a terminal of our own."""
+    return sys.stderr.isatty() and not _shared.is_set()
+
 
 def track(items: Iterable[Item], title: str, total: int) -> Iterator[Item]:
     """Yield the items and show how far it is.
 
     On a terminal by a bar with the time left, elsewhere by a line every ten seconds and one at the end.
     """
-    if sys.stderr.isatty():
+    if _shows_bars():
         yield from _bar(items, title, total)
     else:
         yield from _lines(items, title, total)
@@ -76,7 +90,7 @@ def _lines(items: Iterable[Item], title: str, total: int) -> Iterator[Item]:
 @contextmanager
 def counter(title: str, total: int, done: int = 0) -> Iterator[Callable[[], None]]:
     """Yield a function to call at each step done; a bar with the time left on a terminal, nothing elsewhere."""
-    if not sys.stderr.isatty():
+    if not _shows_bars():
         yield lambda: None
         return
     with _progress() as progress:

@@ -41,7 +41,7 @@ from pipeline.stages.segment_journal import JOURNAL, Journal
 from pipeline.stages.segment_page import LARGEST_EMBEDDED, Preview, picture_of, write_page
 from pipeline.stages.segment_plan import CASES_SHOWN, bytes_of
 from pipeline.stages.segment_report import CaseResult, SegmentReport
-from pipeline.stages.segment_workers import shared_out
+from pipeline.stages.worker_processes import shared_out
 from pipeline.volumes.volume import Volume, read_label
 from pipeline.volumes.writing import write_image
 

@@ -26,7 +26,8 @@ from pipeline.stages.segment_inputs import SegmentInput, find_inputs
 from pipeline.stages.segment_page import write_page
 from pipeline.stages.segment_plan import bytes_of, plan_text
 from pipeline.stages.segment_report import CaseResult, SegmentReport
-from pipeline.stages.segment_workers import Workers, shared_out
+from pipeline.stages.segment_workers import Workers
+from pipeline.stages.worker_processes import shared_out
 from pipeline.volumes.label_tables import write_label_tables
 
 log = logging.getLogger(__name__)

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +26,7 @@ from pipeline.stages.segment_claims import left_by
 from pipeline.stages.segment_inputs import BOOKKEEPING, SegmentInput
 from pipeline.stages.segment_journal import Journal
 from pipeline.stages.segment_report import CaseResult
+from pipeline.stages.worker_processes import begin_work, log_level, start_worker, when_parent_ends
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +87,7 @@ class Workers:
             PipelineError: every worker came to its end before the batch did.
         """
         names = [case.name for case in cases]
-        task = Task(settings=self._settings, cases=tuple(cases), threads=self._threads, log_level=_log_level())
+        task = Task(settings=self._settings, cases=tuple(cases), threads=self._threads, log_level=log_level())
         write_json(self._task, task.model_dump(mode="json"))
         told: set[str] = set()
         try:
@@ -104,10 +103,8 @@ class Workers:
             raise PipelineError(f"all workers ended, and {len(cases) - len(told)} cases are left; see what they said")
 
     def _start(self, device: str) -> None:
-        """Start a worker; a session of its own, since a terminal sends Ctrl-C to all of one."""
-        command = [sys.executable, "-m", __name__, str(self._task), device]
-        environment = os.environ | {"OMP_NUM_THREADS": str(self._threads)}
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True)
+        """Start a worker."""
+        process = start_worker(__name__, str(self._task), device, threads=self._threads)
         self._alive.append(Worker(process, device))
 
     def _ended(self, names: Sequence[str]) -> bool:
@@ -151,36 +148,15 @@ class Workers:
         self._task.unlink(missing_ok=True)
 
 
-def shared_out(devices: str, jobs: int | None) -> list[str]:
-    """Return the device of each worker.
-
-    Args:
-        devices: as on the command line, such as cpu or cuda:0,cuda:1.
-        jobs: workers; None: one for each device.
-
-    Raises:
-        PipelineError: fewer workers than devices.
-    """
-    named = [device.strip() for device in devices.split(",") if device.strip()]
-    count = jobs or len(named)
-    if not named or count < len(named):
-        raise PipelineError(f"--device {devices} with --jobs {jobs}: name devices, and at least one job for each")
-    return [named[index % len(named)] for index in range(count)]
-
-
 def main() -> None:
     """Work through a batch with whoever else does."""
-    import torch
-
     path, device = sys.argv[1:]
     # Not by pydantic's own reader, which refuses the escapes of paths that are no UTF-8.
     task = Task.model_validate(json.loads(Path(path).read_bytes()))
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("pipeline").setLevel(task.log_level)
-    torch.set_num_threads(task.threads)
+    begin_work(task.threads, task.log_level)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())  # Batch systems send it to all, not the parent alone.
-    threading.Thread(target=_stop_at_end_of_pipe, args=(stop,), daemon=True).start()
+    when_parent_ends(stop.set)
     try:
         batch = Batch(CaseSteps(task.settings.changed(device=device)), stop)
         for _ in batch.results(task.cases):
@@ -189,18 +165,6 @@ def main() -> None:
         log.error("worker on %s: %s", device, error)
         sys.exit(REFUSED)
     sys.exit(DISK_FULL if batch.disk_full else 0)
-
-
-def _stop_at_end_of_pipe(stop: threading.Event) -> None:
-    """Stop when the parent closes the pipe or dies."""
-    with suppress(OSError):
-        os.read(sys.stdin.fileno(), 1)  # Not through its buffer: that has a lock, which must be free at the end.
-    stop.set()
-
-
-def _log_level() -> int:
-    """Return the level of our log."""
-    return logging.getLogger("pipeline").getEffectiveLevel()
 
 
 if __name__ == "__main__":

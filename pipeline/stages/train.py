@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.config import Config, Task
@@ -36,8 +37,8 @@ def run(config: Config, *, fold: str = "0", resume: bool = False, device: str = 
         StoreError: a case is not preprocessed.
     """
     tasks = fold_tasks(config, fold, device)
-    if resume and not any(task.checkpoint.exists() or task.is_finished for task in tasks):
-        raise TrainingError(f"{tasks[0].checkpoint}: no checkpoint to resume from; start without --resume")
+    if resume:
+        refuse_nothing_to_resume(tasks)
     for task in tasks:
         if resume and task.is_finished:
             log.info("fold %d: finished already, in %s", task.fold, task.folder)
@@ -49,6 +50,9 @@ def run(config: Config, *, fold: str = "0", resume: bool = False, device: str = 
 def fold_tasks(config: Config, fold: str, device: str) -> list[FoldTask]:
     """Return what there is to train.
 
+    Of all folds each registers its model, and the first has the alias, as if it were trained alone: validation scores
+    of different folds are of different cases, and do not say which model is better.
+
     Raises:
         ConfigError: the manifest has no such fold, or the device is not there.
         StoreError: a case is not preprocessed.
@@ -58,4 +62,18 @@ def fold_tasks(config: Config, fold: str, device: str) -> list[FoldTask]:
         raise ConfigError(f"--fold {fold}: the manifest has folds {', '.join(map(str, manifest.folds))}; or say all")
     numbers = manifest.folds if fold == "all" else (int(fold),)
     chosen = pick_device(device)
-    return [TASKS[config.task].prepare(config, manifest, number, chosen) for number in numbers]
+    others = config.changed(tracking=config.tracking.changed(alias=None))
+    return [
+        TASKS[config.task].prepare(config if number == numbers[0] else others, manifest, number, chosen)
+        for number in numbers
+    ]
+
+
+def refuse_nothing_to_resume(tasks: Sequence[FoldTask]) -> None:
+    """Raise where none of the folds was begun.
+
+    Raises:
+        TrainingError: there is no checkpoint.
+    """
+    if not any(task.checkpoint.exists() or task.is_finished for task in tasks):
+        raise TrainingError(f"{tasks[0].checkpoint}: no checkpoint to resume from; start without --resume")
