@@ -110,16 +110,23 @@ def preprocess(
 @app.command()
 def train(
     config: options.ConfigPath,
-    fold: Annotated[
-        str, typer.Option("--fold", metavar="K|all", help="Fold to hold out, or all, one after another.")
-    ] = "0",
+    fold: options.Fold = "0",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
-    device: options.Device = "auto",
+    device: options.Devices = "auto",
+    jobs: options.FoldJobs = None,
     overrides: options.Overrides = None,
     workspace: options.Workspace = None,
 ) -> None:
     """Train on all folds but one and validate on that one."""
     loaded = _load(config, overrides, workspace)
+    if fold == "all":
+        from pipeline.stages import cross_validation
+
+        report = cross_validation.run(loaded, resume=resume, device=device, jobs=jobs)
+        typer.echo(report.as_text())
+        if report.failures:
+            raise typer.Exit(1)
+        return
     from pipeline.stages import train as stage
 
     stage.run(loaded, fold=fold, resume=resume, device=device)
@@ -388,11 +395,17 @@ def _load(path: Path, overrides: list[str] | None, workspace: Path | None) -> Co
 
 
 def _option_checks() -> OptionChecks:
-    """Return who knows the options of networks and losses; costs the import of torch."""
+    """Return who knows the options of what stands in tables; costs the import of torch."""
     from pipeline.networks import check_options as of_network
     from pipeline.training.losses import check_options as of_loss
+    from pipeline.training.optimisation import check_optimiser, check_schedule
 
-    return {"network.name": of_network, "training.loss": of_loss}
+    return {
+        "network.name": of_network,
+        "training.loss": of_loss,
+        "training.optimiser": check_optimiser,
+        "training.schedule": check_schedule,
+    }
 
 
 def main() -> None:
