@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +19,7 @@ import typer
 
 from pipeline import cli_options as options
 from pipeline.errors import PipelineError
+from pipeline.progress import lines_only
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -43,6 +45,9 @@ def _setup(
     """Set the log up, and output that can show any file's name."""
     level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    if int(os.environ.get("RANK", "0")) > 0:  # Of processes that train together the first one speaks.
+        level = max(level, logging.WARNING)
+        lines_only()
     logging.getLogger("pipeline").setLevel(level)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -114,12 +119,18 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     device: options.Devices = "auto",
     jobs: options.FoldJobs = None,
+    processes: options.Processes = 1,
     overrides: options.Overrides = None,
     workspace: options.Workspace = None,
 ) -> None:
     """Train on all folds but one and validate on that one."""
     loaded = _load(config, overrides, workspace)
-    if fold == "all":
+    launched = "RANK" in os.environ
+    if processes > 1 and not launched:
+        from pipeline.stages import launching
+
+        raise typer.Exit(launching.run(processes, sys.argv[1:]))
+    if fold == "all" and not launched:
         from pipeline.stages import cross_validation
 
         report = cross_validation.run(loaded, resume=resume, device=device, jobs=jobs)

@@ -32,6 +32,9 @@ Fold = Annotated[str, typer.Option("--fold", metavar="K|all", help="Fold to hold
 FoldJobs = Annotated[
     int | None, typer.Option("--jobs", min=1, help="Folds at a time, with --fold all; default: one for each device.")
 ]
+Processes = Annotated[
+    int, typer.Option("--processes", min=1, help="Train each fold by so many processes here, one for each GPU.")
+]
 
 # Of `segment`.
 SegmentInputs = Annotated[

@@ -1,4 +1,7 @@
-"""`medseg train`: one fold after another, each in a run folder of its own, from which a killed run goes on."""
+"""`medseg train`: one fold after another, each in a run folder of its own, from which a killed run goes on.
+
+By one process, or by all those that a launcher such as `torchrun` has started.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,9 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from pipeline import __version__
 from pipeline.config import Config, Task
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.hardware import pick_device
@@ -13,6 +19,7 @@ from pipeline.stages.dataset import dataset_of
 from pipeline.stages.denoising_task import DenoisingTask
 from pipeline.stages.fold_run import train_fold
 from pipeline.stages.fold_task import FoldTask
+from pipeline.training.distributed import agree, from_first, joined
 
 log = logging.getLogger(__name__)
 
@@ -27,24 +34,33 @@ def run(config: Config, *, fold: str = "0", resume: bool = False, device: str = 
         config: the experiment; its data are preprocessed.
         fold: the fold to hold out, or "all": one after another, those that are done already left out with `resume`.
         resume: go on from the last checkpoint.
-        device: auto, cpu, cuda or cuda:N.
+        device: auto, cpu, cuda or cuda:N; of several processes each takes the GPU of its number.
 
     Returns:
         The run folder of each fold.
 
     Raises:
-        TrainingError: nothing to resume, a checkpoint of another configuration, or a loss that is not finite.
+        TrainingError: nothing to resume, a checkpoint of another configuration, a loss that is not finite, or
+            processes that were started differently or lost one another.
         StoreError: a case is not preprocessed.
     """
-    tasks = fold_tasks(config, fold, device)
-    if resume:
-        refuse_nothing_to_resume(tasks)
-    for task in tasks:
-        if resume and task.is_finished:
-            log.info("fold %d: finished already, in %s", task.fold, task.folder)
-        else:
-            train_fold(task, resume=resume and task.checkpoint.exists())
+    with joined(device) as chosen:
+        agree({"--fold and --resume": (fold, resume), "medseg and torch": (__version__, str(torch.__version__))})
+        tasks = fold_tasks(config, fold, str(chosen))
+        if resume:
+            refuse_nothing_to_resume(tasks)
+        for task in tasks:
+            _train_or_leave(task, resume)
     return [task.folder for task in tasks]
+
+
+def _train_or_leave(task: FoldTask, resume: bool) -> None:
+    """Train a fold, unless it is finished; what its folder holds is decided by the first process, who changes it."""
+    agree(task.facts)
+    if from_first(resume and task.is_finished):
+        log.info("fold %d: finished already, in %s", task.fold, task.folder)
+    else:
+        train_fold(task, resume=bool(from_first(resume and task.checkpoint.exists())))
 
 
 def fold_tasks(config: Config, fold: str, device: str) -> list[FoldTask]:
