@@ -6,6 +6,7 @@ MODEL/weights.safetensors   the network's weights
       fingerprint.json      what the training cases were like
       config.yaml           the configuration it was trained with, as text
       calibration.json      what its validation cases taught about its confidence; where there were none, it is missing
+      postprocessing.json   rules that `medseg find-best` chose on out-of-fold predictions; before that, it is missing
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ WEIGHTS, DESCRIPTION, PLAN, FINGERPRINT, CONFIG = FILES = (
 )
 
 # What the members of an ensemble have in common: all of the plan but what only training and readers go by.
-_SHARED_PLAN = tuple(sorted(set(Plan.model_fields) - {"batch_size", "reasons"}))
+_SHARED_PLAN = tuple(sorted(set(Plan.model_fields) - {"batch_size", "ignore_label", "reasons"}))
 
 
 class ModelDescription(Record):
@@ -137,7 +138,7 @@ def load_model(folder: Path, device: torch.device) -> Model:
 
 
 def model_digest(folder: Path) -> str:
-    """Return a digest of all in a model's folder that its label maps depend on."""
+    """Return a digest of all in a model's folder that its label maps depend on, but for rules chosen afterwards."""
     return digest_of({name: file_digest(folder / name) for name in (WEIGHTS, DESCRIPTION, PLAN)})
 
 

@@ -38,6 +38,14 @@ class Record(BaseModel):
         return digest_of(self.model_dump(mode="json"))
 
 
+def says_nothing(value: object) -> bool:
+    """Tell whether a field is None or empty: `Field(exclude_if=says_nothing)` then leaves it out of file and digest.
+
+    So a field can be added to a record, and the records written before keep their digests.
+    """
+    return value is None or value == {} or value == ()
+
+
 def refuse_other_format(error: type[PipelineError], path: Path, version: Any, reads: int, remake: str) -> None:
     """Raise where a file's format version is not the one that is read.
 

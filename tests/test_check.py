@@ -339,6 +339,35 @@ def test_a_group_of_another_scale_has_peers(root: Path, tmp_path: Path) -> None:
     assert check(manifest_of(root), tmp_path) == set()
 
 
+def test_an_ignored_value_is_no_unknown_one(root: Path, tmp_path: Path) -> None:
+    rewrite(label_of(root), put(9))
+    assert check(manifest_of(root), tmp_path) == {("error", "label_values", "c3")}
+    ignoring = manifest_of(root).changed(ignore_label=9)
+    save_manifest(ignoring, tmp_path / "set.json")
+    report = run(tmp_path / "set.json", workspace=tmp_path / "work")
+    assert (report.errors, report.warnings) == ((), ())
+    assert report.known == ("ignored (value 9): 1 voxels in 1 cases",)
+    label = report.examinations[3].label
+    assert label is not None
+    assert (label.voxels["a"], label.ignored_voxels) == (27, 1)
+    # What is ignored is no structure: neither in the intensities of the foreground nor where it is all there is.
+    foreground = report.examinations[3].channels["T1"].foreground
+    assert foreground is not None
+    assert foreground.voxels == 28
+    rewrite(label_of(root), with_voxels(lambda array: np.where(array, 9, array).astype(np.uint8)))
+    assert check(ignoring, tmp_path) == {("warning", "empty_label", "c3")}
+
+
+def test_a_structure_in_a_case_that_says_it_is_not_annotated_is_an_error(root: Path, tmp_path: Path) -> None:
+    manifest = with_case(manifest_of(root), 3, annotated_classes=("a",))
+    assert check(manifest, tmp_path) == {("error", "annotated", "c3")}
+    rewrite(label_of(root), with_voxels(lambda array: np.where(array == 5, 0, array).astype(np.uint8)))
+    assert check(manifest, tmp_path) == set()
+    assert run(tmp_path / "set.json", workspace=tmp_path / "work").known == (
+        "annotated, of 6 labelled cases: a in 6, b in 5",
+    )
+
+
 def test_every_problem_is_reported_together_in_the_manifests_order(root: Path, tmp_path: Path) -> None:
     image_of(root, 5).unlink()
     rewrite(label_of(root, 1), put(7))

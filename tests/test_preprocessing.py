@@ -295,6 +295,33 @@ def test_any_label_values_become_class_indices() -> None:
             class_indices(np.array([[[7, unknown]]]), plan)
 
 
+def test_an_ignored_value_becomes_one_more_class() -> None:
+    plan = PLAN.changed(ignore_label=-1)
+    np.testing.assert_array_equal(class_indices(np.array([[[-1, 2, 0]]]), plan), [[[3, 2, 0]]])
+    with pytest.raises(VolumeError, match="the value -1"):
+        class_indices(np.array([[[-1, 2, 0]]]), PLAN)
+
+
+def test_ignored_voxels_are_resampled_as_one_more_class_and_never_drawn_from() -> None:
+    grid = make_grid("LPS", degrees=10, spacing=(1.0, 1.2, 2.5))
+    plain = pair(grid)
+    label = replace(plain, array=np.where(plain.array == 2, 9, plain.array).astype(np.uint8))
+    whole, ignoring = (
+        prepare_case({"T1": bump(grid, CENTRE_MM)}, drawn, plan, grid)
+        for drawn, plan in ((plain, PLAN), (label, PLAN.changed(ignore_label=9)))
+    )
+    assert whole.label is not None
+    np.testing.assert_array_equal(ignoring.label, np.where(whole.label == 2, 3, whole.label))
+    assert sorted(whole.class_voxels) == [1, 2]
+    assert sorted(ignoring.class_voxels) == [1]
+
+
+def test_what_learns_from_a_store_does_not_make_it_stale() -> None:
+    digest = PLAN.preprocessing_digest()
+    assert PLAN.changed(regions={"all": ("left", "right"), "right": ("right",)}).preprocessing_digest() == digest
+    assert PLAN.changed(ignore_label=9).preprocessing_digest() != digest
+
+
 def test_a_label_elsewhere_than_the_native_grid_is_a_callers_mistake() -> None:
     grid = make_grid("RAS")
     with pytest.raises(ValueError, match="native"):
@@ -304,13 +331,14 @@ def test_a_label_elsewhere_than_the_native_grid_is_a_callers_mistake() -> None:
 def test_class_voxels_are_few_even_and_repeatable() -> None:
     label = np.zeros((40, 40, 40), np.uint8)
     label[:, :20], label[3, 39, 5] = 1, 3
-    voxels = sample_class_voxels(label)
+    label[0, 39, 0] = 4  # nobody knows what it is
+    voxels = sample_class_voxels(label, 4)
     assert sorted(voxels) == [1, 3]
     assert voxels[1].shape == (CLASS_VOXELS, 3)
     assert (label[tuple(voxels[1].T)] == 1).all()
     assert len(np.unique(voxels[1], axis=0)) == CLASS_VOXELS
     np.testing.assert_allclose(voxels[1].mean(axis=0), [19.5, 9.5, 19.5], atol=0.5)
     np.testing.assert_array_equal(voxels[3], [[3, 39, 5]])
-    np.testing.assert_array_equal(sample_class_voxels(label)[1], voxels[1])
-    assert (sample_class_voxels(label, seed=1)[1] != voxels[1]).any()
-    assert sample_class_voxels(np.zeros((2, 2, 2), np.uint8)) == {}
+    np.testing.assert_array_equal(sample_class_voxels(label, 4)[1], voxels[1])
+    assert (sample_class_voxels(label, 4, seed=1)[1] != voxels[1]).any()
+    assert sample_class_voxels(np.zeros((2, 2, 2), np.uint8), 4) == {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -17,21 +17,11 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipeline.data.regions import region_problems
 from pipeline.errors import ManifestError
-from pipeline.records import Record, digest_of, refuse_other_format, write_text
+from pipeline.records import Record, digest_of, refuse_other_format, says_nothing, write_text
 
 FORMAT_VERSION = 1
 
 Modality = Literal["CT", "MR", "PET", "US", "other"]
-
-
-def _is_none(value: object) -> bool:
-    """Tell whether a field is left out of the file: it was added later, and says nothing."""
-    return value is None
-
-
-def _is_empty(value: Mapping[str, object]) -> bool:
-    """Tell whether a mapping is left out of the file."""
-    return not value
 
 
 class ImageFile(Record):
@@ -74,7 +64,7 @@ class Case(Record):
     images: dict[str, ImageFile]
     label: ImageFile | None = None
     fold: Annotated[int, Field(ge=0)] | None = None
-    annotated_classes: tuple[str, ...] | None = Field(default=None, exclude_if=_is_none)
+    annotated_classes: tuple[str, ...] | None = Field(default=None, exclude_if=says_nothing)
 
     def is_annotated(self, names: Iterable[str]) -> bool:
         """Tell whether people looked for all of some labels in this case."""
@@ -112,8 +102,8 @@ class Manifest(Record):
     channels: dict[str, Modality]
     labels: dict[str, int]
     label_pairs: tuple[tuple[str, str], ...] = ()
-    regions: dict[str, tuple[str, ...]] = Field(default={}, exclude_if=_is_empty)
-    ignore_label: int | None = Field(default=None, exclude_if=_is_none)
+    regions: dict[str, tuple[str, ...]] = Field(default={}, exclude_if=says_nothing)
+    ignore_label: int | None = Field(default=None, exclude_if=says_nothing)
     cases: tuple[Case, ...]
 
     @field_validator("root")

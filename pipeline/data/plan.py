@@ -9,11 +9,14 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from pipeline.config import Output
 from pipeline.data.manifest import Modality
 from pipeline.errors import ConfigError
-from pipeline.records import Record, refuse_other_format, write_text
+from pipeline.records import Record, refuse_other_format, says_nothing, write_text
 
 PLAN_FORMAT_VERSION = 1
+# Patches on one device whose statistics a batch norm may trust; fewer take an instance norm.
+SMALLEST_NORM_BATCH = 4
 
 Size = tuple[int, int, int]
 Millimetres = tuple[float, float, float]
@@ -83,6 +86,33 @@ class Normalisation(Record):
         return self
 
 
+class NetworkPlan(Record):
+    """What planning decided of a U-Net, for the networks that ask; their own options win.
+
+    Attributes:
+        width: feature maps of the finest level.
+        kernels: convolution kernel of each level, finest first.
+        strides: downsampling into each level but the first.
+        norm: batch, where enough patches of a step share its statistics, else instance.
+    """
+
+    width: Annotated[int, Field(ge=1)]
+    kernels: tuple[Size, ...]
+    strides: tuple[Size, ...]
+    norm: Literal["batch", "instance"]
+
+    @model_validator(mode="after")
+    def _levels_agree(self) -> NetworkPlan:
+        if len(self.kernels) != len(self.strides) + 1:
+            raise ValueError(f"{len(self.kernels)} kernels and {len(self.strides)} strides; strides are one fewer")
+        return self
+
+
+def norm_for(batch_size: int) -> Literal["batch", "instance"]:
+    """Return the norm that goes with a step's patches on one device."""
+    return "batch" if batch_size >= SMALLEST_NORM_BATCH else "instance"
+
+
 class Plan(Record):
     """All that is needed to treat an unseen image as the training images were.
 
@@ -91,6 +121,9 @@ class Plan(Record):
         channels: channel name -> modality, in the network's order.
         labels: label name -> value in label files; the position is the class index, the first the background.
         label_pairs: labels that swap when left and right are flipped.
+        regions: region name -> its labels, in painting order, where regions are learned in place of labels; see the
+            manifest. Region number i owns class i + 1.
+        ignore_label: value in label files of voxels of which nobody knows what they are; None: there are none.
         orientation: axis code of the plan's grid.
         spacing_mm: voxel size of the plan's grid.
         thick_axis: axis of the plan's grid along which images are interpolated linearly and labels by nearest plane;
@@ -98,6 +131,7 @@ class Plan(Record):
         crop: "nonzero" cuts away the frame in which every channel is zero.
         patch_size: voxels of a patch and of a window.
         batch_size: patches a step.
+        network: levels, width and norm of a U-Net; None in plans made before planning decided them.
         normalisation: channel name -> scheme.
         reasons: field name -> why it has its value.
     """
@@ -106,12 +140,15 @@ class Plan(Record):
     channels: dict[str, Modality]
     labels: dict[str, int]
     label_pairs: tuple[tuple[str, str], ...] = ()
+    regions: dict[str, tuple[str, ...]] = Field(default={}, exclude_if=says_nothing)
+    ignore_label: int | None = Field(default=None, exclude_if=says_nothing)
     orientation: str
     spacing_mm: Millimetres
     thick_axis: Literal[0, 1, 2] | None = None
     crop: Literal["none", "nonzero"]
     patch_size: Size
     batch_size: int
+    network: NetworkPlan | None = Field(default=None, exclude_if=says_nothing)
     normalisation: dict[str, Normalisation]
     reasons: dict[str, str] = {}
 
@@ -127,13 +164,36 @@ class Plan(Record):
         return tuple((names.index(a), names.index(b)) for a, b in self.label_pairs)
 
     @property
+    def output(self) -> Output:
+        """What the logits of a network that is trained by this plan are of."""
+        return "regions" if self.regions else "softmax"
+
+    @property
+    def structures(self) -> dict[str, tuple[int, ...]]:
+        """What is learned and scored: name -> its class indices; the regions, else each label but the background."""
+        names = list(self.labels)
+        of_labels = self.regions or {name: (name,) for name in names[1:]}
+        return {structure: tuple(names.index(name) for name in own) for structure, own in of_labels.items()}
+
+    @property
+    def has_ignored(self) -> bool:
+        """Whether labels hold voxels of which nobody knows what they are."""
+        return self.ignore_label is not None
+
+    @property
+    def ignored_class(self) -> int:
+        """The class index of such voxels, one beyond the last."""
+        return len(self.labels)
+
+    @property
     def left_right_axis(self) -> int:
         """The axis of the plan's grid that runs between left and right."""
         return next(axis for axis, letter in enumerate(self.orientation) if letter in "RL")
 
     def preprocessing_digest(self) -> str:
-        """Return a digest of what a stored case depends on; patch and batch size, and reasons, are not among it."""
-        return self.model_copy(update={"patch_size": (1, 1, 1), "batch_size": 1, "reasons": {}}).digest()
+        """Return a digest of what a stored case depends on: not of the patch, the batch, the regions or the reasons."""
+        left_out = {"patch_size": (1, 1, 1), "batch_size": 1, "network": None, "regions": {}, "reasons": {}}
+        return self.model_copy(update=left_out).digest()
 
 
 class _PlanDumper(yaml.SafeDumper):

@@ -82,10 +82,12 @@ class LabelExamination(Record):
     Attributes:
         grid: its own grid; the first image's where the two differ by less than a tenth of a voxel.
         voxels: label name -> voxels, 0 included.
+        ignored_voxels: of which nobody knows what they are.
     """
 
     grid: Grid
     voxels: dict[str, int]
+    ignored_voxels: int = 0
 
 
 class FileStamp(Record):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -57,6 +57,7 @@ def examination_key(manifest: Manifest, case: Case) -> str:
             "version": EXAMINATION_VERSION,
             "root": str(manifest.root),
             "labels": manifest.labels,
+            **({} if manifest.ignore_label is None else {"ignore_label": manifest.ignore_label}),
             "channels": manifest.channels,
             "case": case.model_dump(mode="json", exclude={"patient", "fold"}),
         }
@@ -93,7 +94,7 @@ class _Examiner:
     def examine(self) -> CaseExamination:
         """Examine the label, then each image file, one after the other, so that only two are ever in memory."""
         label = self._label()
-        points = _foreground_mm(label, self.manifest.labels) if label else None
+        points = _foreground_mm(label, self._no_structures) if label else None
         channels: dict[str, ChannelExamination] = {}
         by_path: dict[str, list[str]] = {}
         for name in (name for name in self.manifest.channels if name in self.case.images):
@@ -171,10 +172,17 @@ class _Examiner:
         self._judge_label(header.path, counts)
         return _Drawn(values, counts, geometry) if geometry else None
 
+    @property
+    def _no_structures(self) -> set[int]:
+        """The values that are no structure's: the background's, and that of voxels of which nobody knows."""
+        ignored = self.manifest.ignore_label
+        return {next(iter(self.manifest.labels.values())), *([] if ignored is None else [ignored])}
+
     def _judge_label(self, path: Path, counts: dict[int, int]) -> None:
-        """Note values that are no label, and a label map without foreground."""
+        """Note values that are no label, structures that are not to be there, and a label map without any."""
         known = self.manifest.labels
-        unknown = [f"{value} ({voxels} voxels)" for value, voxels in counts.items() if value not in known.values()]
+        strange = counts.keys() - known.values() - self._no_structures
+        unknown = [f"{value} ({voxels} voxels)" for value, voxels in counts.items() if value in strange]
         if unknown:
             more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
             declared = ", ".join(f"{name} = {value}" for name, value in known.items())
@@ -183,10 +191,20 @@ class _Examiner:
                 "label_values",
                 f"{path}: holds {', '.join(unknown[:5])}{more}, but the labels are {declared}; mend it or declare them",
             )
-        elif set(counts) == {_background(known)}:
+        elif counts.keys() <= self._no_structures:
             self._add(
                 "warning", "empty_label", f"{path}: no structure is drawn; drop the case unless that is the truth"
             )
+
+        for name, value in known.items():
+            if value in counts.keys() - self._no_structures and not self.case.is_annotated([name]):
+                self._add(
+                    "error",
+                    "annotated",
+                    f"{path}: holds {counts[value]} voxels of {name!r}, but the case's annotated_classes are "
+                    f"{', '.join(self.case.annotated_classes or ())}; add it where all of it is drawn, else give these "
+                    "voxels the manifest's ignore_label",
+                )
 
     def _channels(self, names: list[str], points: FloatArray | None) -> dict[str, ChannelExamination]:
         """Examine the channels that stand in one file."""
@@ -233,12 +251,9 @@ class _Examiner:
                 f"the label's grid, {label.geometry}, is not that of an image: {images}; resample it or drop the case",
             )
         voxels = {name: label.counts.get(value, 0) for name, value in self.manifest.labels.items()}
-        return LabelExamination(grid=Grid.of(geometry or label.geometry), voxels=voxels)
-
-
-def _background(labels: dict[str, int]) -> int:
-    """Return the background's value: the first label's."""
-    return next(iter(labels.values()))
+        ignored = self.manifest.ignore_label
+        unknown = 0 if ignored is None else label.counts.get(ignored, 0)
+        return LabelExamination(grid=Grid.of(geometry or label.geometry), voxels=voxels, ignored_voxels=unknown)
 
 
 def _apart_voxels(geometry: Geometry, affine: FloatArray | None) -> float:
@@ -249,9 +264,9 @@ def _apart_voxels(geometry: Geometry, affine: FloatArray | None) -> float:
         return float("inf")
 
 
-def _foreground_mm(label: _Drawn, labels: dict[str, int]) -> FloatArray:
+def _foreground_mm(label: _Drawn, no_structures: Iterable[int]) -> FloatArray:
     """Return (n, 3) centres in mm of the label's foreground voxels, at most about LARGEST_SAMPLE of them."""
-    drawn = np.flatnonzero(label.values.ravel() != _background(labels))
+    drawn = np.flatnonzero(np.logical_and.reduce([label.values.ravel() != value for value in no_structures]))
     return label.geometry.to_mm(np.stack(np.unravel_index(_thinned(drawn), label.values.shape), axis=-1))
 
 

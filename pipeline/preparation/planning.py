@@ -99,6 +99,8 @@ def make_plan(fingerprint: Fingerprint, manifest: Manifest, section: Preprocessi
         channels=manifest.channels,
         labels=manifest.labels,
         label_pairs=manifest.label_pairs,
+        regions=manifest.regions,
+        ignore_label=manifest.ignore_label,
         orientation=section.orientation,
         spacing_mm=spacing,
         thick_axis=thick,

@@ -75,7 +75,8 @@ def prepare_case(images: Mapping[str, Volume], label: Volume | None, plan: Plan,
 
     Args:
         images: as for `prepare_images`.
-        label: (X, Y, Z) values of `plan.labels` on the native grid; None for an unlabelled case.
+        label: (X, Y, Z) values of `plan.labels`, or `plan.ignore_label`, on the native grid; None for an unlabelled
+            case.
         plan: the plan.
         native: the native grid.
 
@@ -96,7 +97,7 @@ def prepare_case(images: Mapping[str, Volume], label: Volume | None, plan: Plan,
         reference=reference,
         geometry=prepared.geometry,
         native=native,
-        class_voxels={} if drawn is None else sample_class_voxels(drawn),
+        class_voxels={} if drawn is None else sample_class_voxels(drawn, plan.ignored_class),
         channels_present=tuple(channel for channel in plan.channels if channel in images),
         body=prepared.body,
     )
@@ -128,12 +129,12 @@ def cropped_to(grid: Geometry, boxes: Sequence[Geometry]) -> Geometry:
 
 
 def class_indices(label: NDArray[Any], plan: Plan) -> Labels:
-    """Turn label values into class indices, in the smallest type that holds them.
+    """Turn label values into class indices, in the smallest type that holds them; the ignored value is one more class.
 
     Raises:
         VolumeError: a value is not one of the plan's.
     """
-    values = np.array(plan.class_values)
+    values = np.array([*plan.class_values, *([] if plan.ignore_label is None else [plan.ignore_label])])
     order = np.argsort(values)
     kind = np.uint8 if values.size <= 256 else np.int16
     classes: Labels = np.empty(label.shape, kind)
@@ -149,11 +150,12 @@ def class_indices(label: NDArray[Any], plan: Plan) -> Labels:
     return classes
 
 
-def sample_class_voxels(label: Labels, seed: int = 0) -> dict[int, NDArray[np.int32]]:
+def sample_class_voxels(label: Labels, classes: int, seed: int = 0) -> dict[int, NDArray[np.int32]]:
     """Return the voxels of each foreground class, at most CLASS_VOXELS drawn evenly of each.
 
     Args:
         label: (X, Y, Z) class indices.
+        classes: how many there are, background included; the index after the last, ignored voxels, is left out.
         seed: of the draw; the same label and seed give the same voxels.
 
     Returns:
@@ -161,10 +163,10 @@ def sample_class_voxels(label: Labels, seed: int = 0) -> dict[int, NDArray[np.in
     """
     flat = label.ravel()
     foreground = np.flatnonzero(flat)  # (F,)
-    classes = flat[foreground]
+    drawn = flat[foreground]
     voxels = {}
-    for index in np.flatnonzero(np.bincount(classes)).tolist():
-        own = foreground[classes == index]
+    for index in np.flatnonzero(np.bincount(drawn)[:classes]).tolist():
+        own = foreground[drawn == index]
         if own.size > CLASS_VOXELS:
             own = np.sort(np.random.default_rng((seed, index)).choice(own, CLASS_VOXELS, replace=False))
         voxels[index] = np.stack(np.unravel_index(own, label.shape), axis=1).astype(np.int32)

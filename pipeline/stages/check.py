@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,7 @@ class CheckReport:
         cases: how many were read.
         errors: what must be mended before anything else.
         warnings: what wants a look.
+        known: how much of the labels is known, a line each; empty where every label is annotated everywhere.
         seconds: how long it took.
         examinations: what was learned, a case each in the manifest's order; not part of the written report.
     """
@@ -44,6 +45,7 @@ class CheckReport:
     cases: int
     errors: tuple[Problem, ...]
     warnings: tuple[Problem, ...]
+    known: tuple[str, ...]
     seconds: float
     examinations: tuple[CaseExamination, ...] = field(repr=False)
 
@@ -54,6 +56,7 @@ class CheckReport:
             "cases": self.cases,
             "errors": [problem.model_dump() for problem in self.errors],
             "warnings": [problem.model_dump() for problem in self.warnings],
+            "known": list(self.known),
             "seconds": round(self.seconds, 3),
         }
 
@@ -61,7 +64,7 @@ class CheckReport:
         """Return the report for people: a line a problem, errors first, and a summary."""
         lines = [f"{p.severity}: case {p.case_id!r}: {p.message}" for p in (*self.errors, *self.warnings)]
         found = f"{len(self.errors)} errors, {len(self.warnings)} warnings"
-        return "\n".join([*lines, f"{self.manifest}: {self.cases} cases, {found}, {self.seconds:.1f} s"])
+        return "\n".join([*lines, *self.known, f"{self.manifest}: {self.cases} cases, {found}, {self.seconds:.1f} s"])
 
 
 def run(
@@ -93,9 +96,22 @@ def run(
         cases=len(examinations),
         errors=tuple(problem for problem in problems if problem.severity == "error"),
         warnings=tuple(problem for problem in problems if problem.severity == "warning"),
+        known=tuple(_known(loaded, examinations)),
         seconds=time.monotonic() - start,
         examinations=tuple(examinations),
     )
+
+
+def _known(manifest: Manifest, examinations: Sequence[CaseExamination]) -> Iterator[str]:
+    """Say in how many cases each label is annotated, and how much is ignored, where that is not all and nothing."""
+    labelled = [case for case in manifest.cases if case.label]
+    if any(case.annotated_classes is not None for case in labelled):
+        counts = {name: sum(case.is_annotated([name]) for case in labelled) for name in list(manifest.labels)[1:]}
+        said = ", ".join(f"{name} in {count}" for name, count in counts.items())
+        yield f"annotated, of {len(labelled)} labelled cases: {said}"
+    ignored = [e.label.ignored_voxels for e in examinations if e.label and e.label.ignored_voxels]
+    if manifest.ignore_label is not None:
+        yield f"ignored (value {manifest.ignore_label}): {sum(ignored)} voxels in {len(ignored)} cases"
 
 
 def _draw(manifest: Manifest, examinations: Sequence[CaseExamination], folder: Path) -> None:

@@ -243,9 +243,9 @@ def _drop_leftovers(store: CaseStore) -> None:
 
 def _refuse_unfit(path: Path, plan: Plan, manifest: Manifest) -> None:
     """Raise where an edited plan is not for this manifest; the order of channels and labels counts."""
-    for name in ("channels", "labels", "label_pairs"):
+    for name in ("channels", "labels", "label_pairs", "regions", "ignore_label"):
         own, wanted = getattr(plan, name), getattr(manifest, name)
-        if list(own) != list(wanted) or own != wanted:
+        if repr(own) != repr(wanted):
             raise ConfigError(
                 f"{path}: {name}: this edited plan says {own}, the manifest {wanted}; mend the plan, or plan anew with "
                 "`medseg preprocess CONFIG --replan`"
