@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,23 +49,9 @@ def draw_overlay(
 
     figure = Figure(figsize=(9, 3.4), dpi=100, layout="constrained")
     figure.suptitle(title, fontsize=9)
-    finite = image[np.isfinite(image)]
-    low, high = np.percentile(finite, (1, 99)) if finite.size else (0, 1)
     for axis, (panel, at) in enumerate(zip(figure.subplots(1, 3), slices_of(outlines, image.shape), strict=True)):
-        across, up = (n for n in range(3) if n != axis)
-        panel.imshow(
-            np.take(image, at, axis).T,
-            cmap="gray",
-            vmin=low,
-            vmax=high,
-            origin="lower",
-            aspect=spacing_mm[up] / spacing_mm[across],
-            interpolation="nearest",
-        )
-        for line, classes in zip(LINES, outlines.values(), strict=False):
-            _outline(panel, np.take(classes, at, axis).T, line)
+        _draw_slice(panel, image, list(outlines.values()), axis, at, spacing_mm)
         panel.set_title(f"{'XYZ'[axis]} = {at}", fontsize=8)
-        panel.set_axis_off()
     _legend(figure, outlines, class_names)
     return figure
 
@@ -90,6 +76,77 @@ def draw_images(images: Mapping[str, NDArray[Any]], spacing_mm: tuple[float, flo
         panel.set_title(name, fontsize=8)
         panel.set_axis_off()
     return figure
+
+
+class Patch(NamedTuple):
+    """A patch to be drawn.
+
+    Attributes:
+        title: above it.
+        image: (X, Y, Z), any real type.
+        classes: (X, Y, Z) class indices, 0 the background; None where there is nothing to outline.
+    """
+
+    title: str
+    image: NDArray[Any]
+    classes: NDArray[Any] | None
+
+
+def draw_patches(
+    patches: Sequence[Patch], spacing_mm: tuple[float, float, float], class_names: Sequence[str], columns: int = 4
+) -> Figure:
+    """Draw a slice of each patch across its thickest voxels, with the outlines of its classes.
+
+    The slice is that with the largest section of foreground, else the middle one.
+
+    Args:
+        patches: at least one, each on a grey scale of its own from its 1st to its 99th percentile.
+        spacing_mm: of the three axes.
+        class_names: by class index, the background first.
+        columns: patches side by side.
+    """
+    from matplotlib.figure import Figure
+
+    axis = max(range(3), key=lambda n: (spacing_mm[n], n))
+    rows = -(-len(patches) // columns)
+    figure = Figure(figsize=(2.6 * columns, 2.8 * rows + 0.4), dpi=100, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    outlined = [[] if patch.classes is None else [patch.classes] for patch in patches]
+    for panel, patch, outlines in zip(panels, patches, outlined, strict=False):
+        at = slices_of({"": classes for classes in outlines}, patch.image.shape)[axis]
+        _draw_slice(panel, patch.image, outlines, axis, at, spacing_mm)
+        panel.set_title(patch.title, fontsize=8)
+    for panel in panels[len(patches) :]:
+        panel.set_axis_off()
+    present = [np.unique(classes) for outlines in outlined for classes in outlines]
+    _legend(figure, {"": np.concatenate(present)} if present else {}, class_names)
+    return figure
+
+
+def _draw_slice(
+    panel: Axes,
+    image: NDArray[Any],
+    outlines: Sequence[NDArray[Any]],
+    axis: int,
+    at: int,
+    spacing_mm: tuple[float, float, float],
+) -> None:
+    """Draw a slice of an image, on the whole image's scale of greys, with the outlines of label maps."""
+    across, up = (n for n in range(3) if n != axis)
+    finite = image[np.isfinite(image)]
+    low, high = np.percentile(finite, (1, 99)) if finite.size else (0, 1)
+    panel.imshow(
+        np.take(image, at, axis).T,
+        cmap="gray",
+        vmin=low,
+        vmax=high,
+        origin="lower",
+        aspect=spacing_mm[up] / spacing_mm[across],
+        interpolation="nearest",
+    )
+    for line, classes in zip(LINES, outlines, strict=False):
+        _outline(panel, np.take(classes, at, axis).T, line)
+    panel.set_axis_off()
 
 
 def slices_of(outlines: Mapping[str, NDArray[Any]], shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -186,16 +243,17 @@ def _coloured(grey: NDArray[np.floating[Any]], classes: NDArray[Any]) -> NDArray
 
 
 def draw_learning_curves(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
-    """Draw a run's losses and validation scores over its steps, one panel each.
+    """Draw a run's losses, gradient norms and validation scores over its steps, one panel each.
 
     Args:
         curves: metric -> (step, value); names begin with "train/" or "val/".
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for panel, title, prefix in zip(panels, ("Training loss", "Validation"), ("train/loss", "val/"), strict=True):
+    shown = {"Training loss": "train/loss", "Gradient norm": "train/gradient_norm", "Validation": "val/"}
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    panels = figure.subplots(1, len(shown))
+    for panel, (title, prefix) in zip(panels, shown.items(), strict=True):
         for name, points in sorted(curves.items()):
             if name.startswith(prefix):
                 panel.plot(*zip(*points, strict=True), marker=".", label=name.removeprefix("val/"))

@@ -1,0 +1,74 @@
+"""The steps from the last checkpoint to one that was not finite once more, and that one taken apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.hardware import autocast
+from pipeline.training.diagnosis.finiteness import Fault, faulty_weight, inspect
+from pipeline.training.distributed import this_share
+from pipeline.training.loop import Batches, LoopSettings, train_step
+from pipeline.training.optimisation import Schedule
+from pipeline.training.randomness import torch_seed
+from pipeline.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Which step is to blame, and for what.
+
+    Attributes:
+        step: its number, from 0.
+        batch: number of the batch in which the fault is; None where no batch is to blame.
+        fault: what was the first not to be finite.
+    """
+
+    step: int
+    batch: int | None
+    fault: Fault
+
+
+def replay(
+    state: TrainState, batches: Batches, schedule: Schedule, settings: LoopSettings, bad_step: int
+) -> Finding | None:
+    """Do the steps before a bad one again, and return what in that one is the first not to be finite.
+
+    Args:
+        state: as the last checkpoint has it; changed in place.
+        batches, schedule, settings: as training has them.
+        bad_step: the step, from 0, whose loss or gradient was not finite.
+
+    Returns:
+        The finding; None where all was finite this time, as it may be on a GPU, which does not round twice alike, or
+        where the fault is in the batch of another process.
+    """
+    if name := faulty_weight(state.network):
+        return Finding(state.step, None, Fault("weights", name))
+    while state.step < bad_step:
+        train_step(state, batches, schedule(state.step, state.total_steps), settings)
+    if name := faulty_weight(state.network):
+        return Finding(bad_step - 1, None, Fault("step", name))
+    state.objective.train()
+    for number in range(bad_step * settings.accumulate, (bad_step + 1) * settings.accumulate):
+        if fault := _fault_of(state, batches, settings, number):
+            return Finding(bad_step, number, fault)
+    return None
+
+
+def _fault_of(state: TrainState, batches: Batches, settings: LoopSettings, number: int) -> Fault | None:
+    """Return what in a batch is the first not to be finite."""
+    batch = batches(number)
+
+    def loss() -> Tensor:
+        torch.manual_seed(torch_seed(settings.seed, "dropout", number))
+        with autocast(settings.device, settings.dtype):
+            # Several processes would wait for one another in the loss; a layer each can look for alone.
+            value: Tensor = state.objective(*batch) if this_share().processes == 1 else state.network(batch[0])
+        return value
+
+    return inspect(
+        state.network, batch[0], loss, backward=not state.scaler.is_enabled() and this_share().processes == 1
+    )
