@@ -103,7 +103,7 @@ def test_the_options_of_one_are_listed_with_what_they_take() -> None:
     documentation, options = networks.options_of("unet")
     assert documentation.startswith("Build a U-Net")
     takes = {option.name: (option.type, option.default) for option in options}
-    assert takes["width"] == ("integer at least 1", "32")
+    assert takes["width"] == ("integer at least 1 or null", "null")
     assert takes["levels"] == ("integer at least 2 or null", "null")
     assert takes["dropout"] == ("number at least 0, below 1", "0.0")
     assert takes["downsampling"] == ("max | average | strided", '"strided"')

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "pipeline"
 
 FLOORS = {
     0: (
-        *("errors", "records", "geometry", "options", "progress"),
+        *("errors", "records", "geometry", "options", "progress", "pyramid"),
         *("config", "config_yaml", "config_schema", "config_loading"),
     ),
     1: ("volumes",),

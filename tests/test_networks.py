@@ -16,7 +16,7 @@ from pipeline.data.phantoms import make_phantom
 from pipeline.geometry import Geometry
 from pipeline.networks import NETWORKS, NetworkTask, build_network, check_options
 from pipeline.networks.contract import Size, centre_crop
-from pipeline.networks.topology import topology
+from pipeline.pyramid import topology
 from pipeline.training.losses import build_loss
 
 

@@ -18,7 +18,8 @@ from pipeline.preparation.examination import (
     Intensities,
     LabelExamination,
 )
-from pipeline.preparation.planning import PATCH_VOXELS, fingerprint, make_plan
+from pipeline.preparation.planning import fingerprint, make_plan
+from pipeline.preparation.sizing import PATCH_VOXELS
 
 Triple = tuple[float, float, float]
 SECTION = PreprocessingSection()
@@ -198,7 +199,7 @@ def test_an_unknown_channel_in_the_configuration_is_refused() -> None:
 def test_every_value_has_its_reason() -> None:
     plan = plan_for(make_facts((1, 1, 1), (36, 50, 35)))
     assert set(plan.reasons) == {
-        *("orientation", "spacing_mm", "thick_axis", "crop", "patch_size", "batch_size", "normalisation")
+        *("orientation", "spacing_mm", "thick_axis", "crop", "patch_size", "batch_size", "network", "normalisation")
     }
 
 

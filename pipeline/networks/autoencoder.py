@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from pipeline.networks.blocks import Activation, Norm, Padding
+from pipeline.networks.blocks import Activation, Padding
 from pipeline.networks.contract import NetworkTask
 from pipeline.networks.topology import Convs, Count, Kernels, LevelCount, Strides, Widths
-from pipeline.networks.unet import Downsampling, UNet, unet
+from pipeline.networks.unet import Downsampling, NormChoice, UNet, unet
 from pipeline.networks.upsampling import UpsamplingMode
 
 
 def autoencoder(
     task: NetworkTask,
     *,
-    width: Count = 32,
+    width: Count | None = None,
     max_width: Count = 320,
     widths: Widths | None = None,
     levels: LevelCount | None = None,
     kernels: Kernels | None = None,
     strides: Strides | None = None,
     convs: Convs = 2,
-    norm: Norm = "instance",
+    norm: NormChoice = "auto",
     activation: Activation = "leaky_relu",
     residual: bool = False,
     downsampling: Downsampling = "strided",
@@ -33,14 +33,14 @@ def autoencoder(
 
     Args:
         task: what it is built for.
-        width: feature maps of the first level.
+        width: feature maps of the first level; None: the plan's, else 32.
         max_width: bound of the doubling.
         widths: feature maps of every level.
         levels: resolutions, the bottleneck included.
         kernels: of every level.
         strides: into every level but the first.
         convs: convolutions in each level.
-        norm: batch, instance, group or none.
+        norm: batch, instance, group or none; auto: the plan's, else instance.
         activation: relu, leaky_relu, prelu or silu.
         residual: short skips.
         downsampling: max, average or strided.

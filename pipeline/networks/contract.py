@@ -8,7 +8,13 @@ from math import prod
 
 from torch import Tensor, nn
 
-Size = tuple[int, int, int]
+from pipeline.data.plan import NetworkPlan
+from pipeline.pyramid import Size as Size
+from pipeline.pyramid import as_size as as_size
+
+# What a network has in common with one that was trained for another task: in every U-Net and autoencoder the names of
+# its tensors begin so.
+ENCODER = "encoder."
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,8 @@ class NetworkTask:
         spacing_mm: voxel size of the plan's grid, for networks that pool less along a thick axis.
         flat_axis: the axis that a 2-D network leaves alone: kernels, strides and margins are 1, 1 and 0 along it, and
             each of its planes is seen by itself; None for a 3-D network.
+        planned: what planning decided of a U-Net; None where a network is built for no plan, or for one made before
+            planning decided that.
     """
 
     in_channels: int
@@ -29,6 +37,7 @@ class NetworkTask:
     patch_size: Size
     spacing_mm: tuple[float, float, float]
     flat_axis: int | None = None
+    planned: NetworkPlan | None = None
 
     def cubic(self, voxels: int, along_flat_axis: int = 1) -> Size:
         """Return a kernel or stride of as many voxels on each axis, a 2-D network's flat one excepted."""
@@ -75,12 +84,6 @@ class Network(nn.Module):
             image: (N, C, *input).
         """
         return (self(image),)
-
-
-def as_size(values: Iterable[int]) -> Size:
-    """Return three numbers, one for each axis, as a size."""
-    x, y, z = values
-    return x, y, z
 
 
 def total_stride(strides: Iterable[Size]) -> Size:

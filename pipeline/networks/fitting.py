@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from pipeline.config import NetworkSection, Output, Task
-from pipeline.data.plan import Plan
+from pipeline.data.plan import Plan, norm_for
 from pipeline.networks import Network, build_network
-from pipeline.networks.contract import NetworkTask, Size
+from pipeline.networks.contract import NetworkTask, Size, as_size
+from pipeline.pyramid import topology
 
 # Planes that a step of a 2-D network has at most: more make it dearer, not better.
 MOST_PLANES = 32
@@ -39,6 +40,7 @@ def network_task(plan: Plan, section: NetworkSection, outputs: int | None = None
         patch_size=plan.patch_size,
         spacing_mm=plan.spacing_mm,
         flat_axis=flat_axis,
+        planned=plan.network,
     )
 
 
@@ -76,10 +78,28 @@ def _legal_patch(plan: Plan, section: NetworkSection) -> Size:
 
 def _of_planes(plan: Plan, axis: int) -> Plan:
     """Return a plan whose patches are planes, as many in a batch as keep its voxels but for a bound."""
-    x, y, z = (1 if a == axis else n for a, n in enumerate(plan.patch_size))
+    if plan.patch_size[axis] == 1:
+        return plan
+    patch = as_size(1 if a == axis else n for a, n in enumerate(plan.patch_size))
     planes = min(plan.batch_size * plan.patch_size[axis], MOST_PLANES)
-    fitted = _with(plan, "patch_size", (x, y, z), f"one plane across axis {axis}, for the network is a 2-D one")
-    return _with(fitted, "batch_size", planes, f"planes for patches, at most {MOST_PLANES}")
+    why = f"one plane across axis {axis}, for the network is a 2-D one"
+    fitted = _with(plan, "patch_size", patch, why)
+    fitted = with_batch(fitted, planes, f"planes for patches, at most {MOST_PLANES}")
+    if fitted.network is None:
+        return fitted
+    kernels, strides = topology(patch, plan.spacing_mm, flat_axis=axis)
+    return _with(fitted, "network", fitted.network.changed(kernels=kernels, strides=strides), why)
+
+
+def with_batch(plan: Plan, batch_size: int, reason: str) -> Plan:
+    """Return a plan with another batch, and the norm that goes with it."""
+    if batch_size == plan.batch_size:
+        return plan
+    fitted = _with(plan, "batch_size", batch_size, reason)
+    if fitted.network is None or norm_for(batch_size) == fitted.network.norm:
+        return fitted
+    network = fitted.network.changed(norm=norm_for(batch_size))
+    return _with(fitted, "network", network, f"{network.norm} norm for batches of {batch_size}")
 
 
 def _with(plan: Plan, name: str, value: object, reason: str) -> Plan:

@@ -1,4 +1,4 @@
-"""What a forward pass takes in memory, found without computing it and without touching the network."""
+"""What a forward pass, or a step of training, takes in memory: found without computing it, on no device at all."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -61,6 +62,77 @@ def _found(network: Network, image: Tensor) -> Footprint:
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), mode:  # a compiled network would compile anew
         logits: Tensor = functional_call(network, valueless, (image,))
     return Footprint(logits.shape[1], mode.peak_bytes, sum(tensor.nbytes for tensor in own.values()))
+
+
+@dataclass(frozen=True)
+class StepFootprint:
+    """What a step of training takes.
+
+    Attributes:
+        passes_bytes: most bytes that the batch, what is computed of it forwards and backwards, and the gradients take
+            at once.
+        kept_bytes: of weights, buffers, and their copies: an optimiser's moments, a running mean.
+    """
+
+    passes_bytes: int
+    kept_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """All together."""
+        return self.passes_bytes + self.kept_bytes
+
+
+def step_footprint(
+    objective: nn.Module, batch: tuple[Tensor, Any], *, copies: int, dtype: torch.dtype = torch.float32
+) -> StepFootprint:
+    """Return what a step of training takes in memory, whatever the device that will do it.
+
+    Args:
+        objective: gives the loss of a batch; in train mode, on the device "meta".
+        batch: the image (N, C, *input) and its target, on "meta" too.
+        copies: of the weights that an optimiser and a running mean keep: 2 for AdamW, 1 more with a mean.
+        dtype: in which convolutions and products of matrices compute, as under autocast.
+
+    Raises:
+        ValueError: the network does not take images of that size.
+    """
+    own = [*objective.parameters(), *objective.buffers()]
+    mode = LiveBytes(batch[0], own)
+    with torch.compiler.set_stance("force_eager"), mode, _LowPrecision(dtype):
+        objective(*batch).backward()
+    trained = sum(p.nbytes for p in objective.parameters() if p.requires_grad)
+    kept = sum(tensor.nbytes for tensor in own) + copies * trained
+    return StepFootprint(mode.peak_bytes, kept)
+
+
+class _LowPrecision(TorchFunctionMode):
+    """Does what autocast does, on a device that has none."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation, on copies in low precision where it multiplies."""
+        if func in _MULTIPLYING and self._dtype != torch.float32:
+            args = [self._lowered(value) for value in args]
+            kwargs = {name: self._lowered(value) for name, value in (kwargs or {}).items()}
+        return func(*args, **(kwargs or {}))
+
+    def _lowered(self, value: Any) -> Any:
+        """Return a float32 tensor in low precision, anything else as it is."""
+        return value.to(self._dtype) if isinstance(value, Tensor) and value.dtype == torch.float32 else value
+
+
+# What autocast does in low precision on a CPU and on a GPU alike.
+_MULTIPLYING = {
+    *(torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose2d, torch.conv_transpose3d),
+    *(torch.matmul, torch.bmm, torch.mm, torch.addmm, torch.einsum, Tensor.matmul, Tensor.__matmul__),
+    *(nn.functional.linear, nn.functional.scaled_dot_product_attention),
+}
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -10,7 +10,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.networks.contract import Network, NetworkTask, Size, as_size, total_stride
-from pipeline.networks.topology import Count, topology
+from pipeline.networks.topology import Count
+from pipeline.pyramid import topology
 
 Counts = Annotated[tuple[Count, ...], Field(min_length=1)]
 Probability = Annotated[float, Field(ge=0, lt=1)]

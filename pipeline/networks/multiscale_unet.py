@@ -103,7 +103,7 @@ def _beyond(missing: int, stride: int) -> int:
 def multiscale_unet(
     task: NetworkTask,
     *,
-    width: Count = 32,
+    width: Count | None = None,
     max_width: Count = 320,
     levels: LevelCount = 3,
     convs: Convs = 2,
@@ -124,7 +124,7 @@ def multiscale_unet(
 
     Args:
         task: what it is built for.
-        width: feature maps of the first level, doubled at each level.
+        width: feature maps of the first level, doubled at each level; None: the plan's, else 32.
         max_width: bound of the doubling.
         levels: resolutions of the U-Net, the bottleneck included; each doubles the margin, near enough.
         convs: convolutions in each level, or in every one.

@@ -19,6 +19,7 @@ from pipeline.networks.topology import Convs, Count, Kernels, LevelCount, Levels
 from pipeline.networks.upsampling import MaxUnpool, UpsamplingMode, border, positions_of_largest, upsampling
 
 Downsampling = Literal["max", "average", "strided"]
+NormChoice = Norm | Literal["auto"]
 Skips = Literal["concat", "sum", "none"]
 
 
@@ -236,17 +237,24 @@ def _losses(design: Design) -> tuple[Size, Size]:
     return margin, as_size(2 * m for m in encoder)
 
 
+def chosen_norm(norm: NormChoice, task: NetworkTask) -> Norm:
+    """Return a norm; auto is the plan's, or instance norm where no plan says."""
+    if norm != "auto":
+        return norm
+    return task.planned.norm if task.planned else "instance"
+
+
 def unet(
     task: NetworkTask,
     *,
-    width: Count = 32,
+    width: Count | None = None,
     max_width: Count = 320,
     widths: Widths | None = None,
     levels: LevelCount | None = None,
     kernels: Kernels | None = None,
     strides: Strides | None = None,
     convs: Convs = 2,
-    norm: Norm = "instance",
+    norm: NormChoice = "auto",
     activation: Activation = "leaky_relu",
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
     residual: bool = False,
@@ -260,14 +268,14 @@ def unet(
 
     Args:
         task: what it is built for.
-        width: feature maps of the first level, doubled at each level.
+        width: feature maps of the first level, doubled at each level; None: the plan's, else 32.
         max_width: bound of the doubling.
         widths: feature maps of every level, in place of both.
-        levels: resolutions, the bottleneck included; None: as many as the patch admits.
-        kernels: of every level, in place of what fits the spacing.
-        strides: into every level but the first, in place of what fits patch and spacing.
+        levels: resolutions, the bottleneck included; None: the plan's, else as many as the patch admits.
+        kernels: of every level, in place of the plan's or of what fits the spacing.
+        strides: into every level but the first, in place of the plan's or of what fits patch and spacing.
         convs: convolutions in each level, or in every one.
-        norm: batch (cheaper; wants a batch of 4 or more), instance, group or none.
+        norm: batch (cheaper; wants a batch of 4 or more), instance, group or none; auto: the plan's, else instance.
         activation: relu, leaky_relu, prelu or silu.
         dropout: probability of zeroing a whole feature map of the bottleneck.
         residual: short skips around each level's convolutions.
@@ -294,7 +302,7 @@ def unet(
     )
     design = Design(
         levels=fitted,
-        norm=norm,
+        norm=chosen_norm(norm, task),
         activation=activation,
         dropout=dropout,
         residual=residual,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from math import ceil, prod
+from math import prod
 from typing import Literal
 
 import numpy as np
@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from pipeline.config import PreprocessingSection
 from pipeline.data.manifest import Manifest
-from pipeline.data.plan import ChannelFingerprint, Fingerprint, Millimetres, Normalisation, Plan, Size
+from pipeline.data.plan import ChannelFingerprint, Fingerprint, Millimetres, Normalisation, Plan
 from pipeline.errors import ConfigError
 from pipeline.geometry import Geometry
 from pipeline.preparation.examination import CaseExamination, ChannelExamination, pooled
 from pipeline.preparation.preprocessing import cropped_to
+from pipeline.preparation.sizing import SET_HERE, Memory, sized
 
 Scheme = Literal["ct", "zscore", "zscore_nonzero", "none"]
 Triple = tuple[float, float, float]
@@ -23,9 +24,6 @@ Axis = Literal[0, 1, 2]
 
 # An axis whose voxels are this much longer than the others' is thick (Isensee et al. 2021, Nature Methods 18).
 THICK_RATIO = 3.0
-# nnU-Net's largest patch on a GPU of 8 GB; two of them are a step's batch.
-PATCH_VOXELS = 128**3
-SMALLEST_BATCH, LARGEST_BATCH = 2, 4
 # Images with more exact zeros than this were cut out of a frame of zeros (skull-stripped, ultrasound's cone).
 FRAME_SHARE = 0.25
 
@@ -66,7 +64,9 @@ def fingerprint(
     )
 
 
-def make_plan(fingerprint: Fingerprint, manifest: Manifest, section: PreprocessingSection) -> Plan:
+def make_plan(
+    fingerprint: Fingerprint, manifest: Manifest, section: PreprocessingSection, memory: Memory | None = None
+) -> Plan:
     """Decide how images are treated; what the configuration sets wins, and its reason says so.
 
     A pure function: equal facts give an equal plan.
@@ -75,27 +75,21 @@ def make_plan(fingerprint: Fingerprint, manifest: Manifest, section: Preprocessi
         fingerprint: of the development cases.
         manifest: channels, labels and pairs.
         section: the configuration's wishes.
+        memory: what a step of training may take, and what it would; None: only voxels are counted.
 
     Raises:
         ConfigError: a channel of `section.normalisation` is not in the manifest.
     """
-    set_here = "set in the configuration"
-    reasons = {"orientation": set_here if section.orientation != "RAS" else "RAS, as world coordinates run"}
+    reasons = {"orientation": SET_HERE if section.orientation != "RAS" else "RAS, as world coordinates run"}
     reasons["crop"] = {"none": "nothing is cut away", "nonzero": "the frame that is zero in every channel is cut away"}[
         section.crop
     ]
     spacing, reasons["spacing_mm"] = (
-        (section.spacing_mm, set_here) if section.spacing_mm != "auto" else _spacing(fingerprint)
+        (section.spacing_mm, SET_HERE) if section.spacing_mm != "auto" else _spacing(fingerprint)
     )
     thick, reasons["thick_axis"] = _thick_axis(spacing)
-    patch, reasons["patch_size"] = (
-        (section.patch_size, set_here) if section.patch_size != "auto" else _patch_size(fingerprint, spacing)
-    )
-    batch, reasons["batch_size"] = (
-        (section.batch_size, set_here) if section.batch_size != "auto" else _batch_size(patch)
-    )
     normalisation, reasons["normalisation"] = _normalisations(fingerprint, manifest, section.normalisation)
-    return Plan(
+    plan = Plan(
         channels=manifest.channels,
         labels=manifest.labels,
         label_pairs=manifest.label_pairs,
@@ -105,11 +99,12 @@ def make_plan(fingerprint: Fingerprint, manifest: Manifest, section: Preprocessi
         spacing_mm=spacing,
         thick_axis=thick,
         crop=section.crop,
-        patch_size=patch,
-        batch_size=batch,
+        patch_size=(1, 1, 1),
+        batch_size=1,
         normalisation=normalisation,
         reasons=reasons,
     )
+    return sized(plan, fingerprint, section, memory)
 
 
 def _oriented(examination: CaseExamination, section: PreprocessingSection) -> Geometry:
@@ -194,35 +189,6 @@ def _thick_axis(spacing: Millimetres) -> tuple[Axis | None, str]:
     if ratio > THICK_RATIO:
         return thick, f"voxels are {ratio:.1f} times as long along it: a cubic curve across slices would overshoot"
     return None, f"the longest axis of a voxel is {ratio:.1f} times the next, not more than {THICK_RATIO:g}"
-
-
-def _patch_size(fingerprint: Fingerprint, spacing: Millimetres) -> tuple[Size, str]:
-    """Return the median case rounded up, its longest axes shortened until it fits the voxel budget."""
-    median = [max(1, round(mm / step)) for mm, step in zip(fingerprint.extent_mm["50"], spacing, strict=True)]
-    size = [ceil(n / _multiple(n)) * _multiple(n) for n in median]
-    whole = list(size)
-    while prod(size) > PATCH_VOXELS:
-        longest = max(range(3), key=lambda axis: size[axis] * spacing[axis] if size[axis] > 8 else 0.0)
-        size[longest] -= _multiple(size[longest] - 1)
-    reason = f"the median case, {'x'.join(map(str, median))} voxels, rounded up to what a U-Net can halve"
-    if size != whole:
-        reason += f"; its longest axes shortened until it holds no more than {PATCH_VOXELS:,} voxels"
-    return (size[0], size[1], size[2]), reason
-
-
-def _multiple(length: int) -> int:
-    """Return what an axis must be a multiple of, so that it can be halved down to about 4 voxels."""
-    steps = ((8, 1), (24, 4), (64, 8), (128, 16))
-    return next((multiple for below, multiple in steps if length < below), 32)
-
-
-def _batch_size(patch: Size) -> tuple[int, str]:
-    """Return how many patches a step has."""
-    fit = 2 * PATCH_VOXELS // prod(patch)
-    return min(max(fit, SMALLEST_BATCH), LARGEST_BATCH), (
-        f"as many as fit {2 * PATCH_VOXELS:,} voxels, but {SMALLEST_BATCH} to {LARGEST_BATCH}: more small patches make "
-        "a step dearer, not better"
-    )
 
 
 def _normalisations(
