@@ -185,30 +185,49 @@ class TrainingSection(Section):
     steps_per_epoch: Count = 100
     """Steps between two lines of the log, and the unit of validation and checkpoints."""
     batch_size: Count | None = None
-    """Patches a step; null: the plan's."""
+    """Patches a batch; null: the plan's."""
+    accumulate: Count = 1
+    """Batches whose gradients are averaged into one step. As good as one batch of so many more patches, but that a
+    batch norm and the sums of a batch Dice see one batch at a time."""
+    activation_checkpointing: bool = False
+    """Keep only what goes into each block of layers, and compute the rest again on the way back: less memory, about a
+    third more time, the same gradients."""
+    compile: bool = False
+    """Train through torch.compile; where that fails or gives another loss, training goes on without, with a warning."""
     foreground_fraction: Probability = 0.34
     """Share of the patches centred on a foreground voxel of a class drawn evenly; labels count for nothing under
     `task: denoise`."""
+    sampling_weights: dict[str, NonNegative] = {}
+    """Per label: how often its voxels are drawn among those patches, relative to 1 for a label that is not named."""
     loss: str = "dice_ce"
     """A name of the LOSSES table; `task: denoise` learns by the mean squared error instead."""
     loss_options: Options = {}
     """Options of that loss."""
     deep_supervision: bool = False
     """Add the loss at the coarser decoder levels, weights halved a level, normalised to one."""
-    optimiser: Literal["adamw", "sgd"] = "adamw"
-    """adamw, or sgd with Nesterov momentum 0.99."""
-    learning_rate: Positive = 3e-3
-    """Largest learning rate."""
-    weight_decay: NonNegative = 1e-2
-    """Decoupled for adamw."""
-    schedule: Literal["cosine", "poly", "constant"] = "cosine"
-    """Course of the learning rate to the end of the budget."""
-    warmup_fraction: Probability = 0.05
-    """Share of the budget in which the learning rate rises from 0."""
+    optimiser: str = "adamw"
+    """A name of the OPTIMISERS table: adamw, or sgd with Nesterov momentum 0.99."""
+    optimiser_options: Options = {}
+    """Options of that optimiser: beta1 and beta2, or momentum and nesterov."""
+    learning_rate: Positive | None = None
+    """Largest learning rate; null: what suits the optimiser, 3e-3 for adamw, 1e-2 for sgd."""
+    weight_decay: NonNegative | None = None
+    """Decoupled for adamw; null: what suits the optimiser, 1e-2 for adamw, 3e-5 for sgd."""
+    encoder_learning_rate_factor: Positive = 1.0
+    """The encoder's learning rate is so many times that of the rest: below 1 it keeps more of `init_from`."""
+    schedule: str = "cosine"
+    """A name of the SCHEDULES table: the course of the learning rate to the end of the budget, cosine, poly, one_cycle
+    or constant."""
+    schedule_options: Options = {}
+    """Options of that schedule: the power of poly, div_factor and final_div_factor of one_cycle."""
+    warmup_fraction: Probability | None = None
+    """Share of the budget in which the learning rate rises; null: what suits the schedule, 0.3 for one_cycle, else
+    0.05."""
     gradient_clip: Positive | None = 12.0
     """Largest norm of the gradient; null: no clipping."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Validate and keep a running mean of the weights with this decay; null: the weights as they are."""
+    """Validate and keep a running mean of the weights with this decay, a batch norm's statistics included; null: the
+    weights as they are."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 where the hardware has it, fp16 with a scaler on older GPUs, else fp32."""
     validation_every_epochs: Count = 10

@@ -28,6 +28,8 @@ _TRACKED = ("runs:/", "models:/")
 _TABLES: tuple[tuple[Keys, Keys], ...] = (
     (("network", "name"), ("network", "options")),
     (("training", "loss"), ("training", "loss_options")),
+    (("training", "optimiser"), ("training", "optimiser_options")),
+    (("training", "schedule"), ("training", "schedule_options")),
 )
 
 
@@ -38,16 +40,17 @@ def load_config(
 
     `extends` names one YAML or a list of them, relative to the YAML that says it; later ones win. Mappings are merged
     key by key; scalars and lists are replaced, and so is `training.budget`, of whose keys only one may stand. Options
-    of a network or loss are dropped where another one is named, or null stands in their place. `data.manifest`,
-    `data.root` and `training.init_from` are relative to the YAML that says them, in an override to the current folder;
-    the paths of the result are absolute.
+    of a network, loss, optimiser or schedule are dropped where another one is named, or null stands in their place.
+    `data.manifest`, `data.root` and `training.init_from` are relative to the YAML that says them, in an override to the
+    current folder; the paths of the result are absolute.
 
     Args:
         path: the YAML.
         overrides: SECTION.KEY=VALUE each, the value in YAML; later ones win.
-        option_checks: returns, under `network.name` and `training.loss`, the `check_options` of that table: (name,
-            options) -> (key, message) of each problem, the key "name", "options" or "options.KEY". It is called, and
-            so pays for what it imports, only where a name or options other than the defaults are said.
+        option_checks: returns, under `network.name`, `training.loss`, `training.optimiser` and `training.schedule`,
+            the `check_options` of that table: (name, options) -> (key, message) of each problem, the key "name",
+            "options" or "options.KEY". It is called, and so pays for what it imports, only where a name or options
+            other than the defaults are said.
 
     Raises:
         ConfigError: a file is missing, empty, broken or no mapping, or extends itself; else every error of all files

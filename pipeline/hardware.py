@@ -142,6 +142,53 @@ def compiled(network: Compiled, example: torch.Tensor, dtype: torch.dtype, backe
     return network
 
 
+def compiled_to_train(
+    objective: torch.nn.Module, batch: Sequence[Any], dtype: torch.dtype, backend: str = "inductor"
+) -> torch.nn.Module:
+    """Return what a training step calls compiled by torch.compile, or as it was where that fails here or gives another
+    loss, with one warning.
+
+    Whether it pays is not measured: a resumed run would decide otherwise now and then, and no longer have the weights
+    of the one that was cut.
+
+    Args:
+        objective: returns the loss of a batch; its weights stay shared, its buffers and gradients as they are.
+        batch: what it is called with, on its device; an image first.
+        dtype: in which it computes.
+        backend: torch.compile's.
+    """
+    start = time.monotonic()
+    faster = cast("torch.nn.Module", torch.compile(objective, backend=backend))
+    try:
+        before, after = (_loss_of_one_step(one, batch, dtype) for one in (objective, faster))
+    except Exception as error:  # a missing compiler, an operation it does not know, a bug of its own
+        why = str(error).strip().partition("\n")[0]
+    else:
+        if abs(after - before) <= COMPILED_ERROR[dtype] * max(abs(before), 1e-6):
+            log.info("compiled in %.0f s", time.monotonic() - start)
+            return faster
+        why = f"the loss of a batch is {after:.6g}, {before:.6g} without"
+    log.warning("training without compiling: %s", why)
+    return objective
+
+
+def _loss_of_one_step(objective: torch.nn.Module, batch: Sequence[Any], dtype: torch.dtype) -> float:
+    """Return the loss of a batch, there and back; what batch norms counted of it, and its gradients, are dropped."""
+    buffers = {name: buffer.clone() for name, buffer in objective.named_buffers()}
+    was_training = objective.training
+    torch.manual_seed(0)  # dropout is the same
+    try:
+        with autocast(batch[0].device, dtype):
+            loss: torch.Tensor = objective.train()(*batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.item()
+    finally:
+        objective.train(was_training)
+        objective.zero_grad(set_to_none=True)
+        for name, buffer in objective.named_buffers():
+            buffer.copy_(buffers[name])
+
+
 @torch.inference_mode()
 def _timed_pass(network: torch.nn.Module, image: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
     """Return a network's logits in float32, and the seconds of the fastest of three passes after a first."""

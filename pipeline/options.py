@@ -64,7 +64,8 @@ def _problem(name: str, schema: type[BaseModel], found: dict[str, Any]) -> tuple
     key = ".".join(["options", *map(str, found["loc"])])
     if found["type"] == "extra_forbidden":
         known = list(schema.model_fields)
-        return key, f"{name} has no such option{_nearest(str(found['loc'][-1]), known)}; it has {', '.join(known)}"
+        others = ", ".join(known) or "none"
+        return key, f"{name} has no such option{_nearest(str(found['loc'][-1]), known)}; it has {others}"
     return key, f"{found['msg']}, got {found['input']!r}"
 
 

@@ -84,17 +84,17 @@ def test_schema_describes_keys_and_extends() -> None:
     whole = json_schema()
     assert whole["$schema"].endswith("2020-12/schema")
     assert whole["properties"]["extends"]["description"]
-    assert whole["$defs"]["TrainingSection"]["properties"]["learning_rate"]["description"] == "Largest learning rate."
+    assert whole["$defs"]["TrainingSection"]["properties"]["foreground_fraction"]["description"].startswith("Share")
     assert whole["then"] == {"required": ["name", "data"], "properties": {"data": {"required": ["manifest"]}}}
 
 
 @pytest.mark.parametrize(
     ("key", "words"),
     [
-        ("training.learning_rate", "a number above 0"),
+        ("training.learning_rate", "a number above 0 or null"),
         ("training.foreground_fraction", "a number from 0 to 1"),
         ("training.ema_decay", "a number of at least 0 and below 1 or null"),
-        ("training.optimiser", "one of adamw, sgd"),
+        ("training.precision", "one of auto, fp32, bf16, fp16"),
         ("preprocessing.spacing_mm", "auto or a list of 3, each a number above 0"),
         ("preprocessing.normalisation", "a mapping, each value one of ct, zscore, zscore_nonzero, none"),
         ("inference.flip_axes", "a list, each one of x, y, z"),

@@ -13,6 +13,7 @@ from pipeline.config_loading import OptionChecks, dump_config, load_config
 from pipeline.errors import ConfigError
 from pipeline.networks import check_options as check_network
 from pipeline.training.losses import check_options as check_loss
+from pipeline.training.optimisation import check_optimiser, check_schedule
 
 Write = Callable[..., Path]
 
@@ -38,7 +39,12 @@ def errors(path: Path, *overrides: str, option_checks: Callable[[], OptionChecks
 
 
 def tables() -> OptionChecks:
-    return {"network.name": check_network, "training.loss": check_loss}
+    return {
+        "network.name": check_network,
+        "training.loss": check_loss,
+        "training.optimiser": check_optimiser,
+        "training.schedule": check_schedule,
+    }
 
 
 def test_every_error_at_once_with_its_place(write: Write) -> None:
@@ -50,7 +56,7 @@ data:
 training:
   learning_rat: 1
   learning_rate: abc
-  optimiser: adamW
+  precision: fp23
   budget: {epochs: 3, minutes: 4}
   augmentation:
     scale: [1.2, 0.8]
@@ -71,8 +77,9 @@ inference:
         "x.yaml:1:1: name: expected text that matches ^[A-Za-z0-9][A-Za-z0-9_.-]*$, got 'a b'",
         "x.yaml:2:1: nework: unknown key, did you mean 'network'?",
         "x.yaml:6:3: training.learning_rat: unknown key, did you mean 'learning_rate'?",
-        "x.yaml:7:3: training.learning_rate: expected a number above 0, got 'abc'",
-        "x.yaml:8:3: training.optimiser: expected one of adamw, sgd, got 'adamW', did you mean 'adamw'?",
+        "x.yaml:7:3: training.learning_rate: expected a number above 0 or null, got 'abc'",
+        "x.yaml:8:3: training.precision: expected one of auto, fp32, bf16, fp16, got 'fp23', "
+        "did you mean 'fp32'?",
         "x.yaml:9:3: training.budget: give exactly one of steps, epochs, minutes",
         "x.yaml:11:5: training.augmentation.scale: expected the smaller number first, got [1.2, 0.8]",
         "x.yaml:12:5: training.augmentation.gamma: expected a list of 2, each a number above 0, got [1]",
@@ -158,8 +165,8 @@ def test_a_number_is_read_as_people_write_it(write: Write, text: str, value: flo
 @pytest.mark.parametrize("text", ["'3'", "true", "1:30", "2024-01-01", ".inf", ".nan", "-1", "[3]", "null", "1_000"])
 def test_what_only_looks_like_a_number_is_refused(write: Write, text: str) -> None:
     # YAML 1.1 reads 1:30 as 90, and pydantic's lax mode true as 1.
-    (line,) = errors(write(MINIMAL + f"training: {{learning_rate: {text}}}\n"))
-    assert line.startswith("x.yaml:3:12: training.learning_rate: expected a number above 0, got ")
+    (line,) = errors(write(MINIMAL + f"training: {{checkpoint_minutes: {text}}}\n"))
+    assert line.startswith("x.yaml:3:12: training.checkpoint_minutes: expected a number above 0, got ")
 
 
 def test_a_count_in_powers_of_ten(write: Write) -> None:
@@ -328,6 +335,20 @@ def test_options_are_checked_into_the_same_list(write: Write) -> None:
     assert errors(path) == [key]
 
 
+def test_an_optimiser_and_a_schedule_are_checked_into_the_same_list(write: Write) -> None:
+    path = write(
+        MINIMAL
+        + "training:\n  optimiser: adamw\n  optimiser_options: {momentum: 0.9}\n"
+        + "  schedule: one-cycle\n  schedule_options: {power: 2}\n"
+    )
+    optimiser, schedule = errors(path, option_checks=tables)
+    assert optimiser.startswith("x.yaml:5:23: training.optimiser_options.momentum: adamw has no such option")
+    assert optimiser.endswith("it has beta1, beta2")
+    assert schedule.startswith("x.yaml:6:3: training.schedule: unknown, got 'one-cycle'; expected one of cosine, poly")
+    cosine = write(MINIMAL + "training: {schedule_options: {power: 2}}\n")
+    assert errors(cosine, option_checks=tables)[0].endswith("cosine has no such option; it has none")
+
+
 def test_a_default_with_wrong_options_is_named_too(write: Write) -> None:
     override = "training.loss_options.smooth=-1"
     (line,) = errors(write(MINIMAL), override, option_checks=tables)
@@ -343,7 +364,7 @@ def test_the_tables_are_asked_only_about_what_is_no_default(write: Write) -> Non
         return []
 
     def record() -> OptionChecks:
-        return {"network.name": accept, "training.loss": accept}
+        return dict.fromkeys(tables(), accept)
 
     load_config(write(MINIMAL + "network: {name: unet, options: {}}\n"), [], record)
     assert asked == []
@@ -355,6 +376,8 @@ def test_the_defaults_pass_the_tables() -> None:
     default = Config(name="a", data=DataSection(manifest=Path("m.json")))
     assert check_network(default.network.name, default.network.options) == []
     assert check_loss(default.training.loss, default.training.loss_options) == []
+    assert check_optimiser(default.training.optimiser, default.training.optimiser_options) == []
+    assert check_schedule(default.training.schedule, default.training.schedule_options) == []
 
 
 def test_a_dump_loads_to_an_equal_configuration_from_any_folder(

@@ -9,12 +9,10 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-from torch import Tensor
-
 from pipeline.confidence.calibration import save_calibration
 from pipeline.data.plan import write_plan
 from pipeline.errors import TrainingError
-from pipeline.hardware import keep_freed_memory
+from pipeline.hardware import compiled_to_train, keep_freed_memory
 from pipeline.pictures import draw_learning_curves
 from pipeline.progress import counter
 from pipeline.records import atomic_path, exclusively, write_json, write_text
@@ -26,9 +24,8 @@ from pipeline.stages.workspace import EARLIER, Workspace
 from pipeline.tracking import RunLog, SilentLog, environment_tags, metric_history, start_follower
 from pipeline.training.budget import Costs, seconds_per_step, steps_within
 from pipeline.training.checkpoints import load_checkpoint, save_checkpoint
-from pipeline.training.distributed import agree, from_first, this_share
-from pipeline.training.loop import Batches, train, train_step
-from pipeline.training.optimisation import SCHEDULES
+from pipeline.training.distributed import agree, from_first, synchronised, this_share
+from pipeline.training.loop import Batch, Batches, train, train_step
 from pipeline.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -64,6 +61,7 @@ def _train_locked(task: FoldTask, *, resume: bool) -> None:
     began, share = time.monotonic(), this_share()
     state = task.new_state()
     batches = task.batches(state.network)
+    _wrap_step(task, state, batches)
     if resume:
         load_checkpoint(task.checkpoint, state, task.facts)
         agree({"checkpoint": (state.step, state.total_steps, state.best_step)})
@@ -83,9 +81,8 @@ def _train_locked(task: FoldTask, *, resume: bool) -> None:
         # Only now: MLflow's imports beside the probe would make the steps look dear.
         follower = start_follower(task.folder) if share.is_first else None
         with counter(f"fold {task.fold}", state.total_steps, state.step) as advance:
-            section = task.config.training
-            schedule = SCHEDULES[section.schedule](section.learning_rate, section.warmup_fraction)
-            train(state, _counted(batches, advance), schedule, task.settings, hooks)
+            counted = _counted(batches, advance, task.settings.accumulate)
+            train(state, counted, task.schedule(state), task.settings, hooks)
         if share.is_first:
             _finish(hooks, state)
     except BaseException as error:
@@ -132,10 +129,11 @@ def _budgeted_steps(hooks: FoldHooks, batches: Batches, began: float) -> int:
 def _probe(hooks: FoldHooks, batches: Batches) -> Costs:
     """Measure a training's parts, on a state that is thrown away, as the first process's clock has them."""
     task, state = hooks.task, hooks.task.new_state()
+    _wrap_step(task, state, batches)
 
-    def step(number: int) -> None:
-        train_step(state, batches(number), task.config.training.learning_rate, task.settings)
-        state.loss_sum.item()  # waits for the device
+    def step() -> None:
+        train_step(state, batches, task.schedule(state)(0, 1), task.settings)
+        state.sums.loss.item()  # waits for the device
 
     step_s = seconds_per_step(step)
     every = task.validation_cases
@@ -157,12 +155,20 @@ def _probe(hooks: FoldHooks, batches: Batches) -> Costs:
     return Costs(step_s, epoch_end_s, validation_s, calibration_s)
 
 
-def _counted(batches: Batches, advance: Callable[[], None]) -> Batches:
-    """Return the batches, each moving the progress bar on."""
+def _wrap_step(task: FoldTask, state: TrainState, batches: Batches) -> None:
+    """Compile what a step calls, where the configuration says so and it works here, and join it to other processes."""
+    if task.config.training.compile:
+        state.step_module = compiled_to_train(state.step_module, batches(0), task.dtype)
+    state.step_module = synchronised(state.step_module)
 
-    def batch(step: int) -> tuple[Tensor, Target | Tensor]:
-        advance()
-        return batches(step)
+
+def _counted(batches: Batches, advance: Callable[[], None], accumulate: int) -> Batches:
+    """Return the batches, the first of each step moving the progress bar on."""
+
+    def batch(number: int) -> Batch:
+        if number % accumulate == 0:
+            advance()
+        return batches(number)
 
     return batch
 

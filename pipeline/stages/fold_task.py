@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,10 +19,11 @@ from pipeline.data.manifest import Case, Manifest
 from pipeline.data.plan import Fingerprint, Plan, read_plan
 from pipeline.data.store import CaseStore
 from pipeline.errors import ConfigError, ModelError, StoreError
-from pipeline.hardware import pick_dtype, place
+from pipeline.hardware import autocast, pick_dtype, place
 from pipeline.model import model_digest
 from pipeline.networks import Network
 from pipeline.networks.fitting import fitted_plan, network_for, outputs_of
+from pipeline.networks.recomputing import recompute_activations
 from pipeline.predictor import Engine, Predictor
 from pipeline.records import digest_of
 from pipeline.stages.calibrating import PASS_COST, TEMPERATURE_CASES, calibration_of
@@ -32,12 +33,12 @@ from pipeline.stages.validation import DiceValidation, Validation
 from pipeline.stages.workspace import Workspace
 from pipeline.training.loop import Batches, LoopSettings
 from pipeline.training.losses import Objective, build_loss
-from pipeline.training.optimisation import build_optimiser
+from pipeline.training.optimisation import Schedule, build_optimiser, build_schedule
 from pipeline.training.randomness import torch_seed
 from pipeline.training.sampling.augmentation import Augmentation
 from pipeline.training.sampling.batches import Batches as AugmentedBatches
 from pipeline.training.sampling.patches import CaseInMemory, PatchCase, PatchSampler
-from pipeline.training.state import TrainState, averaged_tensors
+from pipeline.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
@@ -198,27 +199,40 @@ class FoldTask:
             dtype=self.dtype,
             device=self.device,
             seed=self.config.seed,
+            accumulate=section.accumulate,
         )
 
     def new_state(self) -> TrainState:
-        """Build network, loss and optimiser from the seed."""
+        """Build network, loss and optimiser from the seed.
+
+        Raises:
+            ConfigError: an option is wrong, or asks for what the network has not.
+        """
         config, section = self.config, self.config.training
         torch.manual_seed(torch_seed(config.seed, "weights", 0))
         network = network_for(self.plan, config.network, self.outputs)
         objective = self.objective(network)
         place(network, self.device)
-        return TrainState(
-            objective=objective,
-            optimiser=build_optimiser(network, section),
-            scaler=torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16),
-            average=None if section.ema_decay is None else [t.clone() for t in averaged_tensors(network)],
-            step=0,
-            total_steps=0,
-            best_score=-math.inf,
-            best_step=0,
-            stale_validations=0,
-            loss_sum=torch.zeros((), device=self.device),
-        )
+        if section.activation_checkpointing:
+            recompute_activations(network, partial(autocast, self.device, self.dtype))
+        try:
+            optimiser = build_optimiser(network, section)
+        except ValueError as error:
+            raise ConfigError(f"training.optimiser {section.optimiser}: {error}") from error
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        return TrainState.begin(objective, optimiser, scaler, ema=section.ema_decay is not None)
+
+    def schedule(self, state: TrainState) -> Schedule:
+        """Return the course of the learning rate.
+
+        Raises:
+            ConfigError: an option of the schedule is wrong.
+        """
+        section = self.config.training
+        try:
+            return build_schedule(section, state.optimiser)
+        except ValueError as error:
+            raise ConfigError(f"training.schedule {section.schedule}: {error}") from error
 
     def objective(self, network: Network) -> Objective:
         """Join the network to the loss that it learns by.

@@ -18,7 +18,7 @@ class Costs:
     """Seconds that parts of a training take.
 
     Attributes:
-        step_s: a step, its batch included.
+        step_s: a step, its batches included.
         epoch_end_s: the checkpoint at the end of an epoch.
         validation_s: a validation of all cases.
         calibration_s: what the best model learns of its own confidence at the end.
@@ -30,19 +30,19 @@ class Costs:
     calibration_s: float = 0.0
 
 
-def seconds_per_step(step: Callable[[int], object]) -> float:
+def seconds_per_step(step: Callable[[], object]) -> float:
     """Return the mean time of a step, after a few that are not counted.
 
     The first process's clock says when it is enough, so that all of them do the same steps.
 
     Args:
-        step: does the step of a number, and waits until the device has done it.
+        step: does the next step, and waits until the device has done it.
     """
-    for number in range(WARMUP_STEPS):
-        step(number)
+    for _ in range(WARMUP_STEPS):
+        step()
     start, spent_s, done = time.monotonic(), 0.0, 0
     while done < MOST_PROBE_STEPS and spent_s < PROBE_S:
-        step(WARMUP_STEPS + done)
+        step()
         spent_s, done = from_first(time.monotonic() - start), done + 1
     return spent_s / done
 

@@ -19,9 +19,11 @@ from pipeline.errors import TrainingError
 from pipeline.records import atomic_path
 from pipeline.training.state import TrainState
 
-CHECKPOINT_FORMAT_VERSION = 1
+CHECKPOINT_FORMAT_VERSION = 2
 
 _NUMBERS = ("step", "total_steps", "best_score", "best_step", "stale_validations")
+# Of the epoch so far; a state with a bad step is never written.
+_SUMS = ("loss", "gradient_norm", "norms")
 
 
 def save_checkpoint(path: Path, state: TrainState, facts: dict[str, Any]) -> None:
@@ -38,7 +40,7 @@ def save_checkpoint(path: Path, state: TrainState, facts: dict[str, Any]) -> Non
     tensors, optimiser_numbers = _optimiser_parts(state.optimiser)
     tensors |= {f"network/{name}": tensor for name, tensor in state.network.state_dict().items()}
     tensors |= {f"average/{i}": tensor for i, tensor in enumerate(state.average or [])}
-    tensors["loss_sum"] = state.loss_sum
+    tensors |= {f"sums/{name}": getattr(state.sums, name) for name in _SUMS}
     metadata = {
         "format_version": CHECKPOINT_FORMAT_VERSION,
         "numbers": numbers,
@@ -54,7 +56,7 @@ def save_checkpoint(path: Path, state: TrainState, facts: dict[str, Any]) -> Non
 
 
 def load_checkpoint(path: Path, state: TrainState, facts: dict[str, Any]) -> None:
-    """Put a checkpoint's values into a state that was built from the same configuration.
+    """Put a checkpoint's values into a state that was built from the same configuration, whatever it has done since.
 
     Raises:
         TrainingError: the file is missing, damaged, of another format version, or of a run with other facts.
@@ -72,7 +74,8 @@ def load_checkpoint(path: Path, state: TrainState, facts: dict[str, Any]) -> Non
     _fill({str(i): tensor for i, tensor in enumerate(state.average or [])}, tensors, "average/")
     _restore_optimiser(state.optimiser, tensors, metadata["optimiser"])
     state.scaler.load_state_dict(metadata["scaler"])
-    state.loss_sum.copy_(tensors["loss_sum"])
+    _fill({name: getattr(state.sums, name) for name in _SUMS}, tensors, "sums/")
+    state.sums.bad_step.fill_(-1)
     for name in _NUMBERS:
         setattr(state, name, type(getattr(state, name))(metadata["numbers"][name]))
 
@@ -111,6 +114,7 @@ def _optimiser_parts(optimiser: torch.optim.Optimizer) -> tuple[dict[str, Tensor
 def _restore_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
     """Put moments back, each in its parameter's own memory layout: fused steps walk both in step."""
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    optimiser.state.clear()
     for key, value in [*tensors.items(), *((f"optimiser/{name}", number) for name, number in numbers.items())]:
         kind, _, rest = key.partition("/")
         if kind != "optimiser":

@@ -1,6 +1,6 @@
 """The training loop on one page, top to bottom.
 
-Everything that a step needs is a function of its number: the batch, the learning rate, the seed of dropout. What is
+Everything that a step needs is a function of its number: the batches, the learning rate, the seed of dropout. What is
 left to remember stands in TrainState, and a run that was killed goes on from its last checkpoint with the very weights
 it would have had.
 """
@@ -8,18 +8,21 @@ it would have had.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.errors import TrainingError
 from pipeline.hardware import autocast
-from pipeline.training.optimisation import Schedule
+from pipeline.training.diagnosis.stopwatch import CHECKPOINTS, LOGGING, STEPS, VALIDATION, WAITING, Clock, untimed
+from pipeline.training.losses.target import Target
+from pipeline.training.optimisation import Schedule, set_learning_rate
 from pipeline.training.randomness import torch_seed
 from pipeline.training.state import TrainState, averaged_tensors, update_average
 
@@ -40,6 +43,7 @@ class LoopSettings:
         dtype: type under autocast.
         device: where the network is.
         seed: of dropout.
+        accumulate: batches whose gradients are averaged into one step.
     """
 
     steps_per_epoch: int
@@ -51,6 +55,7 @@ class LoopSettings:
     dtype: torch.dtype
     device: torch.device
     seed: int
+    accumulate: int = 1
 
 
 class Hooks(Protocol):
@@ -72,60 +77,112 @@ class Hooks(Protocol):
         """Report an epoch's metrics."""
         ...
 
+    def not_finite(self, state: TrainState, step: int) -> TrainingError:
+        """Return the error of a loss or gradient that was not finite first at a step, counted from 0: says where it
+        came from.
+        """
+        ...
 
-Batches = Callable[[int], tuple[Tensor, Tensor]]
+
+Batch = tuple[Tensor, Target | Tensor]
+Batches = Callable[[int], Batch]
 
 
-def train(state: TrainState, batches: Batches, schedule: Schedule, settings: LoopSettings, hooks: Hooks) -> None:
+def train(
+    state: TrainState,
+    batches: Batches,
+    schedule: Schedule,
+    settings: LoopSettings,
+    hooks: Hooks,
+    clock: Clock = untimed,
+) -> None:
     """Train until the budget is spent or validation stops getting better.
 
     Args:
         state: where training stands; changed in place.
-        batches: step -> image (N, C, *patch) and target (N, *patch) int64, on the device.
+        batches: number -> image (N, C, *patch) and its target, on the device; step s takes the numbers from
+            s * accumulate on.
         schedule: (step, total steps) -> learning rate.
         settings: how.
         hooks: what the stage does at each validation, checkpoint and epoch end.
+        clock: measures the phases.
 
     Raises:
-        TrainingError: the loss is not finite.
+        TrainingError: a loss or gradient is not finite; no checkpoint and no model is written of what it led to.
     """
     epoch_start = saved = time.monotonic()
     while state.step < state.total_steps and not _stopped_early(state, settings):
-        train_step(state, batches(state.step), schedule(state.step, state.total_steps), settings)
+        train_step(state, batches, schedule(state.step, state.total_steps), settings, clock)
         ended = state.step % settings.steps_per_epoch == 0 or state.step == state.total_steps
+        due = ended or time.monotonic() - saved > settings.checkpoint_s
+        if due:
+            with clock(STEPS):  # waits for the device's last steps
+                bad_step = int(state.sums.bad_step)
+            if bad_step >= 0:
+                raise hooks.not_finite(state, bad_step)
         if ended:
             metrics = _epoch_metrics(state, settings, time.monotonic() - epoch_start, schedule)
             if _validation_due(state, settings):
-                metrics |= _validate(state, hooks)
-            hooks.epoch_ended(state, metrics)
+                with clock(VALIDATION):
+                    metrics |= _validate(state, hooks)
+            with clock(LOGGING):
+                hooks.epoch_ended(state, metrics)
             epoch_start = time.monotonic()
-        if ended or time.monotonic() - saved > settings.checkpoint_s:
-            hooks.checkpoint(state)
+        if due:
+            with clock(CHECKPOINTS):
+                hooks.checkpoint(state)
             saved = time.monotonic()
     if _stopped_early(state, settings):
         log.info("stopped early: %d validations without a better one", state.stale_validations)
 
 
-def train_step(state: TrainState, batch: tuple[Tensor, Tensor], learning_rate: float, settings: LoopSettings) -> None:
-    """Do one optimiser step and count it."""
-    # Dropout draws from torch's own generator: seeded by the step, it needs no place in the checkpoint.
-    torch.manual_seed(torch_seed(settings.seed, "dropout", state.step))
-    for group in state.optimiser.param_groups:
-        group["lr"] = learning_rate
-    state.objective.train()
+def train_step(
+    state: TrainState, batches: Batches, learning_rate: float, settings: LoopSettings, clock: Clock = untimed
+) -> None:
+    """Do one optimiser step and count it; nothing here waits for the device."""
+    set_learning_rate(state.optimiser, learning_rate)
+    state.step_module.train()
     state.optimiser.zero_grad(set_to_none=True)
+    first, last = state.step * settings.accumulate, (state.step + 1) * settings.accumulate - 1
+    losses = []
+    for number in range(first, last + 1):
+        with clock(WAITING):
+            batch = batches(number)
+        with clock(STEPS), _gradients_shared(state.step_module, number == last):
+            losses.append(_backward(state, batch, number, settings))
+    with clock(STEPS):
+        norm = _clipped(state, settings.gradient_clip)
+        state.scaler.step(state.optimiser)
+        state.scaler.update()
+        state.sums.add(torch.stack(losses).mean(), norm, state.step, may_overflow=state.scaler.is_enabled())
+        state.step += 1
+        if state.average is not None and settings.ema_decay is not None:
+            update_average(state.average, averaged_tensors(state.network), settings.ema_decay, state.step)
+
+
+def _backward(state: TrainState, batch: Batch, number: int, settings: LoopSettings) -> Tensor:
+    """Add a batch's share to the gradients, and return its loss."""
+    # Dropout draws from torch's own generator: seeded by the batch's number, it needs no place in the checkpoint.
+    torch.manual_seed(torch_seed(settings.seed, "dropout", number))
     with autocast(settings.device, settings.dtype):
-        loss = state.objective(*batch)
-    state.scaler.scale(loss).backward()
-    if settings.gradient_clip is not None:
-        state.scaler.unscale_(state.optimiser)
-        torch.nn.utils.clip_grad_norm_(state.network.parameters(), settings.gradient_clip)
-    state.scaler.step(state.optimiser)
-    state.scaler.update()
-    state.loss_sum += loss.detach()
-    state.step += 1
-    if state.average is not None and settings.ema_decay is not None:
-        update_average(state.average, averaged_tensors(state.network), settings.ema_decay, state.step)
+        loss: Tensor = state.step_module(*batch)
+    state.scaler.scale(loss / settings.accumulate).backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
+
+
+def _gradients_shared(module: nn.Module, now: bool) -> AbstractContextManager[None]:
+    """Let processes that train together average their gradients only once a step."""
+    return nullcontext() if now or not isinstance(module, DistributedDataParallel) else module.no_sync()
+
+
+def _clipped(state: TrainState, largest: float | None) -> Tensor:
+    """Clip the gradients, if they are to be, and return the norm that they had."""
+    state.scaler.unscale_(state.optimiser)
+    parameters = [parameter for parameter in state.network.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if largest is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    return norm
 
 
 def _stopped_early(state: TrainState, settings: LoopSettings) -> bool:
@@ -151,17 +208,15 @@ def _validate(state: TrainState, hooks: Hooks) -> dict[str, float]:
 
 
 def _epoch_metrics(state: TrainState, settings: LoopSettings, seconds: float, schedule: Schedule) -> dict[str, float]:
-    """Return the epoch's mean loss, learning rate and speed; reads the loss from the device."""
+    """Return the epoch's mean loss and gradient norm, learning rate and speed, and begin the next epoch's sums."""
     steps = (state.step - 1) % settings.steps_per_epoch + 1
-    loss = state.loss_sum.item() / steps
-    state.loss_sum.zero_()
-    if not math.isfinite(loss):
-        raise TrainingError(
-            f"the training loss is {loss} by step {state.step}; lower training.learning_rate, or set "
-            "training.precision: fp32 to see whether it is the half precision"
-        )
-    return {
-        "train/loss": loss,
+    sums, norms = state.sums, int(state.sums.norms)
+    metrics = {
+        "train/loss": sums.loss.item() / steps,
         "train/learning_rate": schedule(state.step - 1, state.total_steps),
         "train/steps_per_s": steps / seconds,
     }
+    if norms:  # none where fp16 overflowed at each step
+        metrics["train/gradient_norm"] = sums.gradient_norm.item() / norms
+    sums.begin_epoch()
+    return metrics

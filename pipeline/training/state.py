@@ -2,15 +2,60 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.networks.contract import Network
 from pipeline.training.losses import Objective
+
+
+@dataclass(frozen=True)
+class EpochSums:
+    """What the steps of an epoch add up to, on the device: reading it at every step would make the device wait.
+
+    Attributes:
+        loss: sum of the losses.
+        gradient_norm: sum of the norms of the gradients before clipping, as far as they are finite.
+        norms: how many those are.
+        bad_step: the first step, counted from 0, whose loss or gradient was not finite; -1: none. It outlives epochs.
+    """
+
+    loss: Tensor
+    gradient_norm: Tensor
+    norms: Tensor
+    bad_step: Tensor
+
+    @classmethod
+    def on(cls, device: torch.device) -> EpochSums:
+        """Return the sums before the first step."""
+        loss, norm, norms = torch.zeros(3, device=device).unbind()
+        return cls(loss, norm, norms, torch.full((), -1, device=device))
+
+    def add(self, loss: Tensor, norm: Tensor, step: int, *, may_overflow: bool) -> None:
+        """Add a step; nothing waits for the device.
+
+        Args:
+            loss: scalar, of the step.
+            norm: scalar, of its gradient.
+            step: its number, from 0.
+            may_overflow: a gradient that is not finite is no failure: the scaler leaves such a step out.
+        """
+        finite = norm.isfinite()
+        self.loss.add_(loss)
+        self.gradient_norm.add_(torch.where(finite, norm, 0))
+        self.norms.add_(finite)
+        good = loss.isfinite() if may_overflow else loss.isfinite() & finite
+        self.bad_step.copy_(torch.where(good | (self.bad_step >= 0), self.bad_step, step))
+
+    def begin_epoch(self) -> None:
+        """Set the sums to zero."""
+        for tensor in (self.loss, self.gradient_norm, self.norms):
+            tensor.zero_()
 
 
 @dataclass
@@ -19,6 +64,7 @@ class TrainState:
 
     Attributes:
         objective: the network with its loss.
+        step_module: what a step calls: the objective, or what is wrapped around it to compile or to distribute it.
         optimiser: over the network's parameters.
         scaler: of fp16 gradients; disabled otherwise.
         average: running mean of the network's floating-point state, in its order; None without EMA.
@@ -27,11 +73,11 @@ class TrainState:
         best_score: best validation score so far.
         best_step: its step.
         stale_validations: validations since then.
-        loss_sum: sum of the losses of the epoch so far, on the device: reading it every step would make the device
-            wait.
+        sums: of the losses and gradients of the epoch so far.
     """
 
     objective: Objective
+    step_module: nn.Module
     optimiser: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     average: list[Tensor] | None
@@ -40,7 +86,29 @@ class TrainState:
     best_score: float
     best_step: int
     stale_validations: int
-    loss_sum: Tensor
+    sums: EpochSums
+
+    @classmethod
+    def begin(
+        cls, objective: Objective, optimiser: torch.optim.Optimizer, scaler: torch.amp.GradScaler, *, ema: bool
+    ) -> TrainState:
+        """Return the state before the first step, of a network that is on its device; with `ema` its running mean
+        begins where the weights do.
+        """
+        followed = averaged_tensors(objective.network)
+        return cls(
+            objective=objective,
+            step_module=objective,
+            optimiser=optimiser,
+            scaler=scaler,
+            average=[tensor.clone() for tensor in followed] if ema else None,
+            step=0,
+            total_steps=0,
+            best_score=-math.inf,
+            best_step=0,
+            stale_validations=0,
+            sums=EpochSums.on(followed[0].device),
+        )
 
     @property
     def network(self) -> Network:
@@ -49,7 +117,11 @@ class TrainState:
 
 
 def averaged_tensors(network: Network) -> list[Tensor]:
-    """Return the tensors that the running mean follows: parameters and floating-point buffers, each once."""
+    """Return the tensors that the running mean follows: parameters and floating-point buffers, each once.
+
+    The statistics of a batch norm are followed as its weights are: those of the last step would belong to other
+    weights than the mean's.
+    """
     tensors = [*network.parameters(), *network.buffers()]
     return [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
 
@@ -70,8 +142,8 @@ def averaged_weights(state: TrainState) -> Iterator[None]:
 
 
 def update_average(average: list[Tensor], current: list[Tensor], decay: float, step: int) -> None:
-    """Move the running mean towards the weights; early on it follows faster, so that random weights are soon
-    forgotten.
+    """Move the running mean towards the weights, all of them by one call; early on it follows faster, so that random
+    weights are soon forgotten.
     """
     weight = 1 - min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(average, current, weight)
