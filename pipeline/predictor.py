@@ -39,7 +39,7 @@ from pipeline.hardware import (
 from pipeline.inference.labelling import label_from_planes
 from pipeline.inference.memory import MemoryPlan, plan_memory
 from pipeline.inference.planes import LogitPlanes, ahead
-from pipeline.inference.postprocessing import postprocess
+from pipeline.inference.postprocessing import common_rules, postprocess, with_rules
 from pipeline.inference.probabilities import ProbabilityRequest
 from pipeline.inference.tiling import Windowing
 from pipeline.inference.windows import LogitStream, stream_logits, windows_at_once
@@ -99,7 +99,7 @@ class Predictor:
 
     Attributes:
         plan: how an image is treated before the networks see it; labels and their values.
-        inference: overlap, blending, flips and postprocessing.
+        inference: overlap, blending, flips and postprocessing, that which was chosen for the models included.
         output: what the networks' logits are of.
         engine: how the machine is used.
         device: where the networks run.
@@ -133,12 +133,13 @@ class Predictor:
         self._windowing = Windowing.of(plan, inference, output)
 
     @classmethod
-    def load(cls, folders: Path | Sequence[Path], engine: Engine | None = None) -> Predictor:
+    def load(cls, folders: Path | Sequence[Path], engine: Engine | None = None, *, chosen: bool = True) -> Predictor:
         """Load a model, or the members of an ensemble.
 
         Args:
             folders: of the models, as `medseg train` writes them.
             engine: how the machine is used.
+            chosen: with the postprocessing that `medseg find-best` chose for them.
 
         Raises:
             ModelError: a folder is no whole model, or one that denoises; or models do not make an ensemble.
@@ -152,10 +153,13 @@ class Predictor:
         for folder, model in zip(named[1:], models[1:], strict=True):
             refuse_other_member(named[0], first, folder, model)
         calibrations = [found for found in map(read_calibration, named) if found is not None]
+        inference = first.description.inference
+        if chosen:
+            inference = with_rules(inference, common_rules(named))
         return cls(
             [model.network for model in models],
             first.plan,
-            first.description.inference,
+            inference,
             replace(engine, precision=engine.precision or first.description.precision),
             output=first.description.output,
             calibrations=calibrations,

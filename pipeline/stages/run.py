@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.errors import ManifestError
+from pipeline.inference.postprocessing import common_rules
 from pipeline.model import model_digest
 from pipeline.records import digest_of, write_text
 from pipeline.stages import check, evaluate, preprocess, train
@@ -67,4 +68,6 @@ def _train_and_evaluate(task: FoldTask) -> Path:
 def _evaluation_digest(task: FoldTask) -> str:
     """Return the digest of what the scores of the best model depend on."""
     section = task.config.evaluation.model_dump(mode="json")
-    return digest_of([model_digest(task.folder / BEST), section, task.manifest.digest()])
+    made_from = [model_digest(task.folder / BEST), section, task.manifest.digest()]
+    rules = common_rules([task.folder / BEST])
+    return digest_of([*made_from, rules.digest()] if rules.has_rules else made_from)

@@ -15,6 +15,7 @@ from typing import TextIO
 from pipeline.data.plan import read_plan
 from pipeline.errors import PipelineError
 from pipeline.hardware import Precision, available_bytes, pick_device, threads_per_worker
+from pipeline.inference.postprocessing import common_rules
 from pipeline.inference.probabilities import ProbabilityType
 from pipeline.model import PLAN
 from pipeline.predictor import Engine, Predictor
@@ -171,7 +172,8 @@ def _go_through(
         batch.journal.refresh()
         results = {**batch.journal.of_run, **results}
         ordered = tuple(results[case.name] for case in cases if case.name in results)
-        report = SegmentReport(out, tuple(models), ordered, not_reached=len(cases) - len(ordered))
+        left = len(cases) - len(ordered)
+        report = SegmentReport(out, tuple(models), ordered, not_reached=left, rules=common_rules(models))
         _write(report)
     if batch.disk_full:
         done = len(ordered) - len(report.failures)

@@ -24,6 +24,7 @@ from pipeline.hardware import (
     reset_peak_memory,
     resident_bytes,
 )
+from pipeline.inference.postprocessing import common_rules
 from pipeline.inference.probabilities import ProbabilityRequest, ProbabilityType
 from pipeline.model import FINGERPRINT, model_digest
 from pipeline.predictor import Engine, Predictor, Segmentation
@@ -168,6 +169,8 @@ class CaseSteps:
         self.predictor = Predictor.load(settings.models, settings.engine)
         self._fingerprint = Fingerprint.model_validate_json((first / FINGERPRINT).read_bytes())
         self._models = [model_digest(folder) for folder in settings.models]
+        if (rules := common_rules(settings.models)).has_rules:
+            self._models.append(rules.digest())
         self._probabilities = settings.probabilities_at(self.predictor.temperature)
         self._process_bytes = resident_bytes()
         limit = settings.max_memory_bytes

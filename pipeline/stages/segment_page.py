@@ -110,6 +110,7 @@ def write_page(report: SegmentReport) -> None:
     pictures = {name: _source(report.folder, name, embed) for name in drawn}
     counts = {status: sum(r.status == status for r in report.results) for status in ("done", "skipped", "failed")}
     facts = {"model": ", ".join(str(model) for model in report.models)}
+    facts |= {"postprocessing": report.rules.as_text()} if report.rules.has_rules else {}
     facts |= {status: str(count) for status, count in counts.items() if count}
     cards = [Card(result, pictures.get(result.name)) for result in sorted(report.results, key=_place)]
     known = {key for card in cards for row in card.rows for key in row.dice}

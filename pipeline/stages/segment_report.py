@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.confidence.judging import Confidence
+from pipeline.inference.postprocessing import Postprocessing
 from pipeline.records import Record, write_json, write_text
 
 REPORT_JSON, REPORT_CSV = "report.json", "report.csv"
@@ -76,12 +77,14 @@ class SegmentReport:
         models: their folders.
         results: in the order of the inputs; cases that were not reached are left out.
         not_reached: how many cases the batch was stopped before.
+        rules: that were chosen for the models on out-of-fold predictions.
     """
 
     folder: Path
     models: tuple[Path, ...]
     results: tuple[CaseResult, ...]
     not_reached: int = 0
+    rules: Postprocessing = field(default_factory=Postprocessing)
 
     @property
     def failures(self) -> tuple[CaseResult, ...]:
@@ -92,6 +95,7 @@ class SegmentReport:
         """Return the report for machines."""
         return {
             "models": [str(model) for model in self.models],
+            "postprocessing": self.rules.model_dump(mode="json"),
             "not_reached": self.not_reached,
             "cases": [result.model_dump(mode="json") for result in self.results],
         }
@@ -127,6 +131,8 @@ class SegmentReport:
         lines += warnings[:WARNINGS_SHOWN]
         if len(warnings) > WARNINGS_SHOWN:
             lines.append(f"and {len(warnings) - WARNINGS_SHOWN} more warnings in {REPORT_CSV}")
+        if self.rules.has_rules:
+            lines.append(f"postprocessing: {self.rules.as_text()}")
         return "\n".join([*lines, f"label maps and report: {self.folder}"])
 
     def write(self) -> None:
