@@ -59,6 +59,7 @@ class DenoisingTask(FoldTask):
             noise_std=self.config.training.denoising.noise_std,
             output_size=self.plan.patch_size,
             seed=self.config.seed,
+            share=this_share(),
         )
 
     def patch_cases(self) -> list[PatchCase]:

@@ -31,6 +31,7 @@ from pipeline.stages.models import LAST, resolve_model
 from pipeline.stages.preprocess import CASES, KEYS, sources_digest
 from pipeline.stages.validation import DiceValidation, Validation
 from pipeline.stages.workspace import Workspace
+from pipeline.training.distributed import this_share
 from pipeline.training.loop import Batches, LoopSettings
 from pipeline.training.losses import Objective, build_loss
 from pipeline.training.optimisation import Schedule, build_optimiser, build_schedule
@@ -156,7 +157,7 @@ class FoldTask:
 
     @property
     def batch_size(self) -> int:
-        """Patches a step."""
+        """Patches of a batch, over all processes that train together."""
         return self.config.training.batch_size or self.plan.batch_size
 
     @property
@@ -293,7 +294,9 @@ class FoldTask:
             foreground_fraction=section.foreground_fraction,
             seed=self.config.seed,
         )
-        return AugmentedBatches(sampler, augmentation, batch_size=self.batch_size, device=self.device)
+        share = this_share()
+        size = share.batch_size(self.batch_size)
+        return AugmentedBatches(sampler, augmentation, batch_size=size, device=self.device, share=share)
 
     def patch_cases(self) -> list[PatchCase]:
         """Return the training cases, in memory where they take a small share of it."""

@@ -53,6 +53,12 @@ class Share:
         """Whether this process is the one that writes."""
         return self.rank == 0
 
+    def part(self, batch: int) -> int:
+        """Return the number of this process's part of a batch, of all parts of all batches: what its draws are keyed
+        by.
+        """
+        return batch * self.processes + self.rank
+
     def of(self, items: Sequence[Item]) -> Sequence[Item]:
         """Return this process's share of the items: one in so many, so that the shares are alike."""
         return items[self.rank :: self.processes]
@@ -73,6 +79,9 @@ class Share:
         return all_patches // self.processes
 
 
+ALONE = Share()
+
+
 def is_launched() -> bool:
     """Tell whether a launcher started this process as one of several."""
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -81,7 +90,7 @@ def is_launched() -> bool:
 def this_share() -> Share:
     """Return which process this is; the only one outside a process group."""
     if not dist.is_initialized():
-        return Share()
+        return ALONE
     return Share(dist.get_rank(), dist.get_world_size())
 
 

@@ -10,17 +10,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from pipeline.errors import TrainingError
 from pipeline.hardware import autocast
 from pipeline.training.diagnosis.stopwatch import CHECKPOINTS, LOGGING, STEPS, VALIDATION, WAITING, Clock, untimed
+from pipeline.training.distributed import average_buffers, averaged, this_share, unsynchronised
 from pipeline.training.losses.target import Target
 from pipeline.training.optimisation import Schedule, set_learning_rate
 from pipeline.training.randomness import torch_seed
@@ -148,13 +148,15 @@ def train_step(
     for number in range(first, last + 1):
         with clock(WAITING):
             batch = batches(number)
-        with clock(STEPS), _gradients_shared(state.step_module, number == last):
+        with clock(STEPS), nullcontext() if number == last else unsynchronised(state.step_module):
             losses.append(_backward(state, batch, number, settings))
     with clock(STEPS):
         norm = _clipped(state, settings.gradient_clip)
         state.scaler.step(state.optimiser)
         state.scaler.update()
-        state.sums.add(torch.stack(losses).mean(), norm, state.step, may_overflow=state.scaler.is_enabled())
+        loss = averaged(torch.stack(losses).mean())
+        state.sums.add(loss, norm, state.step, may_overflow=state.scaler.is_enabled())
+        average_buffers(state.network)
         state.step += 1
         if state.average is not None and settings.ema_decay is not None:
             update_average(state.average, averaged_tensors(state.network), settings.ema_decay, state.step)
@@ -163,16 +165,11 @@ def train_step(
 def _backward(state: TrainState, batch: Batch, number: int, settings: LoopSettings) -> Tensor:
     """Add a batch's share to the gradients, and return its loss."""
     # Dropout draws from torch's own generator: seeded by the batch's number, it needs no place in the checkpoint.
-    torch.manual_seed(torch_seed(settings.seed, "dropout", number))
+    torch.manual_seed(torch_seed(settings.seed, "dropout", this_share().part(number)))
     with autocast(settings.device, settings.dtype):
         loss: Tensor = state.step_module(*batch)
     state.scaler.scale(loss / settings.accumulate).backward()  # type: ignore[no-untyped-call]
     return loss.detach()
-
-
-def _gradients_shared(module: nn.Module, now: bool) -> AbstractContextManager[None]:
-    """Let processes that train together average their gradients only once a step."""
-    return nullcontext() if now or not isinstance(module, DistributedDataParallel) else module.no_sync()
 
 
 def _clipped(state: TrainState, largest: float | None) -> Tensor:

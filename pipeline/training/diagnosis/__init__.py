@@ -1,1 +1,1 @@
-"""What a training says of itself: where its time goes, where it stands still, and where a number stopped being finite."""
+"""What a training says of itself: where its time goes, where it stands still, where a number stopped being finite."""

@@ -38,7 +38,9 @@ def replay(
 
     Args:
         state: as the last checkpoint has it; changed in place.
-        batches, schedule, settings: as training has them.
+        batches: as training has them.
+        schedule: as training has it.
+        settings: as training has them.
         bad_step: the step, from 0, whose loss or gradient was not finite.
 
     Returns:
@@ -61,14 +63,13 @@ def replay(
 def _fault_of(state: TrainState, batches: Batches, settings: LoopSettings, number: int) -> Fault | None:
     """Return what in a batch is the first not to be finite."""
     batch = batches(number)
+    alone = this_share().processes == 1
 
     def loss() -> Tensor:
-        torch.manual_seed(torch_seed(settings.seed, "dropout", number))
+        torch.manual_seed(torch_seed(settings.seed, "dropout", this_share().part(number)))
         with autocast(settings.device, settings.dtype):
             # Several processes would wait for one another in the loss; a layer each can look for alone.
-            value: Tensor = state.objective(*batch) if this_share().processes == 1 else state.network(batch[0])
+            value: Tensor = state.objective(*batch) if alone else state.network(batch[0])
         return value
 
-    return inspect(
-        state.network, batch[0], loss, backward=not state.scaler.is_enabled() and this_share().processes == 1
-    )
+    return inspect(state.network, batch[0], loss, backward=alone and not state.scaler.is_enabled())

@@ -32,10 +32,15 @@ class Stopwatch:
 
     Args:
         device: where the network trains.
+        now: the processor's clock in seconds; a GPU has its own.
+
+    Attributes:
+        case: id of the case that was reached within the phase; "" where none was.
+        moved_s: when a phase last began or ended, or a case was reached, by `time.monotonic`.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._mark, self._seconds = _device_marks(device) if device.type == "cuda" else (time.perf_counter, _difference)
+    def __init__(self, device: torch.device, now: Callable[[], float] = time.perf_counter) -> None:
+        self._mark, self._seconds = _device_marks(device) if device.type == "cuda" else (now, _difference)
         self._stack = [REST]
         self._timeline = [(REST, self._mark())]
         self.case = ""

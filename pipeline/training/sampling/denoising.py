@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.networks.contract import Size, centre_crop
+from pipeline.training.distributed import ALONE, Share
 from pipeline.training.losses.target import Target
 from pipeline.training.randomness import generator, torch_generator
 from pipeline.training.sampling.patches import PatchCase
@@ -52,6 +53,7 @@ class NoisyBatches:
         noise_std: range of the noise's standard deviation, drawn evenly for each patch.
         output_size: voxels that the network returns.
         seed: of every draw.
+        share: whose part of each batch these are.
     """
 
     def __init__(
@@ -61,8 +63,10 @@ class NoisyBatches:
         noise_std: tuple[float, float],
         output_size: Size,
         seed: int,
+        share: Share = ALONE,
     ) -> None:
         self.clean = clean
+        self.share = share
         self.noise_std = noise_std
         self.output_size = output_size
         self.seed = seed
@@ -72,7 +76,7 @@ class NoisyBatches:
         image, _ = self.clean(step)
         target = centre_crop(image, self.output_size).clone()
         for i, values in enumerate(image):
-            index = step * len(image) + i
+            index = self.share.part(step) * len(image) + i
             std = generator(self.seed, "std of the noise", index).uniform(*self.noise_std)
             random = torch_generator(self.seed, "noise to take away", index, image.device)
             values += std * torch.randn(values.shape, generator=random, device=image.device)
