@@ -223,6 +223,7 @@ class SilentLog(RunLog):
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._already = frozenset()
 
     def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
         """Write no table."""
