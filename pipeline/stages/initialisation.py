@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from pipeline.config import Task
+from pipeline.data.plan import Plan
 from pipeline.errors import ConfigError
 from pipeline.model import Model, load_model, model_digest
-from pipeline.networks import Network
+from pipeline.networks import Network, build_network
+from pipeline.networks.contract import ENCODER
+from pipeline.networks.fitting import network_task
+from pipeline.networks.transfer import Shape, Shared, Tensors, counting_axes, shared_names, transfer
 from pipeline.records import Record, write_json
 from pipeline.training.state import TrainState, averaged_tensors
 
@@ -25,12 +27,11 @@ log = logging.getLogger(__name__)
 
 REPORT = "init_from.json"
 
-# What a network has in common with one that was trained for another task: in every U-Net and autoencoder it has this
-# name.
-ENCODER = "encoder."
-
 # Names of tensors that a line of the log has room for.
 NAMES_SHOWN = 4
+
+# A spacing further off than this share is another scale to the features of a network.
+SPACING_TOLERANCE = 0.1
 
 
 class Initialisation(Record):
@@ -41,53 +42,70 @@ class Initialisation(Record):
         name: of the experiment that trained it.
         task: what it was trained for; of another task than the training's own, only the encoder is compared.
         sha256: of its weights, description and plan.
-        copied: parameters and buffers that both networks have in the same shape.
-        other_shape: those that both have -> shape in the model, shape in the training's network.
+        classes: those that both have; a class keeps what the network's last layers knew of it, by its name.
+        new_classes: those that the model lacks: they begin with random weights.
+        channels: those that both have, likewise.
+        copied: parameters and buffers that both networks have in the same shape, for the same classes and channels.
+        in_part: those of which what belongs to the shared classes and channels was taken -> shape in the model, shape
+            in the training's network.
+        other_shape: those that both have in shapes that do not fit -> the same.
         not_there: those that the model lacks.
         not_used: those of the model that the training's network lacks.
-        parameters: numbers among the copied ones that are trained.
+        parameters: numbers taken that are trained.
     """
 
     model: str
     name: str
     task: Task
     sha256: str
+    classes: tuple[str, ...]
+    new_classes: tuple[str, ...]
+    channels: tuple[str, ...]
     copied: tuple[str, ...]
-    other_shape: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    in_part: dict[str, tuple[Shape, Shape]]
+    other_shape: dict[str, tuple[Shape, Shape]]
     not_there: tuple[str, ...]
     not_used: tuple[str, ...]
     parameters: int
 
     def as_lines(self) -> list[str]:
         """Return what fitted, and what did not, a line each."""
-        shapes = [f"{name} {there} instead of {here}" for name, (there, here) in self.other_shape.items()]
-        compared = len(self.copied) + len(shapes) + len(self.not_there)
-        return [
-            f"{len(self.copied)} of {compared} tensors compared fit, {self.parameters} parameters, of {self.model}",
-            *(
-                f"{len(names)} {what}: {', '.join(names[:NAMES_SHOWN])}{', ...' if len(names) > NAMES_SHOWN else ''}"
-                for what, names in (
-                    ("have another shape there", shapes),
-                    ("are not there", self.not_there),
-                    ("of it are not here", self.not_used),
-                )
-                if names
-            ),
+        in_part, shapes = (
+            [f"{name} {there} instead of {here}" for name, (there, here) in tensors.items()]
+            for tensors in (self.in_part, self.other_shape)
+        )
+        compared = len(self.copied) + len(in_part) + len(shapes) + len(self.not_there)
+        lines = [
+            f"{len(self.copied)} of {compared} tensors compared fit, {self.parameters} parameters, of {self.model}"
         ]
+        for names, what in (
+            (in_part, "fit in part, by the names of classes and channels"),
+            (shapes, "have another shape there"),
+            (self.not_there, "are not there"),
+            (self.not_used, "of it are not here"),
+        ):
+            if names:
+                more = ", ..." if len(names) > NAMES_SHOWN else ""
+                lines.append(f"{len(names)} {what}: {', '.join(names[:NAMES_SHOWN])}{more}")
+        if in_part and self.new_classes:
+            lines.append(f"classes known: {', '.join(self.classes) or 'none'}; new: {', '.join(self.new_classes)}")
+        return lines
 
     def record(self, folder: Path, tracked: RunLog) -> None:
         """Write the report into the run folder and to tracking."""
         write_json(folder / REPORT, self.model_dump(mode="json"))
         tracked.artifact(folder / REPORT)
         tracked.tags({"medseg.init_from": self.name, "medseg.init_from_sha256": self.sha256})
-        tracked.params({"init_from": {"tensors": len(self.copied), "parameters": self.parameters}})
+        taken = {"tensors": len(self.copied), "tensors_in_part": len(self.in_part), "parameters": self.parameters}
+        tracked.params({"init_from": taken})
 
 
 def initialise(task: FoldTask, state: TrainState) -> Initialisation | None:
     """Give a new training's network, and its running mean, what fits of the configured model.
 
-    Between trainings of one task that is every parameter and buffer of the same name and shape; of a model of another
-    task only those of the encoder, for what stands behind it was for something else.
+    Between trainings of one task that is every parameter and buffer of the same name and shape. Where classes or
+    channels differ, what counts them is taken entry by entry, by their names; the rest of it stays random. Of a model
+    of another task only the encoder is taken, for what stands behind it was for something else.
 
     Returns:
         What was taken; None where the configuration names no model.
@@ -101,15 +119,13 @@ def initialise(task: FoldTask, state: TrainState) -> Initialisation | None:
         return None
     model = load_model(folder, torch.device("cpu"))
     _refuse_seen_cases(task, folder, model)
-    report = _compared(task.config.task, folder, model, state.network)
+    report = _taken(task, folder, model, state.network)
     if not report.parameters:
         lines = "; ".join(report.as_lines())
         raise ConfigError(f"training.init_from: nothing fits network {task.config.network.name}: {lines}")
-    _copy(model.network.state_dict(), state.network.state_dict(), report.copied)
     if state.average is not None:
         torch._foreach_copy_(state.average, averaged_tensors(state.network))
-    if list(model.plan.channels) != list(task.plan.channels):
-        log.warning("its channels are %s, here %s", ", ".join(model.plan.channels), ", ".join(task.plan.channels))
+    _warn_of_other_plan(model.plan, task.plan)
     for line in report.as_lines():
         log.info("fold %d: training.init_from: %s", task.fold, line)
     return report
@@ -130,32 +146,71 @@ def _refuse_seen_cases(task: FoldTask, folder: Path, model: Model) -> None:
         )
 
 
-def _compared(task: Task, folder: Path, model: Model, network: Network) -> Initialisation:
-    """Compare a model's tensors with a network's, by name and shape."""
-    prefix = "" if model.description.task == task else ENCODER
-    there, here = (_shapes(net.state_dict(), prefix) for net in (model.network, network))
-    copied = tuple(name for name, shape in here.items() if there.get(name) == shape)
-    trained = dict(network.named_parameters())
+def _warn_of_other_plan(there: Plan, here: Plan) -> None:
+    """Say where images look otherwise to the network than those that it has learned from."""
+    if list(there.channels) != list(here.channels):
+        log.warning("its channels are %s, here %s", ", ".join(there.channels), ", ".join(here.channels))
+    if there.orientation != here.orientation:
+        log.warning(
+            "its orientation is %s, here %s; set preprocessing.orientation", there.orientation, here.orientation
+        )
+    ratios = (mine / its for mine, its in zip(here.spacing_mm, there.spacing_mm, strict=True))
+    if any(abs(ratio - 1) > SPACING_TOLERANCE for ratio in ratios):
+        log.warning(
+            "its voxels have %s mm, here %s: things look larger or smaller than it knows them; "
+            "preprocessing.spacing_mm can take over its own",
+            *(" x ".join(f"{mm:.3g}" for mm in plan.spacing_mm) for plan in (there, here)),
+        )
+    for channel in here.channels:
+        schemes = [plan.normalisation[channel].scheme for plan in (there, here) if channel in plan.normalisation]
+        if len(set(schemes)) > 1:
+            log.warning("its %s was normalised by %s, here by %s; see preprocessing.normalisation", channel, *schemes)
+
+
+def _taken(task: FoldTask, folder: Path, model: Model, network: Network) -> Initialisation:
+    """Copy what fits of a model into a network, by name and shape, and say what that was."""
+    prefix = "" if model.description.task == task.config.task else ENCODER
+    there, here = (_named(net, prefix) for net in (model.network, network))
+    known, classes = _outputs(model.description.task, model.plan), _outputs(task.config.task, task.plan)
+    section = task.config.network
+    axes = counting_axes(
+        lambda built_for: build_network(section.name, section.options, built_for),
+        network_task(task.plan, section, task.outputs),
+    )
+    done = transfer(there, here, axes, shared_names(known, classes), _shared_channels(model.plan, task.plan))
+    trained = {name for name, _ in network.named_parameters()}
     return Initialisation(
         model=str(folder),
         name=model.description.name,
         task=model.description.task,
         sha256=model_digest(folder),
-        copied=copied,
-        other_shape={name: (there[name], shape) for name, shape in here.items() if there.get(name, shape) != shape},
+        classes=tuple(name for name in classes if name in known),
+        new_classes=tuple(name for name in classes if name not in known),
+        channels=tuple(name for name in task.plan.channels if name in model.plan.channels),
+        copied=tuple(done.copied),
+        in_part=done.in_part,
+        other_shape=done.other_shape,
         not_there=tuple(name for name in here if name not in there),
         not_used=tuple(name for name in there if name not in here),
-        parameters=sum(trained[name].numel() for name in copied if name in trained),
+        parameters=sum(count for name, count in done.numbers.items() if name in trained),
     )
 
 
-def _shapes(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors whose names begin so."""
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith(prefix)}
+def _named(network: Network, prefix: str) -> Tensors:
+    """Return the tensors whose names begin so, in the memory that the optimiser knows."""
+    return {name: tensor for name, tensor in network.state_dict().items() if name.startswith(prefix)}
 
 
-def _copy(there: Mapping[str, Tensor], here: Mapping[str, Tensor], names: tuple[str, ...]) -> None:
-    """Copy tensors by name, each into the memory that the optimiser knows."""
-    with torch.no_grad():
-        for name in names:
-            here[name].copy_(there[name])
+def _outputs(task: Task, plan: Plan) -> list[str]:
+    """Return what each channel of a network's output is for: regions, classes, or the image's channels."""
+    if task == "denoise":
+        return list(plan.channels)
+    return list(plan.regions if plan.output == "regions" else plan.labels)
+
+
+def _shared_channels(there: Plan, here: Plan) -> Shared:
+    """Return the channels that both have; where none has the name of another, as many are taken in their order."""
+    shared = shared_names(list(there.channels), list(here.channels))
+    if shared.places or shared.there != shared.here:
+        return shared
+    return Shared(shared.there, shared.here, [(k, k) for k in range(shared.here)])
