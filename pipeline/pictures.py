@@ -113,7 +113,7 @@ def draw_patches(
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     outlined = [[] if patch.classes is None else [patch.classes] for patch in patches]
     for panel, patch, outlines in zip(panels, patches, outlined, strict=False):
-        at = slices_of({"": classes for classes in outlines}, patch.image.shape)[axis]
+        at = slices_of(dict(enumerate(outlines)), patch.image.shape)[axis]
         _draw_slice(panel, patch.image, outlines, axis, at, spacing_mm)
         panel.set_title(patch.title, fontsize=8)
     for panel in panels[len(patches) :]:
@@ -149,7 +149,7 @@ def _draw_slice(
     panel.set_axis_off()
 
 
-def slices_of(outlines: Mapping[str, NDArray[Any]], shape: tuple[int, ...]) -> tuple[int, ...]:
+def slices_of(outlines: Mapping[Any, NDArray[Any]], shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return for each axis the slice with the largest section of the first label map that is not empty."""
     drawn = next((classes for classes in outlines.values() if classes.any()), None)
     if drawn is None:

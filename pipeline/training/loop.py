@@ -164,12 +164,17 @@ def train_step(
 
 def _backward(state: TrainState, batch: Batch, number: int, settings: LoopSettings) -> Tensor:
     """Add a batch's share to the gradients, and return its loss."""
+    loss = batch_loss(state.step_module, batch, number, settings)
+    state.scaler.scale(loss / settings.accumulate).backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
+
+
+def batch_loss(objective: Callable[..., Tensor], batch: Batch, number: int, settings: LoopSettings) -> Tensor:
+    """Return what an objective makes of a batch, as training has it computed."""
     # Dropout draws from torch's own generator: seeded by the batch's number, it needs no place in the checkpoint.
     torch.manual_seed(torch_seed(settings.seed, "dropout", this_share().part(number)))
     with autocast(settings.device, settings.dtype):
-        loss: Tensor = state.step_module(*batch)
-    state.scaler.scale(loss / settings.accumulate).backward()  # type: ignore[no-untyped-call]
-    return loss.detach()
+        return objective(*batch)
 
 
 def _clipped(state: TrainState, largest: float | None) -> Tensor:

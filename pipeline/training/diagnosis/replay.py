@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from pipeline.hardware import autocast
 from pipeline.training.diagnosis.finiteness import Fault, faulty_weight, inspect
 from pipeline.training.distributed import this_share
-from pipeline.training.loop import Batches, LoopSettings, train_step
+from pipeline.training.loop import Batches, LoopSettings, batch_loss, train_step
 from pipeline.training.optimisation import Schedule
-from pipeline.training.randomness import torch_seed
 from pipeline.training.state import TrainState
 
 
@@ -65,11 +62,12 @@ def _fault_of(state: TrainState, batches: Batches, settings: LoopSettings, numbe
     batch = batches(number)
     alone = this_share().processes == 1
 
+    def logits(image: Tensor, _: object) -> Tensor:
+        output: Tensor = state.network(image)
+        return output
+
     def loss() -> Tensor:
-        torch.manual_seed(torch_seed(settings.seed, "dropout", this_share().part(number)))
-        with autocast(settings.device, settings.dtype):
-            # Several processes would wait for one another in the loss; a layer each can look for alone.
-            value: Tensor = state.objective(*batch) if alone else state.network(batch[0])
-        return value
+        # Several processes would wait for one another in the loss; for a layer each can look alone.
+        return batch_loss(state.objective if alone else logits, batch, number, settings)
 
     return inspect(state.network, batch[0], loss, backward=alone and not state.scaler.is_enabled())

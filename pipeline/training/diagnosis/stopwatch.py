@@ -16,6 +16,10 @@ PHASES = (WAITING, AUGMENTATION, STEPS, VALIDATION, CHECKPOINTS, LOGGING, REST)
 Clock = Callable[[str], AbstractContextManager[None]]
 
 
+# How to mark a moment, and how to tell the seconds between two marks.
+_Marks = tuple[Callable[[], Any], Callable[[Any, Any], float]]
+
+
 def untimed(phase: str) -> AbstractContextManager[None]:
     """Stand where a stopwatch may stand, and measure nothing."""
     return nullcontext()
@@ -40,7 +44,8 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device, now: Callable[[], float] = time.perf_counter) -> None:
-        self._mark, self._seconds = _device_marks(device) if device.type == "cuda" else (now, _difference)
+        marks: _Marks = _device_marks(device) if device.type == "cuda" else (now, _difference)
+        self._mark, self._seconds = marks
         self._stack = [REST]
         self._timeline = [(REST, self._mark())]
         self.case = ""
@@ -86,16 +91,16 @@ def _difference(start: float, end: float) -> float:
     return end - start
 
 
-def _device_marks(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
+def _device_marks(device: torch.device) -> _Marks:
     """Return how to mark a moment among a GPU's work, and how to tell the seconds between two marks."""
 
     def mark() -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(device))
         return event
 
     def seconds(start: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        end.synchronize()  # type: ignore[no-untyped-call]
-        return start.elapsed_time(end) / 1000  # type: ignore[no-any-return, no-untyped-call]
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000
 
     return mark, seconds
