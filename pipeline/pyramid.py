@@ -1,5 +1,5 @@
-"""The resolutions that a patch admits, as nnU-Net halves it (Isensee et al. 2021): arithmetic on sizes and spacings, which
-planning and the networks share.
+"""The resolutions that a patch admits, as nnU-Net halves it (Isensee et al. 2021): arithmetic that planning and the
+networks share.
 """
 
 from __future__ import annotations

@@ -53,17 +53,24 @@ def network_for(plan: Plan, section: NetworkSection, outputs: int | None = None)
     return build_network(section.name, section.options, network_task(plan, section, outputs))
 
 
-def fitted_plan(plan: Plan, section: NetworkSection) -> Plan:
+def fitted_plan(plan: Plan, section: NetworkSection, batch_size: int | None = None) -> Plan:
     """Return the plan with a patch that the network takes, and the reason.
 
     A 2-D network gets patches one voxel thick, and more of them; any network the next size that its pooling divides
-    or its valid convolutions can yield.
+    or its valid convolutions can yield. Where planning chose a norm, it is chosen anew for another batch.
+
+    Args:
+        plan: patch, batch, spacing and U-Net.
+        section: the network.
+        batch_size: patches a step, where the configuration says; None: the plan's.
 
     Raises:
         ValueError: as `network_for`.
     """
     flat_axis = network_task(plan, section).flat_axis
     fitted = plan if flat_axis is None else _of_planes(plan, flat_axis)
+    if batch_size is not None and fitted.network is not None:
+        fitted = with_batch(fitted, batch_size, "training.batch_size says so")
     while (legal := _legal_patch(fitted, section)) != fitted.patch_size:
         fitted = _with(fitted, "patch_size", legal, f"rounded up to what {section.name} can yield")
     return fitted

@@ -74,7 +74,7 @@ def run(config: Config) -> Explanation:
     plan, source = _plan(config, manifest)
     outputs = outputs_of(config.task, plan)
     try:
-        plan = fitted_plan(plan, config.network)
+        plan = fitted_plan(plan, config.network, config.training.batch_size)
         task = network_task(plan, config.network, outputs)
         description = describe(network_for(plan, config.network, outputs), task)
     except ValueError as error:

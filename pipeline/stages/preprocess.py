@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import threading
@@ -15,7 +16,7 @@ from typing import Literal
 
 import psutil
 
-from pipeline.config import Config, PreprocessingSection
+from pipeline.config import Config
 from pipeline.data.cases import read_case_images, read_case_label
 from pipeline.data.manifest import Case, Manifest
 from pipeline.data.plan import Fingerprint, Plan, read_plan, write_plan
@@ -82,7 +83,7 @@ def run(config: Config, *, jobs: int | None = None, replan: bool = False) -> Pre
     store = CaseStore(folder / CASES)
     with store.lock():
         facts = fingerprint(examinations.values(), manifest, config.preprocessing)
-        plan = settle_plan(folder, facts, manifest, config.preprocessing, replan=replan)
+        plan = settle_plan(folder, facts, manifest, config, replan=replan)
         keys = {case.id: case_key(case, examinations[case.id], plan) for case in manifest.development_cases}
         write_json(folder / KEYS, {"sources": sources_digest(manifest, plan), "cases": keys})
         _drop_leftovers(store)
@@ -100,29 +101,45 @@ def run(config: Config, *, jobs: int | None = None, replan: bool = False) -> Pre
 
 
 def settle_plan(
-    folder: Path, facts: Fingerprint, manifest: Manifest, section: PreprocessingSection, *, replan: bool
+    folder: Path, facts: Fingerprint, manifest: Manifest, config: Config, *, replan: bool = False, device: str = "auto"
 ) -> Plan:
-    """Write the plan and return it; one that a person has edited is kept instead.
+    """Write the plan and return it; one that a person has edited, or that was made from the same facts, is kept.
 
-    The digest of the plan as it was written stands beside it: a plan with another digest was edited.
+    The digest of the plan as it was written stands beside it: a plan with another digest was edited. The facts stand
+    there too, and are written last: with them, the plan is one that was made from them.
 
     Raises:
         ConfigError: the edited plan cannot be read, or its channels or labels are not the manifest's.
     """
-    path, record = folder / "plan.yaml", folder / "plan.sha256"
-    write_json(folder / "fingerprint.json", facts.model_dump(mode="json"))
-    plan = make_plan(facts, manifest, section)
+    path, record, facts_path = (folder / name for name in ("plan.yaml", "plan.sha256", "fingerprint.json"))
+    content = facts.model_dump(mode="json")
     if path.exists() and not replan:
         kept = read_plan(path)
-        written = record.read_text(encoding="utf-8").strip() if record.exists() else ""
-        # The second: a run killed between the two writes below has left a plan of ours that is not recorded.
-        if kept.digest() not in (written, plan.digest()):
+        is_ours = record.exists() and kept.digest() == record.read_text(encoding="utf-8").strip()
+        is_known = facts_path.exists() and json.loads(facts_path.read_text(encoding="utf-8")) == content
+        if is_ours and is_known and not _misfits(kept, manifest):
+            return kept
+        plan = planned(facts, manifest, config, device)
+        # A run killed between the first two writes below has left a plan of ours that is not recorded.
+        if not is_ours and kept.digest() != plan.digest():
             _refuse_unfit(path, kept, manifest)
             log.info("%s: edited by hand, kept; --replan makes it anew", path)
+            write_json(facts_path, content)
             return kept
+    else:
+        plan = planned(facts, manifest, config, device)
     write_plan(path, plan)
     write_text(record, plan.digest() + "\n")
+    write_json(facts_path, content)
     return plan
+
+
+def planned(facts: Fingerprint, manifest: Manifest, config: Config, device: str = "auto") -> Plan:
+    """Return the plan of a configuration, its patch and batch chosen for the memory that its network has."""
+    # Only planning asks networks: what is planned already is found fresh without torch.
+    from pipeline.stages.step_memory import memory_for
+
+    return make_plan(facts, manifest, config.preprocessing, memory_for(config, manifest, facts, device))
 
 
 def sources_digest(manifest: Manifest, plan: Plan) -> str:
@@ -242,16 +259,20 @@ def _drop_leftovers(store: CaseStore) -> None:
 
 
 def _refuse_unfit(path: Path, plan: Plan, manifest: Manifest) -> None:
-    """Raise where an edited plan is not for this manifest; the order of channels and labels counts."""
-    for name in ("channels", "labels", "label_pairs", "regions", "ignore_label"):
-        own, wanted = getattr(plan, name), getattr(manifest, name)
-        if repr(own) != repr(wanted):
-            raise ConfigError(
-                f"{path}: {name}: this edited plan says {own}, the manifest {wanted}; mend the plan, or plan anew with "
-                "`medseg preprocess CONFIG --replan`"
-            )
+    """Raise where an edited plan is not for this manifest."""
+    for name in _misfits(plan, manifest):
+        raise ConfigError(
+            f"{path}: {name}: this edited plan says {getattr(plan, name)}, the manifest {getattr(manifest, name)}; "
+            "mend the plan, or plan anew with `medseg preprocess CONFIG --replan`"
+        )
     if set(plan.normalisation) != set(plan.channels):
         raise ConfigError(f"{path}: normalisation: one entry for each of {', '.join(plan.channels)} is needed")
+
+
+def _misfits(plan: Plan, manifest: Manifest) -> list[str]:
+    """Return the fields in which a plan is not for a manifest; the order of channels and labels counts."""
+    names = ("channels", "labels", "label_pairs", "regions", "ignore_label")
+    return [name for name in names if repr(getattr(plan, name)) != repr(getattr(manifest, name))]
 
 
 def _needed_bytes(examination: CaseExamination, plan: Plan) -> int:

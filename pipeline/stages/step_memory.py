@@ -1,0 +1,117 @@
+"""What a step of training takes in memory, and what there is: what planning sizes patch and batch by."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pipeline.config import Config
+from pipeline.data.manifest import Manifest
+from pipeline.data.plan import Fingerprint, Plan
+from pipeline.data.store import CaseStore
+from pipeline.hardware import available_bytes, device_name, pick_device, pick_dtype
+from pipeline.networks import Network
+from pipeline.networks.fitting import fitted_plan, network_for
+from pipeline.networks.footprint import StepFootprint, step_footprint
+from pipeline.networks.recomputing import recompute_activations
+from pipeline.preparation.sizing import Memory
+from pipeline.stages.fold_task import FoldTask
+from pipeline.stages.preprocess import CASES
+from pipeline.stages.train import TASKS
+from pipeline.stages.workspace import Workspace
+from pipeline.training.losses import Target
+
+GIB = 2**30
+# Of a GPU's memory: what CUDA, cuDNN and cuBLAS take for themselves, and the share of the rest that tensors may have;
+# kernels rearrange what they compute with, and the allocator leaves gaps.
+GPU_CONTEXT_BYTES, GPU_SHARE = GIB, 0.8
+# Share of a CPU's free memory that a step may take: the store's cases and other programs want some too.
+CPU_SHARE = 0.6
+
+# Copies of the weights that an optimiser keeps.
+_MOMENTS = {"adamw": 2, "sgd": 1}
+
+
+def memory_for(config: Config, manifest: Manifest, facts: Fingerprint, device: str = "auto") -> Memory:
+    """Return the memory that a configuration's training may take, with the probe that measures a step.
+
+    Args:
+        config: `preprocessing.memory_gb` is that of a GPU, whether it is here or not; auto: what `device` has.
+        manifest: of the data set.
+        facts: what its development cases are like.
+        device: auto, cpu, cuda or cuda:N.
+
+    Raises:
+        ConfigError: the device is not there.
+    """
+    said = config.preprocessing.memory_gb
+    chosen = pick_device(device)
+    if said == "auto" and chosen.type == "cpu":
+        usable, name = int(CPU_SHARE * available_bytes()), "what this CPU's memory has free"
+    else:
+        total = GIB * said if said != "auto" else torch.cuda.get_device_properties(chosen).total_memory
+        usable = int(GPU_SHARE * (total - GPU_CONTEXT_BYTES))
+        name = f"a GPU of {total / GIB:.3g} GB" if said != "auto" else f"{device_name(chosen)}, {total / GIB:.0f} GB"
+    is_gpu = said != "auto" or chosen.type != "cpu"
+    dtype = _gpu_dtype(config) if is_gpu and chosen.type == "cpu" else pick_dtype(config.training.precision, chosen)
+
+    def step_bytes(plan: Plan) -> int | None:
+        """Return what a step takes under a plan; None where the network does not fit it."""
+        try:
+            return step_of(task_of(config, manifest, facts, plan), dtype).peak_bytes
+        except ValueError:
+            return None
+
+    return Memory(name, usable, is_gpu, step_bytes)
+
+
+def task_of(
+    config: Config, manifest: Manifest, facts: Fingerprint, plan: Plan, device: torch.device | None = None
+) -> FoldTask:
+    """Return a fold's training under a plan, whether its cases are prepared or not.
+
+    Raises:
+        ValueError: the network does not fit the plan.
+    """
+    workspace, fold = Workspace(config.workspace), min(manifest.folds, default=0)
+    fitted = fitted_plan(plan, config.network, config.training.batch_size)
+    store = CaseStore(workspace.store(config, manifest.name) / CASES)
+    folder = workspace.run(config.name, fold)
+    return TASKS[config.task](config, manifest, fitted, facts, store, folder, fold, device or torch.device("meta"))
+
+
+def step_of(task: FoldTask, dtype: torch.dtype) -> StepFootprint:
+    """Return what a step of training takes, found without a device.
+
+    Raises:
+        ValueError: the network does not fit the plan.
+    """
+    section = task.config.training
+    # Losses take about as much as one another; some of them compute what has no values here.
+    plain = replace(task, config=task.config.changed(training=section.changed(loss="dice_ce", loss_options={})))
+    with torch.device("meta"):
+        network = network_for(task.plan, task.config.network, task.outputs)
+        image, target = blank_batch(task, network)
+    objective = plain.objective(network)
+    if section.activation_checkpointing:
+        recompute_activations(network, nullcontext)
+    copies = _MOMENTS.get(section.optimiser, 2) + (section.ema_decay is not None)
+    return step_footprint(objective, (image, target), copies=copies, dtype=dtype)
+
+
+def blank_batch(task: FoldTask, network: Network) -> tuple[Tensor, Target | Tensor]:
+    """Return a batch of the size that a training's batches have: noise, and its first class; on the default device."""
+    patch, count = task.plan.patch_size, task.batch_size
+    image = torch.randn(count, len(task.plan.channels), *network.input_size(patch))
+    if task.config.task == "denoise":
+        return image, torch.randn(count, task.outputs, *patch)
+    return image, Target(torch.zeros(count, *patch, dtype=torch.int64))
+
+
+def _gpu_dtype(config: Config) -> torch.dtype:
+    """Return the type in which a GPU that is not here would compute."""
+    known = {"fp32": torch.float32, "fp16": torch.float16}
+    return known.get(config.training.precision, torch.bfloat16)
