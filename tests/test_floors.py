@@ -33,7 +33,7 @@ KEEPERS = {
     "SimpleITK": ("pipeline.volumes",),
     "nibabel": ("pipeline.volumes",),
     "blosc2": ("pipeline.data",),
-    "monai": ("pipeline.networks.monai_networks", "pipeline.evaluation.metrics"),
+    "monai": ("pipeline.networks.monai_networks", "pipeline.training.losses.centreline", "pipeline.evaluation.metrics"),
     "typer": ("pipeline.cli", "pipeline.cli_options"),
 }
 # Libraries that cost a second or are missing on a bare node: imported inside the functions that need them.

@@ -2,8 +2,9 @@
 
 import json
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 
 from pipeline.errors import TrainingError
 from pipeline.networks import Network
+from pipeline.networks.recomputing import recompute_activations
 from pipeline.training.budget import Costs, steps_within
 from pipeline.training.checkpoints import load_checkpoint, save_checkpoint
 from pipeline.training.loop import LoopSettings, train
-from pipeline.training.losses import Objective, build_loss
-from pipeline.training.optimisation import SCHEDULES, cosine
+from pipeline.training.losses import Objective, Target, build_loss
+from pipeline.training.optimisation import Schedule, cosine, one_cycle
 from pipeline.training.state import TrainState, averaged_tensors, averaged_weights
 
 
@@ -64,9 +66,9 @@ def new_state(total_steps: int = 10, optimiser: str = "adamw", ema: bool = True)
     return state
 
 
-def batches(step: int) -> tuple[Tensor, Tensor]:
+def batches(step: int) -> tuple[Tensor, Target]:
     image = torch.randn(2, 1, 6, 6, 6, generator=torch.Generator().manual_seed(step))
-    return image.contiguous(memory_format=torch.channels_last_3d), (image[:, 0] > 0.5).long()
+    return image.contiguous(memory_format=torch.channels_last_3d), Target((image[:, 0] > 0.5).long())
 
 
 @dataclass
@@ -116,7 +118,7 @@ def test_the_epoch_loss_is_the_mean_of_its_steps() -> None:
     hooks, state = Recorder(), new_state(6, ema=False)
     losses = []
 
-    def watched(step: int) -> tuple[Tensor, Tensor]:
+    def watched(step: int) -> tuple[Tensor, Target]:
         losses.append(state.sums.loss.item())
         return batches(step)
 
@@ -154,7 +156,7 @@ def test_checkpoints_come_by_the_clock_too() -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_training_and_says_what_to_do() -> None:
-    def poisoned(step: int) -> tuple[Tensor, Tensor]:
+    def poisoned(step: int) -> tuple[Tensor, Target]:
         image, target = batches(step)
         return image * (math.nan if step == 2 else 1.0), target
 
@@ -163,6 +165,89 @@ def test_a_loss_that_is_not_finite_stops_training_and_says_what_to_do() -> None:
         train(new_state(8), poisoned, SCHEDULE, settings(), hooks)
     # What came of it is neither validated nor written.
     assert (hooks.validated, hooks.checkpoints, hooks.epochs) == ([], [], [])
+
+
+def test_a_gradient_that_is_not_finite_is_found_where_the_loss_is_not_to_blame() -> None:
+    state = new_state(8)
+    parameter = next(state.network.parameters())
+    parameter.register_hook(lambda gradient: gradient / 0 if state.step == 5 else gradient)
+    hooks = Recorder()
+    with pytest.raises(TrainingError, match="step 5 is not finite"):
+        train(state, batches, SCHEDULE, settings(), hooks)
+    assert hooks.checkpoints == [4]
+    assert all(math.isfinite(metrics["train/gradient_norm"]) for _, metrics in hooks.epochs)
+
+
+def test_a_step_that_overflows_in_half_precision_is_left_out_and_is_no_failure() -> None:
+    state = new_state(4, ema=False)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
+    before = [parameter.detach().clone() for parameter in state.network.parameters()]
+    hooks = Recorder()
+    train(state, batches, SCHEDULE, settings(), hooks)
+    assert state.scaler.get_scale() == 2.0**122  # halved at each step
+    assert all(torch.equal(a, b) for a, b in zip(before, state.network.parameters(), strict=True))
+    assert "train/gradient_norm" not in hooks.epochs[0][1]
+    assert hooks.checkpoints == [4]
+
+
+def test_the_gradient_norm_is_that_before_clipping_by_hand() -> None:
+    state, hooks = new_state(2, ema=False), Recorder()
+    norms = []
+
+    def recording(step: int) -> tuple[Tensor, Tensor]:
+        if step:
+            norms.append(total_norm(state))
+        return batches(step)
+
+    train(state, recording, SCHEDULE, settings(steps_per_epoch=2, gradient_clip=None), hooks)
+    norms.append(total_norm(state))
+    assert hooks.epochs[0][1]["train/gradient_norm"] == pytest.approx(sum(norms) / 2)
+    clipped, later = new_state(2, ema=False), Recorder()
+    train(clipped, batches, SCHEDULE, settings(steps_per_epoch=1, gradient_clip=1e-3), later)
+    assert later.epochs[0][1]["train/gradient_norm"] == pytest.approx(norms[0])
+    assert total_norm(clipped) == pytest.approx(1e-3, rel=1e-3)
+
+
+def total_norm(state: TrainState) -> float:
+    """Return the norm of all gradients as one vector."""
+    return math.sqrt(sum(float(p.grad.square().sum()) for p in state.network.parameters() if p.grad is not None))
+
+
+class Plain(Network):
+    """A network in which the patches of a batch know nothing of one another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.InstanceNorm3d(4, affine=True), nn.Conv3d(4, 2, 1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        result: Tensor = self.body(image)
+        return result
+
+
+@pytest.mark.parametrize(("loss", "same"), [("cross_entropy", True), ("dice_ce", False)])
+def test_accumulated_batches_are_one_large_batch_unless_the_loss_sums_over_it(loss: str, same: bool) -> None:
+    def patches(first: int, count: int) -> tuple[Tensor, Tensor]:
+        pairs = [batches(number) for number in range(first, first + count)]
+        images = torch.cat([image[:1] for image, _ in pairs]).double()
+        return images, torch.cat([target[:1] for _, target in pairs])
+
+    def trained(size: int, accumulate: int) -> TrainState:
+        torch.manual_seed(0)
+        network = Plain().double()
+        optimiser = torch.optim.SGD(network.parameters(), momentum=0.9)
+        objective = Objective(network, build_loss(loss, {}), deep_supervision=False)
+        state = TrainState.begin(objective, optimiser, torch.amp.GradScaler("cpu", enabled=False), ema=False)
+        state.total_steps = 3
+        changed = settings(accumulate=accumulate, gradient_clip=None, ema_decay=None)
+        train(state, lambda number: patches(number * size, size), lambda step, total: 0.1, changed, Recorder())
+        return state
+
+    large, accumulated, other = trained(6, 1), trained(2, 3), trained(2, 1)
+    pairs = [list(state.network.parameters()) for state in (large, accumulated, other)]
+    equal = [torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(pairs[0], pairs[1], strict=True)]
+    assert all(equal) == same
+    assert not torch.allclose(pairs[0][0], pairs[2][0], rtol=1e-9, atol=1e-12)  # the test can fail
 
 
 def test_training_learns() -> None:
@@ -177,21 +262,57 @@ def test_training_learns() -> None:
 def test_a_resumed_training_has_the_weights_of_the_uninterrupted_one(
     tmp_path: Path, optimiser: str, ema: bool, at: int
 ) -> None:
-    changed = settings(checkpoint_s=0.0, ema_decay=0.9 if ema else None)
-    whole, hooks = new_state(10, optimiser, ema), Recorder(path=tmp_path / "x")
-    train(whole, batches, SCHEDULE, changed, hooks)
-    resumed, later = new_state(0, optimiser, ema), Recorder()
-    load_checkpoint(tmp_path / f"{at}.safetensors", resumed, {"fold": 0})
+    def new(total_steps: int) -> TrainState:
+        return new_state(total_steps, optimiser, ema)
+
+    resume_is_exact(tmp_path, new, SCHEDULE, settings(checkpoint_s=0.0, ema_decay=0.9 if ema else None), at)
+
+
+def test_a_resumed_training_that_accumulates_cycles_scales_and_recomputes_has_the_same_weights(tmp_path: Path) -> None:
+    def new(total_steps: int) -> TrainState:
+        state = new_state(total_steps)
+        recompute_activations(state.network, nullcontext)
+        # So large that the first steps overflow and are left out.
+        state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, growth_interval=3)
+        return state
+
+    changed = settings(checkpoint_s=0.0, accumulate=2)
+    state = resume_is_exact(tmp_path, new, one_cycle(1e-2), changed, 5)
+    assert 1.0 < state.scaler.get_scale() < 2.0**126
+    assert state.sums.bad_step == -1
+
+
+def resume_is_exact(
+    folder: Path, new: Callable[[int], TrainState], schedule: Schedule, changed: LoopSettings, at: int
+) -> TrainState:
+    """Train ten steps in one go and from the checkpoint of a step; all that came of it is the same."""
+    whole, hooks = new(10), Recorder(path=folder / "x")
+    train(whole, batches, schedule, changed, hooks)
+    resumed, later = new(0), Recorder()
+    load_checkpoint(folder / f"{at}.safetensors", resumed, {"fold": 0})
     assert (resumed.step, resumed.total_steps) == (at, 10)
-    train(resumed, batches, SCHEDULE, changed, later)
+    train(resumed, batches, schedule, changed, later)
     for name, tensor in whole.network.state_dict().items():
         assert torch.equal(tensor, resumed.network.state_dict()[name]), name
     for mine, other in zip(whole.average or [], resumed.average or [], strict=True):
         assert torch.equal(mine, other)
     assert (whole.best_score, whole.best_step) == (resumed.best_score, resumed.best_step)
-    # The epoch in which it was cut has the same loss too: what was summed before is in the checkpoint.
-    losses = [[m["train/loss"] for step, m in run.epochs if step > at] for run in (hooks, later)]
-    assert losses[0] == losses[1]
+    assert whole.scaler.state_dict() == resumed.scaler.state_dict()
+    # The epoch in which it was cut has the same sums too: what was summed before is in the checkpoint.
+    for name in ("train/loss", "train/gradient_norm"):
+        of_whole, of_resumed = ([m.get(name) for step, m in run.epochs if step > at] for run in (hooks, later))
+        assert of_whole == of_resumed
+    return resumed
+
+
+def test_a_checkpoint_is_put_back_into_a_state_that_went_on(tmp_path: Path) -> None:
+    state, hooks = new_state(10), Recorder(path=tmp_path / "x")
+    train(state, batches, SCHEDULE, settings(checkpoint_s=0.0), hooks)
+    final = {name: tensor.clone() for name, tensor in state.network.state_dict().items()}
+    load_checkpoint(tmp_path / "1.safetensors", state, {"fold": 0})
+    train(state, batches, SCHEDULE, settings(), Recorder())
+    for name, tensor in state.network.state_dict().items():
+        assert torch.equal(tensor, final[name]), name
 
 
 def test_a_fresh_start_differs_so_that_the_resume_test_can_fail(tmp_path: Path) -> None:
@@ -230,22 +351,6 @@ class TestCheckpointsAreRefused:
         path.write_bytes(path.read_bytes().replace(b'\\"format_version\\": 2', b'\\"format_version\\": 7'))
         with pytest.raises(TrainingError, match="format 7, this medseg reads 2"):
             load_checkpoint(path, new_state(), {"fold": 0, "plan": "a"})
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_schedules_rise_to_the_peak_and_never_above(name: str) -> None:
-    rate = SCHEDULES[name](0.5, 0.1)
-    rates = [rate(step, 100) for step in range(100)]
-    assert rates[:10] == pytest.approx([0.05 * (i + 1) for i in range(10)])
-    assert max(rates) == pytest.approx(0.5)
-    assert all(a >= b for a, b in pairwise(rates[10:]))
-
-
-def test_schedules_by_hand() -> None:
-    assert SCHEDULES["cosine"](1.0, 0.0)(50, 100) == pytest.approx(0.5)
-    assert SCHEDULES["poly"](1.0, 0.0)(50, 100) == pytest.approx(0.5**0.9)
-    assert SCHEDULES["constant"](1.0, 0.0)(99, 100) == 1.0
-    assert SCHEDULES["cosine"](1.0, 0.0)(99, 100) < 1e-3
 
 
 def test_the_average_follows_by_hand_and_is_lent_to_the_network() -> None:

@@ -17,7 +17,7 @@ from pipeline.geometry import Geometry
 from pipeline.networks import NETWORKS, NetworkTask, build_network, check_options
 from pipeline.networks.contract import Size, centre_crop
 from pipeline.pyramid import topology
-from pipeline.training.losses import build_loss
+from pipeline.training.losses import Target, build_loss, truth_of
 
 
 def test_every_network_stands_in_the_contract_test() -> None:
@@ -87,6 +87,7 @@ LEARNERS: list[tuple[str, dict[str, Any], int, float]] = [
     ("unet", {"width": 8}, 100, 0.9),
     ("unet", {"width": 8, "padding": "valid", "norm": "batch", "levels": 3}, 60, 0.9),
     ("simple_unet", {"widths": [8, 16, 32]}, 100, 0.9),
+    ("residual_encoder_unet", {"width": 8}, 100, 0.9),
     ("multiscale_pathways", {"size": "small"}, 60, 0.9),
     ("multiscale_unet", {"width": 8, "levels": 3}, 60, 0.9),
     ("dynunet", {"width": 8}, 100, 0.9),
@@ -144,8 +145,8 @@ def test_every_segmentation_network_has_something_to_learn() -> None:
 def test_a_phantom_is_learned(name: str, options: dict[str, Any], steps: int, floor: float) -> None:
     image, label = phantom()
     target = centre_crop(label[:, None], CROP)[:, 0]
-    loss = build_loss("dice_ce", {})
-    found = trained(name, options, 2, steps, image, lambda logits: loss(logits, target)).argmax(dim=1)
+    loss, truth = build_loss("dice_ce", {}), truth_of(Target(target), 2)
+    found = trained(name, options, 2, steps, image, lambda logits: loss(logits, truth)).argmax(dim=1)
     dice = 2 * (found * target).sum() / (found.sum() + target.sum())
     assert dice >= floor
 

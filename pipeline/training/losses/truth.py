@@ -1,0 +1,188 @@
+"""What logits are judged by: a target at their resolution, where some voxels and some classes may not be known.
+
+A class that was not annotated in a patch's case hides in its background. Under a softmax the two become one class,
+whose probability is the sum of theirs (marginal loss, Shi et al. 2021); under sigmoids the voxels that may hold a
+region are left out of its sums.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.training.losses.target import Target
+
+Regions = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Truth(ABC):
+    """A target as a loss sees it; K counts the network's outputs, classes or regions.
+
+    Attributes:
+        reference: (N, K, X, Y, Z) bool: which voxels are of a class, or in a region; none that is not known.
+        known: (N, 1, X, Y, Z) or (N, K, X, Y, Z) bool: the voxels to be judged.
+        progress: share of the training that is done, 0 to 1.
+    """
+
+    reference: Tensor
+    known: Tensor
+    progress: float
+
+    @property
+    @abstractmethod
+    def foreground(self) -> slice:
+        """The outputs that are structures."""
+
+    @abstractmethod
+    def scores(self, logits: Tensor) -> Tensor:
+        """Return (N, K, X, Y, Z) float32, what the other methods take: logits made ready once for all of them."""
+
+    @abstractmethod
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """Return (N, K, X, Y, Z); 0 for classes that are merged into the background."""
+
+    @abstractmethod
+    def of_truth(self, scores: Tensor) -> Tensor:
+        """Return the log-probability of what is true, shaped as `known`; of voxels that are not known, anything
+        finite.
+        """
+
+    @abstractmethod
+    def of_any(self, scores: Tensor) -> Tensor:
+        """Return the mean log-probability over all that could be true, shaped as `known`."""
+
+    @abstractmethod
+    def weights(self, of_outputs: Tensor) -> Tensor:
+        """Return each voxel's weight from those of the K outputs, broadcastable to `known`."""
+
+
+@dataclass(frozen=True)
+class ClassTruth(Truth):
+    """Classes that exclude one another: softmax.
+
+    Attributes:
+        classes: (N, X, Y, Z) int64; 0 where it is not known.
+        merged: (N, K) bool: classes that are part of a patch's background, and the background itself; None: it alone.
+    """
+
+    classes: Tensor
+    merged: Tensor | None
+
+    @property
+    def foreground(self) -> slice:
+        """All classes but the background."""
+        return slice(1, None)
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Return log-probabilities; those merged into the background are -inf."""
+        scores = F.log_softmax(logits.float(), dim=1)
+        if self.merged is None:
+            return scores
+        merged = self.merged[:, :, None, None, None]  # (N, K, 1, 1, 1)
+        background = scores.masked_fill(~merged, -math.inf).logsumexp(1, keepdim=True)
+        return torch.cat([background, scores[:, 1:].masked_fill(merged[:, 1:], -math.inf)], 1)
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """Return the probabilities of classes."""
+        return scores.exp()
+
+    def of_truth(self, scores: Tensor) -> Tensor:
+        """Return the log-probability of each voxel's class, (N, 1, X, Y, Z)."""
+        return scores.gather(1, self.classes[:, None])
+
+    def of_any(self, scores: Tensor) -> Tensor:
+        """Return the mean log-probability over the classes that a voxel can have, (N, 1, X, Y, Z)."""
+        if self.merged is None:
+            return scores.mean(1, keepdim=True)
+        merged = self.merged[:, :, None, None, None]
+        others = scores[:, 1:].masked_fill(merged[:, 1:], 0).sum(1, keepdim=True)
+        return (scores[:, :1] + others) / (1 + (~merged).sum(1, keepdim=True))
+
+    def weights(self, of_outputs: Tensor) -> Tensor:
+        """Return the weight of each voxel's class, (N, 1, X, Y, Z)."""
+        return of_outputs[self.classes][:, None]
+
+
+@dataclass(frozen=True)
+class RegionTruth(Truth):
+    """Regions that may overlap: a sigmoid each."""
+
+    @property
+    def foreground(self) -> slice:
+        """All regions: what is in none of them has no output."""
+        return slice(None)
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Return the logits themselves."""
+        return logits.float()
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """Return the probability of each region."""
+        return scores.sigmoid()
+
+    def of_truth(self, scores: Tensor) -> Tensor:
+        """Return the log-probability of being in a region, or of not being in it, (N, K, X, Y, Z)."""
+        return F.logsigmoid(torch.where(self.reference, scores, -scores))
+
+    def of_any(self, scores: Tensor) -> Tensor:
+        """Return the mean log-probability of being in and of not being in each region, (N, K, X, Y, Z)."""
+        return (F.logsigmoid(scores) + F.logsigmoid(-scores)) / 2
+
+    def weights(self, of_outputs: Tensor) -> Tensor:
+        """Return the weight of each region, (K, 1, 1, 1)."""
+        return of_outputs[:, None, None, None]
+
+
+def truth_of(target: Target, outputs: int, *, regions: Regions | None = None, progress: float = 1.0) -> Truth:
+    """Return what logits of the target's resolution are judged by.
+
+    Args:
+        target: of (N, X, Y, Z) voxels.
+        outputs: the network's: classes, or regions.
+        regions: the class indices of each region; None: the outputs are the classes themselves.
+        progress: share of the training that is done.
+    """
+    labels = outputs if regions is None else 1 + max(index for region in regions for index in region)
+    known = target.classes < labels
+    classes = torch.where(known, target.classes, 0)
+    if target.annotated is not None:
+        # What was drawn of a class that counts as not annotated is background like the rest of it.
+        counts = target.annotated.gather(1, classes.flatten(1)).view_as(classes)
+        classes = torch.where(counts, classes, 0)
+    if regions is not None:
+        return _region_truth(classes, known, target.annotated, regions, progress)
+    merged = None if target.annotated is None else _with_background(~target.annotated)
+    # Channels last, as logits are: (N, X, Y, Z, K) seen as (N, K, X, Y, Z).
+    reference = (classes[..., None] == torch.arange(outputs, device=classes.device)) & known[..., None]
+    return ClassTruth(reference.movedim(-1, 1), known[:, None], progress, classes, merged)
+
+
+def _region_truth(
+    classes: Tensor, known: Tensor, annotated: Tensor | None, regions: Regions, progress: float
+) -> RegionTruth:
+    """Return the truth of regions; where one of a region's labels was not annotated, background may be in it."""
+    reference = torch.stack([_any([classes == index for index in region]) for region in regions], 1) & known[:, None]
+    known = known[:, None]
+    if annotated is not None:
+        whole = torch.stack([~_any([~annotated[:, index] for index in region]) for region in regions], 1)
+        known = known & (whole[:, :, None, None, None] | (classes > 0)[:, None])
+    return RegionTruth(reference, known.expand_as(reference), progress)
+
+
+def _with_background(merged: Tensor) -> Tensor:
+    """Return (N, K) with the background among what is merged into it."""
+    merged = merged.clone()
+    merged[:, 0] = True
+    return merged
+
+
+def _any(masks: Sequence[Tensor]) -> Tensor:
+    """Return where any of several masks is true."""
+    return torch.stack(list(masks)).any(0)

@@ -1,0 +1,94 @@
+"""Losses of single voxels: cross-entropy and focal loss, over the voxels that are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pipeline.errors import ConfigError
+from pipeline.training.distributed import pooled
+from pipeline.training.losses.truth import Truth
+
+Loss = Callable[[Tensor, Truth], Tensor]
+Weight = Annotated[float, Field(ge=0)]
+Weights = Annotated[tuple[Weight, ...], Field(min_length=1)]
+Smoothing = Annotated[float, Field(ge=0, lt=1)]
+
+
+def cross_entropy(*, label_smoothing: Smoothing = 0.0, class_weights: Weights | None = None) -> Loss:
+    """Cross-entropy over all voxels; for regions, the mean of a binary one for each.
+
+    Voxels of which nobody knows are left out; classes that were not annotated count as background with it, and under
+    regions leave out the voxels that may hold them.
+
+    Args:
+        label_smoothing: share of the reference spread evenly over all classes (Szegedy et al. 2016).
+        class_weights: of the voxels of each class, background first, or of each region.
+    """
+    term = VoxelTerm(label_smoothing=label_smoothing, class_weights=class_weights)
+    return lambda logits, truth: term(truth.scores(logits), truth)
+
+
+def focal(
+    *,
+    gamma: Weight = 2.0,
+    label_smoothing: Smoothing = 0.0,
+    class_weights: Weights | None = None,
+) -> Loss:
+    """Focal loss: cross-entropy that counts less the surer the network rightly is (Lin et al. 2017).
+
+    What is not known is left out as under `cross_entropy`.
+
+    Args:
+        gamma: a voxel's cross-entropy is weighted by (1 - probability of what is true) to this power.
+        label_smoothing: as for `cross_entropy`.
+        class_weights: as for `cross_entropy`; the paper's alpha.
+    """
+    term = VoxelTerm(gamma, label_smoothing, class_weights)
+    return lambda logits, truth: term(truth.scores(logits), truth)
+
+
+@dataclass(frozen=True)
+class VoxelTerm:
+    """Focal cross-entropy of (scores, truth), the mean over the known voxels of all processes.
+
+    Attributes:
+        gamma: 0 for plain cross-entropy.
+        label_smoothing: share of the reference spread evenly.
+        class_weights: of voxels by their class, or of regions; the mean is weighted.
+    """
+
+    gamma: float = 0.0
+    label_smoothing: float = 0.0
+    class_weights: tuple[float, ...] | None = None
+
+    def __call__(self, scores: Tensor, truth: Truth) -> Tensor:
+        """Return the mean over the voxels that are known; 0 where there is none."""
+        of_truth = truth.of_truth(scores)
+        losses = -of_truth
+        if self.label_smoothing:
+            losses = (1 - self.label_smoothing) * losses - self.label_smoothing * truth.of_any(scores)
+        if self.gamma:
+            # expm1 keeps the digits of 1 - p near p = 1; there a power below one would have no gradient.
+            losses = losses * (-of_truth.expm1()).clamp_min(1e-7) ** self.gamma
+        weights = truth.known.float()
+        if self.class_weights is not None:
+            weights = weights * truth.weights(_one_each(self.class_weights, scores))
+        total, weight = pooled(torch.stack([(losses * weights).sum(), weights.sum()])).unbind()
+        return total / weight.clamp_min(1e-12)
+
+
+def _one_each(class_weights: tuple[float, ...], scores: Tensor) -> Tensor:
+    """Return the weights as a tensor (K,)."""
+    outputs = scores.shape[1]
+    if len(class_weights) != outputs:
+        raise ConfigError(
+            f"training.loss_options.class_weights: {len(class_weights)} numbers for {outputs} outputs; "
+            "give one for each class, background first, or one for each region"
+        )
+    return torch.tensor(class_weights, device=scores.device)
