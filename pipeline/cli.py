@@ -157,6 +157,8 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder of the results; default: in the run's folder.")
     ] = None,
+    probabilities: options.KeepProbabilities = False,
+    overwrite: options.PredictAnew = False,
     device: options.Device = "auto",
     overrides: options.Overrides = None,
     workspace: options.Workspace = None,
@@ -175,6 +177,8 @@ def evaluate(
         workspace=workspace,
         overrides=overrides or (),
         tracking_uri=tracking_uri,
+        probabilities=probabilities,
+        overwrite=overwrite,
     )
     typer.echo(report.as_text())
     if report.failures:

@@ -36,6 +36,14 @@ Processes = Annotated[
     int, typer.Option("--processes", min=1, help="Train each fold by so many processes here, one for each GPU.")
 ]
 
+# Of `evaluate`.
+KeepProbabilities = Annotated[
+    bool, typer.Option("--probabilities", help="Keep those of out-of-fold predictions beside their label maps.")
+]
+PredictAnew = Annotated[
+    bool, typer.Option("--overwrite", help="Predict anew what is kept of out-of-fold predictions and unchanged.")
+]
+
 # Of `segment`.
 SegmentInputs = Annotated[
     list[str],

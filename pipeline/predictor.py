@@ -45,9 +45,9 @@ from pipeline.inference.tiling import Windowing
 from pipeline.inference.windows import LogitStream, stream_logits, windows_at_once
 from pipeline.model import Model, load_model, refuse_other_member, refuse_other_task
 from pipeline.networks import Network
-from pipeline.preparation.preprocessing import PreparedImage, prepare_images
+from pipeline.preparation.preprocessing import PreparedImage, label_values, prepare_images
 from pipeline.volumes.body import Body
-from pipeline.volumes.volume import Volume, smallest_type
+from pipeline.volumes.volume import Volume
 
 # Is shown finished planes of logits and the axis of the plan's grid that they are stacked along, before they are gone.
 Watcher = Callable[[LogitPlanes, int], None]
@@ -316,13 +316,7 @@ class Predictor:
 
     def values_of(self, classes: NDArray[Any]) -> NDArray[Any]:
         """Turn class indices into the plan's label values, in the smallest type that holds them all."""
-        values = self.plan.class_values
-        table = np.array(values, dtype=smallest_type(min(values), max(values)))
-        label = np.empty_like(classes, dtype=table.dtype)
-        # Plane by plane: numpy makes 64-bit integers of what it looks up.
-        for plane, into in zip(classes, label, strict=True):
-            into[...] = table[plane]
-        return label
+        return label_values(classes, self.plan)
 
     def native_of(self, images: Mapping[str, Volume]) -> Geometry:
         """Return the native grid of a case without a label: that of its first channel in the plan's order.

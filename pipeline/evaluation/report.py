@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from pipeline.evaluation.cross_validation import CrossValidation
+from pipeline.evaluation.cross_validation import as_json as folds_as_json
 from pipeline.evaluation.metrics import METRICS, Metric
 from pipeline.evaluation.scored import MEASURES, NAN, RELIABILITY, UNCALIBRATED, ScoredCase
 from pipeline.evaluation.self_assessment import DicePrediction, dice_pairs
@@ -45,6 +47,7 @@ class Evaluation:
         summaries: a line a class, and their mean.
         reliability: name in RELIABILITY -> mean over the cases.
         dice_predictions: how well the model knew its Dice, a line a class, and their mean; empty where it said none.
+        cross_validation: the folds beside each other; None where it is not of an experiment's folds.
     """
 
     title: str
@@ -56,6 +59,7 @@ class Evaluation:
     summaries: tuple[ClassSummary, ...]
     reliability: Mapping[str, Estimate] = field(default_factory=dict)
     dice_predictions: tuple[DicePrediction, ...] = ()
+    cross_validation: CrossValidation | None = None
 
 
 def write_summary(path: Path, evaluation: Evaluation) -> None:
@@ -65,6 +69,7 @@ def write_summary(path: Path, evaluation: Evaluation) -> None:
             "scored": summary.scored,
             "missed": summary.missed,
             "spurious": summary.spurious,
+            "not_annotated": summary.not_annotated,
             "metrics": {name: _estimate_as_json(estimate) for name, estimate in summary.metrics.items()},
         }
         for summary in evaluation.summaries
@@ -80,21 +85,30 @@ def write_summary(path: Path, evaluation: Evaluation) -> None:
         "classes": classes,
         "reliability": {name: _estimate_as_json(estimate) for name, estimate in evaluation.reliability.items()},
         "predicted_dice": {one.class_name: _prediction_as_json(one) for one in evaluation.dice_predictions},
+        "cross_validation": evaluation.cross_validation and folds_as_json(evaluation.cross_validation),
     }
     write_json(path, content)
 
 
 def as_text(evaluation: Evaluation) -> str:
     """Return the summary as a table for a terminal: means with 95 % intervals, missed and spurious beside them."""
-    header = ["", "scored", "missed", "spurious", *(heading(METRICS[name]) for name in _TEXT_METRICS)]
+    counts = counted(evaluation)
+    header = ["", *(name.replace("_", " ") for name in counts), *(heading(METRICS[name]) for name in _TEXT_METRICS)]
     lines = [header] + [
-        [summary.class_name, str(summary.scored), str(summary.missed), str(summary.spurious)]
+        [summary.class_name, *(str(getattr(summary, name)) for name in counts)]
         + [format_estimate(METRICS[name], summary.metrics[name]) for name in _TEXT_METRICS]
         for summary in evaluation.summaries
     ]
     failures = [f"failed: {case}: {reason}" for case, reason in evaluation.failures.items()]
     title = f"{evaluation.title}: {len(evaluation.cases)} cases"
-    return "\n".join([title, *_aligned(lines), *_assessment_as_text(evaluation), *failures])
+    folds = _folds_as_text(evaluation.cross_validation) if evaluation.cross_validation else []
+    return "\n".join([title, *_aligned(lines), *folds, *_assessment_as_text(evaluation), *failures])
+
+
+def counted(evaluation: Evaluation) -> tuple[str, ...]:
+    """Return the names of the counts that stand beside means; cases without an annotation only where there are any."""
+    partly = any(summary.not_annotated for summary in evaluation.summaries)
+    return ("scored", "missed", "spurious", *(["not_annotated"] if partly else []))
 
 
 def format_estimate(metric: Metric, estimate: Estimate) -> str:
@@ -181,6 +195,7 @@ def write_report(path: Path, evaluation: Evaluation, figures: Mapping[str, Path]
         "report.html.j2",
         title=evaluation.title,
         evaluation=evaluation,
+        counts=counted(evaluation),
         figures={name: data_uri(figure) for name, figure in figures.items()},
         pictures=[(data_uri(picture), caption) for picture, caption in pictures.items()],
     )
@@ -231,6 +246,18 @@ def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
+def _folds_as_text(folds: CrossValidation) -> list[str]:
+    """Return the Dice of each fold in lines, and what is incomplete."""
+    metric = METRICS["dice"]
+    header = ["Dice by fold", *map(str, folds.folds), "SD"]
+    lines = [
+        [name, *(format_value(metric, value) for value in spread.by_fold.values()), format_value(metric, spread.sd)]
+        for (name, of), spread in folds.spreads.items()
+        if of == metric.name
+    ]
+    return [*_aligned([header, *lines]), *([folds.remark] if folds.remark else [])]
+
+
 def _assessment_as_text(evaluation: Evaluation) -> list[str]:
     """Return what the model's confidence was worth, in two lines; none where nothing is known of it."""
     lines = []
@@ -258,8 +285,8 @@ def _prediction_as_json(one: DicePrediction) -> dict[str, float | int | None]:
 
 def _place(case: ScoredCase) -> float:
     """Return the mean Dice over classes, 0 for a missed or spurious one; nan where there is nothing to find."""
-    dice = [row.values["dice"] if row.status == "scored" else 0.0 for row in case.rows if row.status != "both_empty"]
-    return float(np.mean(dice)) if dice else float("nan")
+    found = [row for row in case.rows if row.status not in ("both_empty", "not_annotated")]
+    return float(np.mean([row.values["dice"] if row.status == "scored" else 0.0 for row in found])) if found else NAN
 
 
 def draw_panel(panel: Axes, metric: Metric, names: Sequence[str], columns: Sequence[Sequence[float]]) -> None:

@@ -22,7 +22,7 @@ from pipeline.preparation.body import body_of
 from pipeline.preparation.examination import nonzero_box
 from pipeline.volumes.body import Body
 from pipeline.volumes.resampling import resample_image, resample_label
-from pipeline.volumes.volume import Volume
+from pipeline.volumes.volume import Volume, smallest_type
 
 # Coordinates kept per class: enough that patches centred on them look drawn from all voxels, small enough to keep.
 CLASS_VOXELS = 10_000
@@ -148,6 +148,16 @@ def class_indices(label: NDArray[Any], plan: Plan) -> Labels:
             )
         result[...] = order[position]
     return classes
+
+
+def label_values(classes: NDArray[Any], plan: Plan) -> NDArray[Any]:
+    """Turn class indices into the plan's label values, in the smallest type that holds them all."""
+    values = plan.class_values
+    table = np.array(values, dtype=smallest_type(min(values), max(values)))
+    label = np.empty_like(classes, dtype=table.dtype)
+    for plane, into in zip(classes, label, strict=True):  # plane by plane: numpy makes 64-bit integers of an index
+        into[...] = table[plane]
+    return label
 
 
 def sample_class_voxels(label: Labels, classes: int, seed: int = 0) -> dict[int, NDArray[np.int32]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,24 +14,14 @@ from pipeline.config_loading import load_config
 from pipeline.data.manifest import Case, Manifest, load_manifest
 from pipeline.errors import PipelineError
 from pipeline.evaluation import report
-from pipeline.evaluation.metrics import score_case
+from pipeline.evaluation.cross_validation import CrossValidation, cross_validate
 from pipeline.evaluation.report import Evaluation
 from pipeline.evaluation.scored import ScoredCase
 from pipeline.evaluation.self_assessment import assess_dice, estimate_reliability
 from pipeline.evaluation.statistics import summarise
-from pipeline.hardware import (
-    device_name,
-    give_freed_memory_back,
-    keep_freed_memory,
-    peak_memory_bytes,
-    pick_device,
-    reset_peak_memory,
-)
+from pipeline.hardware import give_freed_memory_back, keep_freed_memory
 from pipeline.model import CONFIG
-from pipeline.predictor import Engine, Predictor
-from pipeline.preparation.preprocessing import prepared_label
 from pipeline.progress import track
-from pipeline.stages.calibrating import VoxelJudge
 from pipeline.stages.dataset import taking_part
 from pipeline.stages.evaluation_cases import (
     LabelledCase,
@@ -45,10 +34,9 @@ from pipeline.stages.evaluation_cases import (
     own_manifest,
     read_labelled,
 )
-from pipeline.stages.evaluation_results import prediction_of, track_results, write_results
+from pipeline.stages.evaluation_results import track_results, write_results
+from pipeline.stages.evaluation_scoring import CaseScorer, keep_table
 from pipeline.stages.workspace import Workspace
-from pipeline.volumes.volume import Volume
-from pipeline.volumes.writing import write_label
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +76,8 @@ def run(
     overrides: Sequence[str] = (),
     config: Config | None = None,
     tracking_uri: str | None = None,
+    probabilities: bool = False,
+    overwrite: bool = False,
 ) -> EvaluationReport:
     """Segment labelled cases and score them against their labels on their native grids.
 
@@ -102,6 +92,8 @@ def run(
         overrides: SECTION.KEY=VALUE each, over the configuration that a model was trained with.
         config: data and evaluation settings in place of those that a model was trained with.
         tracking_uri: server or database of runs:/ and models:/; None: MLFLOW_TRACKING_URI, else the workspace's.
+        probabilities: keep those of out-of-fold predictions beside their label maps.
+        overwrite: predict anew what is kept of them and has not changed.
 
     Returns:
         The scores. A case that cannot be scored is among the failures; the others are done.
@@ -121,26 +113,42 @@ def run(
     tasks = choose(models, chosen_from, config, cases)
     label = cases if is_own(chosen_from, tasks[0].descriptions[0]) else chosen_from.name
     folder = (out or _results_folder(tasks, places, label)).resolve()
-    evaluation = _evaluate(tasks, chosen_from, config.evaluation, label, device, folder)
+    of_experiment = isinstance(target, Config) or len(models) > 1
+    scorers = [
+        CaseScorer(
+            task,
+            chosen_from,
+            tolerance_mm=config.evaluation.surface_tolerance_mm,
+            device=device,
+            folder=folder,
+            probabilities=probabilities,
+            overwrite=overwrite,
+        )
+        for task in tasks
+    ]
+    evaluation = _evaluate(scorers, chosen_from, config.evaluation, label, of_experiment)
     write_results(evaluation, chosen_from, tasks[0].plan, config.evaluation, folder)
     track_results(evaluation, tasks, chosen_from, label, folder)
     return EvaluationReport(evaluation, folder)
 
 
 def _evaluate(
-    tasks: Sequence[Task], manifest: Manifest, settings: EvaluationSection, label: str, device: str, folder: Path
+    scorers: Sequence[CaseScorer], manifest: Manifest, settings: EvaluationSection, label: str, of_experiment: bool
 ) -> Evaluation:
     """Score every case by its model, and summarise."""
+    tasks = [scorer.task for scorer in scorers]
     scored: list[ScoredCase] = []
     failures = {case: reason for task in tasks for case, reason in task.seen.items()}
-    for task in tasks:
-        outcomes = _outcomes(task, manifest, settings.surface_tolerance_mm, device, folder)
+    for scorer in scorers:
+        task = scorer.task
+        outcomes = _outcomes(scorer, manifest)
         for case, outcome in track(outcomes, f"evaluate {_title([task])}", total=len(task.cases)):
             if isinstance(outcome, ScoredCase):
                 scored.append(outcome)
             else:
                 log.warning("case %s: %s", case.id, outcome)
                 failures[case.id] = str(outcome)
+        keep_table(task)
     summaries = summarise(
         {case.case_id: case.rows for case in scored},
         samples=settings.bootstrap_samples,
@@ -149,25 +157,40 @@ def _evaluate(
     )
     return Evaluation(
         title=_title(tasks),
-        facts=_facts(tasks, manifest, label, scored),
-        device=device_name(pick_device(device)),
+        facts=_facts(scorers, manifest, label, scored),
+        device=" and ".join(sorted({device for scorer in scorers for device in scorer.devices})),
         tolerance_mm=settings.surface_tolerance_mm,
         cases=tuple(scored),
         failures=failures,
         summaries=tuple(summaries),
         reliability=estimate_reliability(scored, samples=settings.bootstrap_samples, seed=0),
         dice_predictions=tuple(assess_dice(scored)),
+        cross_validation=_cross_validated(tasks, manifest, scored) if of_experiment and label == "fold" else None,
     )
 
 
-def _outcomes(
-    task: Task, manifest: Manifest, tolerance_mm: float, device: str, folder: Path
-) -> Iterator[tuple[Case, ScoredCase | Exception]]:
+def _cross_validated(tasks: Sequence[Task], manifest: Manifest, scored: Sequence[ScoredCase]) -> CrossValidation:
+    """Compare an experiment's folds; what is incomplete is said."""
+    trained = {task.fold for task in tasks}
+    found = cross_validate(
+        scored,
+        missing=[fold for fold in manifest.folds if fold not in trained],
+        unfinished=[task.fold for task in tasks if task.fold is not None and not task.is_finished],
+    )
+    if found.remark:
+        log.warning("%s: %s", tasks[0].descriptions[0].name, found.remark)
+    return found
+
+
+def _outcomes(scorer: CaseScorer, manifest: Manifest) -> Iterator[tuple[Case, ScoredCase | Exception]]:
     """Yield each of a model's cases with its scores, or with why there are none."""
-    predictor = Predictor.load(task.models, Engine(device))
+    task = scorer.task
     for case, reading in _read_ahead(task.cases, lambda case: read_labelled(manifest, case, task.plan)):
+        kept = scorer.kept(case)
+        if kept is None:
+            scorer.load()  # Outside of what follows: without the model no case can be scored.
         try:
-            outcome = _score(predictor, case, reading.result(), task.fold, tolerance_mm, folder)
+            outcome = scorer.score(case, reading.result(), kept)
         except (PipelineError, OSError) as error:
             yield case, error
         except Exception as error:
@@ -176,37 +199,6 @@ def _outcomes(
             yield case, error
         else:
             yield case, outcome
-
-
-def _score(
-    predictor: Predictor, case: Case, labelled: LabelledCase, fold: int | None, tolerance_mm: float, folder: Path
-) -> ScoredCase:
-    """Predict one case, keep the label map, and score it."""
-    native, plan = labelled.reference.geometry, predictor.plan
-    reset_peak_memory(predictor.device)
-    start = time.perf_counter()
-    prepared = predictor.prepare(labelled.images, native)
-    prepared_s = time.perf_counter() - start
-    judge = VoxelJudge(predictor, prepared_label(labelled.reference, prepared.geometry, plan))
-    start = time.perf_counter()
-    segmentation = predictor.segment(prepared, native, watch=[judge])
-    prediction = Volume(predictor.values_of(segmentation.classes), native)
-    seconds = prepared_s + time.perf_counter() - start - judge.seconds
-    memory = peak_memory_bytes(predictor.device)
-    write_label(prediction_of(folder, case.id), prediction, header_of=labelled.header_of, names=plan.labels)
-    names, reference = tuple(plan.labels), labelled.reference.array
-    rows = score_case(segmentation.classes, reference, native.spacing_mm, names, tolerance_mm)
-    structures = segmentation.confidence.labels.items()
-    return ScoredCase(
-        case_id=case.id,
-        patient=case.patient,
-        fold=fold,
-        rows=tuple(rows),
-        seconds=seconds,
-        peak_memory_bytes=memory,
-        predicted_dice={name: s.predicted_dice for name, s in structures if s.predicted_dice is not None},
-        reliability=judge.measures(),
-    )
 
 
 def _read_ahead(
@@ -242,8 +234,12 @@ def _title(tasks: Sequence[Task]) -> str:
     return f"{descriptions[0].name}{named}{together}"
 
 
-def _facts(tasks: Sequence[Task], manifest: Manifest, label: str, scored: Sequence[ScoredCase]) -> dict[str, str]:
+def _facts(
+    scorers: Sequence[CaseScorer], manifest: Manifest, label: str, scored: Sequence[ScoredCase]
+) -> dict[str, str]:
     """Return what was evaluated on what, for people."""
+    tasks = [scorer.task for scorer in scorers]
+    rules = {scorer.rules.as_text(): scorer.rules.chosen_on for scorer in scorers if scorer.rules.has_rules}
     descriptions = descriptions_of(tasks)
     seconds = sum(case.seconds for case in scored)
     memory = [case.peak_memory_bytes for case in scored if case.peak_memory_bytes]
@@ -252,6 +248,7 @@ def _facts(tasks: Sequence[Task], manifest: Manifest, label: str, scored: Sequen
         "network": descriptions[0].network.name,
         "steps": ", ".join(str(description.step) for description in descriptions),
         "trained": ", ".join(description.created for description in descriptions),
+        **({"postprocessing": "; ".join(f"{said}, chosen on {on}" for said, on in rules.items())} if rules else {}),
         "data set": manifest.name,
         "cases": f"{label}, {len(scored)} of {len({case.patient for case in scored})} patients",
         "prediction": f"{seconds / max(1, len(scored)):.2f} s a case",

@@ -15,7 +15,7 @@ from pipeline.errors import ManifestError, ModelError, VolumeError
 from pipeline.model import CONFIG, DESCRIPTION, PLAN, ModelDescription, read_description, refuse_other_task
 from pipeline.preparation.preprocessing import class_indices
 from pipeline.stages.dataset import dataset_of
-from pipeline.stages.models import models_of_experiment, resolve_models
+from pipeline.stages.models import LAST, models_of_experiment, resolve_models
 from pipeline.stages.workspace import Workspace
 from pipeline.volumes.volume import Volume
 
@@ -32,6 +32,7 @@ class Task:
         plan: their channels and labels.
         cases: labelled cases to score.
         seen: id of a case that a model was trained on -> why it is left out.
+        is_own: whether the cases are of the very manifest that they were trained on.
     """
 
     models: tuple[Path, ...]
@@ -39,6 +40,7 @@ class Task:
     plan: Plan
     cases: tuple[Case, ...]
     seen: dict[str, str]
+    is_own: bool
 
     @property
     def fold(self) -> int | None:
@@ -53,6 +55,12 @@ class Task:
         if None in runs or len(parents) > 1:
             return None
         return runs.pop() if len(self.models) == 1 else parents.pop()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the training of each model has ended, as far as its run tells; the last model is written then."""
+        runs = [_run_of(model) for model in self.models]
+        return all(run is None or (run / LAST / DESCRIPTION).is_file() for run in runs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,10 +157,11 @@ def _task(model: Path, manifest: Manifest, config: Config, cases: str) -> Task:
     """Choose one model's cases, and set aside those that it was trained on."""
     description, plan = read_description(model / DESCRIPTION), read_plan(model / PLAN)
     refuse_other_task(model, description)
+    plan = plan.changed(ignore_label=manifest.ignore_label)  # of the label files that are read here
     if manifest.labels != plan.labels:
         raise ManifestError(f"manifest {manifest.name!r}: labels are {manifest.labels}, the model's {plan.labels}")
     if is_own(manifest, description):
-        return Task((model,), (description,), plan, _own_cases(manifest, description.fold, cases), {})
+        return Task((model,), (description,), plan, _own_cases(manifest, description.fold, cases), {}, is_own=True)
     if manifest.name == description.manifest_name:
         # Its folds may be others now: a case that was trained on could pass for one that was held out.
         raise ManifestError(
@@ -161,7 +170,7 @@ def _task(model: Path, manifest: Manifest, config: Config, cases: str) -> Task:
         )
     seen = _seen(manifest, description, config)
     chosen = tuple(case for case in manifest.cases if case.label and case.id not in seen)
-    return Task((model,), (description,), plan, chosen, seen)
+    return Task((model,), (description,), plan, chosen, seen, is_own=False)
 
 
 def _ensemble(tasks: Sequence[Task]) -> Task:
@@ -173,6 +182,7 @@ def _ensemble(tasks: Sequence[Task]) -> Task:
         plan=tasks[0].plan,
         cases=tuple(case for case in tasks[0].cases if case.id in in_all),
         seen={case: reason for task in tasks for case, reason in task.seen.items()},
+        is_own=tasks[0].is_own,
     )
 
 

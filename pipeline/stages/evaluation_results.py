@@ -13,6 +13,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.plan import Plan
 from pipeline.errors import ModelError
 from pipeline.evaluation import report
+from pipeline.evaluation.cross_validation import cv_metrics, write_folds
 from pipeline.evaluation.report import Evaluation
 from pipeline.evaluation.scored import case_table, write_case_table
 from pipeline.pictures import PICTURE_ORIENTATION, draw_overlay
@@ -26,6 +27,8 @@ from pipeline.volumes.volume import Volume, read_label
 log = logging.getLogger(__name__)
 
 SEND_LIMIT_S = 60.0
+# The cross-validated table.
+FOLDS = "folds.csv"
 
 
 def write_results(
@@ -36,6 +39,9 @@ def write_results(
         earlier.unlink(missing_ok=True)
     write_case_table(folder / "cases.csv", evaluation.cases)
     report.write_summary(folder / "summary.json", evaluation)
+    (folder / FOLDS).unlink(missing_ok=True)
+    if evaluation.cross_validation and evaluation.cases:
+        write_folds(folder / FOLDS, evaluation.cross_validation, evaluation.summaries)
     figures = _draw_figures(evaluation, folder)
     by_id = {case.id: case for case in manifest.cases}
     pictures = {}
@@ -73,7 +79,7 @@ def _draw(path: Path, labelled: LabelledCase, prediction: Volume, plan: Plan) ->
         "reference": resample_label(labelled.reference, grid).array,
         "prediction": resample_label(predicted, grid).array,
     }
-    figure = draw_overlay(image.array[0], grid.spacing_mm, outlines, tuple(plan.labels))
+    figure = draw_overlay(image.array[0], grid.spacing_mm, outlines, plan.class_names)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
 
@@ -90,6 +96,9 @@ def track_results(evaluation: Evaluation, tasks: Sequence[Task], manifest: Manif
         return
     step = max(description.step for description in descriptions_of(tasks))
     run_log.metrics(_metrics(evaluation, f"evaluation/{label}"), step)
+    if evaluation.cross_validation and len(tasks) > 1:
+        run_log.metrics(cv_metrics(evaluation.cross_validation, evaluation.summaries), step)
+        run_log.tags({"medseg.cross_validation": evaluation.cross_validation.remark or "complete"})
     run_log.table(f"evaluation_{label}", case_table(evaluation.cases))
     ids = [case.case_id for case in evaluation.cases]
     run_log.dataset(manifest.name, manifest.digest(), manifest.source, ids, "evaluation")
@@ -98,8 +107,9 @@ def track_results(evaluation: Evaluation, tasks: Sequence[Task], manifest: Manif
     for path in (folder / "report.html", folder / "distributions.png", folder / "predicted_dice.png"):
         if path.exists():
             run_log.artifact(path, top)
-    for name in ("cases.csv", "summary.json"):
-        run_log.artifact(folder / name, f"evaluation/{label}")
+    for name in ("cases.csv", "summary.json", FOLDS):
+        if (folder / name).exists():
+            run_log.artifact(folder / name, f"evaluation/{label}")
     if (folder / "pictures").is_dir():
         run_log.artifact(folder / "pictures", f"evaluation/{label}/pictures")
     run_log.close()

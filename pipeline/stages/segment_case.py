@@ -25,18 +25,18 @@ from pipeline.hardware import (
     resident_bytes,
 )
 from pipeline.inference.postprocessing import common_rules
-from pipeline.inference.probabilities import ProbabilityRequest, ProbabilityType
+from pipeline.inference.probabilities import ProbabilityType
 from pipeline.model import FINGERPRINT, model_digest
 from pipeline.predictor import Engine, Predictor, Segmentation
 from pipeline.preparation.preprocessing import PreparedImage
 from pipeline.records import Record, digest_of
 from pipeline.stages.familiarity import unfamiliar
+from pipeline.stages.probability_files import probabilities_into
 from pipeline.stages.segment_claims import Claim
 from pipeline.stages.segment_inputs import BOOKKEEPING, PROBABILITIES, SUFFIX, SegmentInput
 from pipeline.stages.segment_page import Preview
 from pipeline.stages.segment_plan import case_memory, wanted_bytes
 from pipeline.stages.segment_report import CaseResult
-from pipeline.volumes.plane_writing import PlaneWriter
 from pipeline.volumes.stored import content_digest
 from pipeline.volumes.volume import Volume, read_image
 from pipeline.volumes.writing import write_label
@@ -240,24 +240,20 @@ class CaseSteps:
 
     def _segmented(self, case: CaseInHand, prepared: PreparedImage, native: Geometry) -> Segmentation:
         """Segment a prepared case, and write the probabilities that are wanted."""
-        settings, labels = self.settings, list(self.predictor.plan.labels)
+        settings, predictor = self.settings, self.predictor
         if not settings.probabilities:
-            return self.predictor.segment(prepared, native)
-        writer = PlaneWriter(
+            return predictor.segment(prepared, native)
+        wanted = probabilities_into(
             settings.out / PROBABILITIES / (case.source.name + SUFFIX),
             native,
-            volumes=len(settings.probabilities),
+            predictor.plan,
+            settings.probabilities,
             dtype=settings.probabilities_type,
-            scale=1 / np.iinfo(settings.probabilities_type).max,
+            temperature=predictor.temperature,
             header_of=case.first_file,
-            comment={"probabilities": settings.probabilities},
         )
-        classes = tuple(labels.index(label) for label in settings.probabilities)
-        with writer:
-            request = ProbabilityRequest(
-                classes, writer.put, settings.probabilities_type, temperature=self.predictor.temperature
-            )
-            segmentation = self.predictor.segment(prepared, native, probabilities=request)
+        with wanted as request:
+            segmentation = predictor.segment(prepared, native, probabilities=request)
         case.result = case.result.changed(probabilities=self._probabilities)
         return segmentation
 
