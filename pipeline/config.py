@@ -78,6 +78,9 @@ class PreprocessingSection(Section):
     """Patches a step."""
     normalisation: dict[str, Literal["ct", "zscore", "zscore_nonzero", "none"]] = {}
     """Per channel; what is not named is decided by the channel's modality."""
+    memory_gb: Auto | Positive = Field(default="auto", exclude_if=lambda value: value == "auto")
+    """Memory of the GPU that trains, in GB as they are sold, whether it is here or not: patch, batch and width are
+    chosen for it. auto: what the GPU here has; without one what a CPU has free, and steps are kept small besides."""
     missing_channels: Literal["zero", "skip"] = "zero"
     """A case that lacks a channel: zero takes part with zeros in its place, skip is left out of everything."""
     crop: Literal["none", "nonzero"] = "nonzero"
@@ -185,7 +188,7 @@ class TrainingSection(Section):
     steps_per_epoch: Count = 100
     """Steps between two lines of the log, and the unit of validation and checkpoints."""
     batch_size: Count | None = None
-    """Patches a batch; null: the plan's."""
+    """Patches a batch, over all processes that train together; null: the plan's."""
     accumulate: Count = 1
     """Batches whose gradients are averaged into one step. As good as one batch of so many more patches, but that a
     batch norm and the sums of a batch Dice see one batch at a time."""
@@ -194,11 +197,17 @@ class TrainingSection(Section):
     third more time, the same gradients."""
     compile: bool = False
     """Train through torch.compile; where that fails or gives another loss, training goes on without, with a warning."""
+    sync_batch_norm: bool = False
+    """Of several processes that train together: batch norms see the patches of all, as in one process; otherwise each
+    process's own."""
     foreground_fraction: Probability = 0.34
     """Share of the patches centred on a foreground voxel of a class drawn evenly; labels count for nothing under
     `task: denoise`."""
     sampling_weights: dict[str, NonNegative] = {}
     """Per label: how often its voxels are drawn among those patches, relative to 1 for a label that is not named."""
+    workers: Auto | Annotated[int, Field(ge=0)] = "auto"
+    """Threads that read patches ahead, which changes none of them. auto: four for a GPU whose cases are on disk, one
+    for a CPU whose cases are and for a GPU whose cases are nearer, else none."""
     loss: str = "dice_ce"
     """A name of the LOSSES table; `task: denoise` learns by the mean squared error instead."""
     loss_options: Options = {}
@@ -236,6 +245,8 @@ class TrainingSection(Section):
     """Stop after so many validations without a better one; null: train to the end of the budget."""
     checkpoint_minutes: Positive = 5.0
     """Write a checkpoint at least this often, besides the one at each epoch's end."""
+    stall_minutes: Positive = 10.0
+    """Warn when nothing has moved for so long, and say at which stage and case."""
     augmentation: AugmentationSection = AugmentationSection()
     """Random changes of the patches."""
     denoising: DenoisingSection = DenoisingSection()

@@ -1,0 +1,58 @@
+"""Batch norm over the patches of all processes, for `training.sync_batch_norm`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.training.distributed import pooled, this_share
+
+
+def pool_batch_norms(network: nn.Module) -> None:
+    """Let a network's batch norms see the patches of all processes; parameters, buffers and their names stay."""
+    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.BatchNorm3d:
+                setattr(parent, name, PooledBatchNorm3d.like(child))
+
+
+class PooledBatchNorm3d(nn.BatchNorm3d):
+    """Batch norm (Ioffe and Szegedy 2015) whose mean and variance are those of all processes' patches.
+
+    Torch's own SyncBatchNorm does so on GPUs alone; this one is a few sums on any device.
+    """
+
+    @classmethod
+    def like(cls, norm: nn.BatchNorm3d) -> PooledBatchNorm3d:
+        """Return a norm with the parameters and running statistics of another, the very tensors."""
+        new = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device="meta")
+        new.train(norm.training)
+        for name, tensor in [*norm.named_parameters(), *norm.named_buffers()]:
+            setattr(new, name, tensor)
+        return new
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return (N, C, X, Y, Z) normalised; every process has as many patches."""
+        if not self.training:
+            return super().forward(image)
+        axes, values = (0, 2, 3, 4), image.float()
+        count = image.numel() // self.num_features * this_share().processes
+        mean = pooled(values.sum(axes)) / count
+        centred = values - mean[:, None, None, None]
+        variance = pooled(centred.square().sum(axes)) / count
+        self._follow(mean.detach(), variance.detach() * count / max(1, count - 1))
+        scale = torch.rsqrt(variance + self.eps)
+        if self.affine:
+            normalised = centred * (scale * self.weight)[:, None, None, None] + self.bias[:, None, None, None]
+        else:
+            normalised = centred * scale[:, None, None, None]
+        return normalised.to(image.dtype)
+
+    def _follow(self, mean: Tensor, variance: Tensor) -> None:
+        """Move the running statistics, where they are kept, as torch does."""
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked.add_(1)
+        rate = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, rate)
+        self.running_var.lerp_(variance, rate)
