@@ -91,13 +91,15 @@ def test_a_model_stays_whole_where_memory_does_not_suffice(tmp_path: Path, caplo
 def test_planes_are_laid_beside_the_labels_on_a_lattice_of_the_whole_volume(
     most: int | None, step: int, axis: int
 ) -> None:
+    # Of the voxels of class 4 nobody knows what they are: they are not handed on.
     label = np.random.default_rng(0).integers(0, 9, GRID.shape).astype(np.uint8)
     logits = torch.from_numpy(np.moveaxis(label, axis, 0)[None].astype(np.float32))  # (1, n, A, B)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    watch = beside(label, lambda some, labels: seen.append((some, labels)), most)
+    watch = beside(label, lambda some, labels: seen.append((some, labels)), ignored=4, most_voxels=most)
     for start in range(0, logits.shape[1], 5):
         watch(LogitPlanes(start, logits[:, start : start + 5]), axis)
     expected = np.moveaxis(label, axis, 0)[::step, ::step, ::step]
+    expected = expected[expected != 4]
     np.testing.assert_array_equal(torch.cat([labels for _, labels in seen]), expected)
     np.testing.assert_array_equal(torch.cat([some[0] for some, _ in seen]), expected)
 

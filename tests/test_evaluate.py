@@ -18,6 +18,7 @@ from pipeline.config_loading import dump_config
 from pipeline.data.manifest import Case, ImageFile, Manifest, load_manifest, save_manifest
 from pipeline.errors import ManifestError, ModelError, PipelineError
 from pipeline.evaluation.metrics import METRICS, score_case
+from pipeline.evaluation.structures import Structures
 from pipeline.geometry import Geometry
 from pipeline.model import save_model
 from pipeline.networks import NETWORKS
@@ -118,7 +119,7 @@ def test_scores_are_those_of_the_known_prediction_on_the_native_grid(config: Con
     assert report.failures == {}
     for seed, case in enumerate(report.evaluation.cases):
         reference = structures(seed)
-        expected = score_case(predicted(reference), reference, NATIVE.spacing_mm, tuple(PLAN.labels), 0.5)
+        expected = score_case(predicted(reference), reference, NATIVE.spacing_mm, Structures.of_labels(PLAN), 0.5)
         assert list(case.rows) == expected
         assert 0 < case.rows[0].values["dice"] < 1
         kept = report.folder / "predictions" / f"{case.case_id}.nii.gz"

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from pipeline.data.manifest import Case
+from pipeline.data.plan import Plan
 from pipeline.evaluation.metrics import METRICS, Comparison, Row, _surface, score_case
+from pipeline.evaluation.structures import Structures
 from pipeline.volumes.volume import read_label
 
-CLASSES = ("background", "left", "right")
+SIDES = Structures({"left": (1,), "right": (2,)})
 DISTANCES = [name for name, metric in METRICS.items() if metric.unit == "mm"]
 
 
@@ -24,7 +27,7 @@ def block(start: tuple[int, int, int], size: tuple[int, int, int], shape: tuple[
 def score(prediction: NDArray[np.uint8], reference: NDArray[np.uint8], **changes: object) -> Row:
     """The only foreground class' row."""
     arguments: dict[str, object] = {"spacing_mm": (1.0, 1.0, 1.0), "tolerance_mm": 1.0, **changes}
-    return score_case(prediction, reference, class_names=("background", "left"), **arguments)[0]  # type: ignore[arg-type]
+    return score_case(prediction, reference, structures=Structures({"left": (1,)}), **arguments)[0]  # type: ignore[arg-type]
 
 
 # --- by hand
@@ -111,10 +114,81 @@ def test_classes_are_scored_apart_and_in_order() -> None:
     reference = np.zeros((8, 8, 8), np.uint8)
     reference[1:3], reference[5:7] = 1, 2
     prediction = np.where(reference == 2, 1, reference)
-    left, right = score_case(prediction, reference, (1.0, 1.0, 1.0), CLASSES, 1.0)
+    left, right = score_case(prediction, reference, (1.0, 1.0, 1.0), SIDES, 1.0)
     assert (left.class_name, right.class_name) == ("left", "right")
     assert left.values["dice"] == pytest.approx(2 * 128 / (128 + 256))
     assert right.status == "missed"
+
+
+def test_regions_are_scored_as_unions_of_their_labels() -> None:
+    # Of 8 voxels in a row: the tumour is 2-6, its core 4-5; predicted are 3-7 and 5-6.
+    reference, prediction = np.zeros((2, 8, 1, 1), np.uint8)
+    reference[2:7], reference[4:6] = 1, 2
+    prediction[3:8], prediction[5:7] = 1, 2
+    regions = Structures({"tumour": (1, 2), "core": (2,)})
+    tumour, core = score_case(prediction, reference, (10.0, 10.0, 10.0), regions, 1.0, metrics=("dice",))
+    assert (tumour.class_name, core.class_name) == ("tumour", "core")
+    assert tumour.values["dice"] == pytest.approx(2 * 4 / (5 + 5))
+    assert core.values["dice"] == pytest.approx(2 * 1 / (2 + 2))
+    assert (tumour.reference_ml, core.reference_ml) == (5, 2)
+
+
+def test_ignored_voxels_count_neither_for_nor_against() -> None:
+    # Of 4 predicted voxels 2 are right, 1 is wrong, and of 1 nobody knows.
+    reference, prediction = np.zeros((2, 8, 1, 1), np.uint8)
+    reference[1:3], reference[4] = 1, 3
+    prediction[1:5] = 1
+    known = score_case(prediction, reference, (10.0, 10.0, 10.0), Structures(SIDES.classes, ignored=3), 1.0)[0]
+    assert known.values["dice"] == pytest.approx(2 * 2 / (3 + 2))
+    assert (known.reference_ml, known.prediction_ml) == (2, 3)
+    with pytest.raises(ValueError, match="class indices 0 to 3"):
+        score_case(prediction, reference, (10.0, 10.0, 10.0), SIDES, 1.0)
+
+
+def test_the_border_of_what_is_ignored_adds_no_distance() -> None:
+    reference = block((1, 1, 1), (6, 3, 3), (8, 6, 6))
+    reference[3] = 3  # half way through the structure
+    prediction = block((1, 1, 1), (6, 3, 3), (8, 6, 6))
+    values = score_case(prediction, reference, (1.0, 1.0, 1.0), Structures({"left": (1,)}, ignored=3), 1.0)[0].values
+    assert {name: values[name] for name in ("dice", "hd95", "assd", "nsd")} == {
+        "dice": 1,
+        "hd95": 0,
+        "assd": 0,
+        "nsd": 1,
+    }
+
+
+def test_what_nobody_looked_for_has_no_score() -> None:
+    prediction = np.full((2, 2, 2), 2, np.uint8)
+    structures = Structures(SIDES.classes, unknown=frozenset({"right"}))
+    left, right = score_case(prediction, np.zeros_like(prediction), (10.0, 10.0, 10.0), structures, 1.0)
+    assert left.status == "both_empty"
+    assert (right.status, right.prediction_ml) == ("not_annotated", 8)
+    assert np.isnan([right.reference_ml, *right.values.values()]).all()
+
+
+PLAN = Plan(
+    channels={"T1": "MR"},
+    labels={"background": 0, "rest": 1, "core": 2, "other": 3},
+    regions={"tumour": ("rest", "core"), "core": ("core",), "other": ("other",)},
+    orientation="RAS",
+    spacing_mm=(1.0, 1.0, 1.0),
+    crop="none",
+    patch_size=(8, 8, 8),
+    batch_size=2,
+    normalisation={},
+)
+
+
+def test_a_region_is_known_where_people_looked_for_all_of_its_labels() -> None:
+    case = Case(id="a", patient="a", images={}, annotated_classes=("core", "other"))
+    structures = Structures.of(PLAN, case)
+    assert structures.classes == {"tumour": (1, 2), "core": (2,), "other": (3,)}
+    assert structures.unknown == {"tumour"}
+    assert structures.ignored is None
+    assert Structures.of(PLAN.changed(ignore_label=9), case.changed(annotated_classes=None)).ignored == 4
+    assert Structures.of(PLAN.changed(regions={}), case).unknown == {"rest"}
+    assert Structures.of_labels(PLAN) == Structures({"rest": (1,), "core": (2,), "other": (3,)})
 
 
 def test_only_the_metrics_asked_for() -> None:
@@ -236,9 +310,8 @@ def test_hippocampi_against_monai(shared_data: Path, shift: tuple[int, int, int]
     label = read_label(sorted((shared_data / "Task04_Hippocampus" / "labelsTr").glob("*.nii.gz"))[0]).array
     # A tolerance that no distance on this grid equals: monai compares in float32.
     moved, spacing, tolerance = np.roll(label, shift, (0, 1, 2)), (1.0, 0.7, 3.0), 0.9
-    for index, row in enumerate(
-        score_case(moved, label, spacing, ("background", "anterior", "posterior"), tolerance), 1
-    ):
+    structures = Structures({"anterior": (1,), "posterior": (2,)})
+    for index, row in enumerate(score_case(moved, label, spacing, structures, tolerance), 1):
         expected = monai_values(Comparison(moved == index, label == index, spacing, tolerance))
         for name, value in expected.items():
             assert row.values[name] == pytest.approx(value, rel=1e-5), name

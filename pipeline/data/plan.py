@@ -153,6 +153,11 @@ class Plan(Record):
     reasons: dict[str, str] = {}
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """Name of each class index, that of ignored voxels included: for pictures."""
+        return (*self.labels, "ignored")
+
+    @property
     def class_values(self) -> tuple[int, ...]:
         """Value in label files of each class, by class index."""
         return tuple(self.labels.values())

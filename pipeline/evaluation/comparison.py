@@ -161,8 +161,8 @@ class _Scores:
 
     @cached_property
     def class_names(self) -> list[str]:
-        """The foreground classes."""
-        return list(self.members[0].runs[0].labels[1:])
+        """The labels or regions that are scored."""
+        return list(self.members[0].runs[0].structures)
 
     @cached_property
     def by_case(self) -> dict[tuple[str, str], FloatArray]:

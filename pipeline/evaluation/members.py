@@ -24,7 +24,7 @@ class MemberRun:
         network: its name.
         parameters: that are trained.
         manifest: the data set's name and digest.
-        labels: class names, the background first.
+        structures: names of the labels or regions that are scored.
         budget: of the training, for people: 10 minutes, 3000 steps.
         steps, seconds: of the training; None where they are not known.
         evaluated_on: which cases: fold, test, all, or a manifest's name.
@@ -41,7 +41,7 @@ class MemberRun:
     network: str
     parameters: int
     manifest: str
-    labels: tuple[str, ...]
+    structures: tuple[str, ...]
     budget: str
     steps: int | None
     seconds: float | None
@@ -113,7 +113,7 @@ def _folds(member: Member) -> str:
 
 _MUST_AGREE: dict[str, Callable[[Member], str]] = {
     "data sets": lambda member: " and ".join(sorted({run.manifest for run in member.runs})),
-    "classes": lambda member: " and ".join(sorted({", ".join(run.labels) for run in member.runs})),
+    "classes": lambda member: " and ".join(sorted({", ".join(run.structures) for run in member.runs})),
     "folds": _folds,
     "evaluated cases": lambda member: " and ".join(sorted({run.evaluated_on for run in member.runs})),
     "surface tolerances": lambda member: " and ".join(sorted({f"{run.tolerance_mm:g} mm" for run in member.runs})),

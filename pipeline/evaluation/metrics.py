@@ -18,6 +18,10 @@ oblique surface nor a thick slice counts for more than its size:
 why: `missed` (there is a reference, nothing was predicted), `spurious` (predicted, but there is no reference) or
 `both_empty`, which is no error. Every summary states the number of missed and spurious beside the mean, which is taken
 over the scored rows.
+
+**What nobody knows.** A structure that people did not look for in a case has the status `not_annotated` there and no
+value: it is no error, and counts nowhere. Voxels that the reference ignores are taken out of prediction and reference:
+both end where they begin, so that they add no distance.
 """
 
 from __future__ import annotations
@@ -25,18 +29,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, reduce
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from pipeline.evaluation.structures import Structures
 
 FloatArray = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 Millimetres = tuple[float, float, float]
 Box = tuple[slice, slice, slice]
 
-Status = Literal["scored", "missed", "spurious", "both_empty"]
+Status = Literal["scored", "missed", "spurious", "both_empty", "not_annotated"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,12 +211,12 @@ METRICS: dict[str, Metric] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One class of one case.
+    """One label or region of one case.
 
     Attributes:
-        class_name: the label's name.
-        status: scored, or which of the masks is empty.
-        reference_ml, prediction_ml: both volumes.
+        class_name: its name.
+        status: scored, or which of the masks is empty, or that there is no reference.
+        reference_ml, prediction_ml: both volumes; nan, the first, where there is no reference.
         values: metric name -> value; nan unless scored.
     """
 
@@ -225,44 +231,53 @@ def score_case(
     prediction: NDArray[np.integer],
     reference: NDArray[np.integer],
     spacing_mm: Millimetres,
-    class_names: Sequence[str],
+    structures: Structures,
     tolerance_mm: float,
     *,
     metrics: Iterable[str] = tuple(METRICS),
 ) -> list[Row]:
-    """Score each foreground class of one case.
+    """Score each structure of one case.
 
     Args:
         prediction: (X, Y, Z) class indices on the native grid; 0 is the background.
         reference: the same of the label drawn by people.
         spacing_mm: voxel size of that grid.
-        class_names: name by class index, the background first; it gets no row.
+        structures: what is scored: labels, or regions, which are unions of labels.
         tolerance_mm: of the normalised surface Dice; at least 0.
         metrics: names of METRICS; those without a surface cost almost nothing.
 
     Returns:
-        A row for each class but the background, in the order of `class_names`.
+        A row for each structure, in their order.
 
     Raises:
         ValueError: the grids differ, or an array holds an index outside the classes.
     """
-    _check(prediction, reference, len(class_names))
-    boxes = _boxes(prediction, reference, len(class_names))
+    if structures.ignored is not None and prediction.shape == reference.shape:
+        known = reference != structures.ignored
+        prediction, reference = (np.where(known, array, 0).astype(array.dtype) for array in (prediction, reference))
+    _check(prediction, reference, structures.num_classes)
+    boxes = _boxes(prediction, reference, structures.num_classes)
     chosen = [METRICS[name] for name in metrics]
     rows = []
-    for index, (name, box) in enumerate(zip(class_names[1:], boxes, strict=True), start=1):
-        masks = Comparison(prediction[box] == index, reference[box] == index, spacing_mm, tolerance_mm)
-        rows.append(_row(name, masks, chosen))
+    for name, own in structures.classes.items():
+        box = _around([boxes[index - 1] for index in own])
+        masks = Comparison(_within(prediction[box], own), _within(reference[box], own), spacing_mm, tolerance_mm)
+        rows.append(_row(name, masks, chosen, annotated=name not in structures.unknown))
     return rows
 
 
-def _row(class_name: str, masks: Comparison, metrics: Sequence[Metric]) -> Row:
-    """Score one class; nan for every metric where a mask is empty."""
-    status = _status(masks)
+def _within(classes: NDArray[np.integer], own: Iterable[int]) -> Mask:
+    """Return the mask of the voxels of some classes."""
+    return reduce(np.logical_or, (classes == index for index in own))
+
+
+def _row(class_name: str, masks: Comparison, metrics: Sequence[Metric], *, annotated: bool) -> Row:
+    """Score one structure; nan for every metric where a mask is empty, or where there is no reference."""
+    status = _status(masks) if annotated else "not_annotated"
     return Row(
         class_name=class_name,
         status=status,
-        reference_ml=masks.reference_voxels * masks.voxel_volume_ml,
+        reference_ml=masks.reference_voxels * masks.voxel_volume_ml if annotated else float("nan"),
         prediction_ml=masks.prediction_voxels * masks.voxel_volume_ml,
         values={metric.name: metric.function(masks) if status == "scored" else float("nan") for metric in metrics},
     )
@@ -284,15 +299,21 @@ def _check(prediction: NDArray[np.integer], reference: NDArray[np.integer], clas
             raise ValueError(f"{name}: class indices {array.min()} to {array.max()}, expected 0 to {classes - 1}")
 
 
-def _boxes(prediction: NDArray[np.integer], reference: NDArray[np.integer], classes: int) -> list[Box]:
-    """Return for each foreground class the box that holds it in both arrays; an empty box where it is in neither."""
+def _boxes(prediction: NDArray[np.integer], reference: NDArray[np.integer], classes: int) -> list[Box | None]:
+    """Return for each foreground class the box that holds it in both arrays; None where it is in neither."""
     from scipy.ndimage import find_objects
 
-    boxes = []
-    for found in zip(*(find_objects(array, max_label=classes - 1) for array in (prediction, reference)), strict=True):
-        there = [box for box in found if box is not None]
-        boxes.append(tuple(_span(slices) for slices in zip(*there, strict=True)) if there else (slice(0, 0),) * 3)
-    return boxes  # type: ignore[return-value]
+    found = zip(*(find_objects(array, max_label=classes - 1) for array in (prediction, reference)), strict=True)
+    return [None if pair == (None, None) else _around(pair) for pair in found]
+
+
+def _around(boxes: Iterable[Box | None]) -> Box:
+    """Return the smallest box that holds all given; an empty one where there are none."""
+    there = [box for box in boxes if box is not None]
+    if not there:
+        return slice(0, 0), slice(0, 0), slice(0, 0)
+    x, y, z = (_span(slices) for slices in zip(*there, strict=True))
+    return x, y, z
 
 
 def _span(slices: tuple[slice, ...]) -> slice:

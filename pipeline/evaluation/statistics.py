@@ -39,14 +39,15 @@ class Estimate:
 
 @dataclass(frozen=True)
 class ClassSummary:
-    """One class, or the mean over classes.
+    """One label or region, or the mean over them.
 
     Attributes:
-        class_name: a label's name, or MEAN.
+        class_name: its name, or MEAN.
         scored: rows with reference and prediction.
         missed: rows with a reference and no prediction.
         spurious: rows with a prediction and no reference.
         metrics: metric name -> estimate over the scored rows.
+        not_annotated: rows of cases in which nobody looked for it.
     """
 
     class_name: str
@@ -54,6 +55,7 @@ class ClassSummary:
     missed: int
     spurious: int
     metrics: dict[str, Estimate]
+    not_annotated: int = 0
 
 
 def bootstrap_interval(
@@ -152,6 +154,7 @@ def _summary(class_name: str, rows: Sequence[Row], metrics: dict[str, Estimate])
         scored=statuses.count("scored"),
         missed=statuses.count("missed"),
         spurious=statuses.count("spurious"),
+        not_annotated=statuses.count("not_annotated"),
         metrics=metrics,
     )
 

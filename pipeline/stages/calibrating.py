@@ -19,6 +19,7 @@ from pipeline.errors import ResourceError
 from pipeline.evaluation.metrics import score_case
 from pipeline.evaluation.scored import UNCALIBRATED
 from pipeline.evaluation.self_assessment import true_dice
+from pipeline.evaluation.structures import Structures
 from pipeline.inference.planes import LogitPlanes
 from pipeline.model import load_model
 from pipeline.predictor import Engine, Predictor, Segmentation, Watcher
@@ -50,7 +51,7 @@ class VoxelJudge:
         self.bare = ReliabilityMeter(predictor.output) if self.is_calibrated else self.shipped
         self.seconds = 0.0
         meters = {id(meter): meter for meter in (self.shipped, self.bare)}.values()
-        self._watchers = [beside(label, meter.add) for meter in meters]
+        self._watchers = [beside(label, meter.add, ignored=predictor.plan.ignored_class) for meter in meters]
 
     def __call__(self, planes: LogitPlanes, axis: int) -> None:
         """Look at some planes."""
@@ -74,7 +75,7 @@ def calibration_of(folder: Path, store: CaseStore, cases: Sequence[Case], engine
     Args:
         folder: of the model.
         store: the prepared cases.
-        cases: labelled, not seen by the model.
+        cases: not seen by the model, with all of their labels.
         engine: how the machine is used.
 
     Returns:
@@ -113,12 +114,15 @@ def calibrate(predictor: Predictor, store: CaseStore, cases: Sequence[Case]) -> 
     )
 
 
-def beside(label: Labels, add: Callable[[Tensor, Tensor], None], most_voxels: int | None = None) -> Watcher:
+def beside(
+    label: Labels, add: Callable[[Tensor, Tensor], None], *, ignored: int, most_voxels: int | None = None
+) -> Watcher:
     """Return a watcher that hands on planes of logits beside those of a label.
 
     Args:
         label: (X, Y, Z) class indices on the plan's grid.
-        add: takes (K, ...) logits and (...) labels.
+        add: takes (K, V) logits and (V,) labels.
+        ignored: class index of the voxels of which nobody knows what they are; they are not handed on.
         most_voxels: about so many, on a lattice; None: all.
     """
     step = lattice_step(label.shape, most_voxels) if most_voxels else 1
@@ -126,7 +130,9 @@ def beside(label: Labels, add: Callable[[Tensor, Tensor], None], most_voxels: in
     def watch(planes: LogitPlanes, axis: int) -> None:
         logits = planes.logits[:, -planes.start % step :: step, ::step, ::step]
         reference = np.moveaxis(label, axis, 0)[planes.start : planes.start + planes.logits.shape[1]]
-        add(logits, torch.from_numpy(reference[-planes.start % step :: step, ::step, ::step].astype(np.int64)))
+        classes = torch.from_numpy(reference[-planes.start % step :: step, ::step, ::step].astype(np.int64)).flatten()
+        known, logits = classes != ignored, logits.flatten(1)
+        add(*((logits, classes) if known.all() else (logits[:, known], classes[known])))
 
     return watch
 
@@ -136,7 +142,7 @@ def _fitted_temperature(predictor: Predictor, store: CaseStore, cases: Sequence[
     fit = TemperatureFit(predictor.output)
     chosen = np.linspace(0, len(cases) - 1, min(len(cases), TEMPERATURE_CASES)).round().astype(int)
     for case, label in _labelled(store, [cases[index] for index in chosen]):
-        watch = beside(label, fit.add, TEMPERATURE_VOXELS)
+        watch = beside(label, fit.add, ignored=predictor.plan.ignored_class, most_voxels=TEMPERATURE_VOXELS)
         with predictor.stream(case.image, case.body) as stream:
             for planes in stream:
                 watch(planes, stream.axis)
@@ -155,8 +161,8 @@ def _lessons(
 ) -> Iterator[tuple[str, Features, float]]:
     """Yield each structure that was found, what was measured of it, and its Dice on the native grid."""
     assert case.reference is not None
-    names = tuple(predictor.plan.labels)
-    rows = score_case(segmentation.classes, case.reference, case.native.spacing_mm, names, 1.0, metrics=("dice",))
+    labels = Structures.of_labels(predictor.plan)
+    rows = score_case(segmentation.classes, case.reference, case.native.spacing_mm, labels, 1.0, metrics=("dice",))
     for row in rows:
         features, dice = Features.of(segmentation.confidence.labels[row.class_name]), true_dice(row)
         if features is not None and not np.isnan(dice):

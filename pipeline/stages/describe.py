@@ -72,7 +72,7 @@ def run(config: Config) -> Explanation:
     """
     manifest = dataset_of(config)
     plan, source = _plan(config, manifest)
-    outputs = outputs_of(config.task, plan)
+    outputs = outputs_of(config.task, plan, plan.output)
     try:
         plan = fitted_plan(plan, config.network, config.training.batch_size)
         task = network_task(plan, config.network, outputs)
@@ -96,6 +96,7 @@ def _plan(config: Config, manifest: Manifest) -> tuple[Plan, str]:
     plan = Plan(
         channels=manifest.channels,
         labels=manifest.labels,
+        regions=manifest.regions,
         orientation=section.orientation,
         spacing_mm=section.spacing_mm,
         crop=section.crop,

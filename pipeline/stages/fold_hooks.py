@@ -11,8 +11,10 @@ from pipeline import __version__
 from pipeline.config import Config
 from pipeline.config_loading import dump_config
 from pipeline.data.manifest import Case
+from pipeline.errors import TrainingError
 from pipeline.model import Model, ModelDescription, save_model
 from pipeline.records import atomic_path
+from pipeline.stages.fold_diagnosis import FoldDiagnosis
 from pipeline.stages.fold_task import FoldTask
 from pipeline.stages.models import BEST
 from pipeline.tracking import RunLog
@@ -30,10 +32,11 @@ class FoldHooks:
     stands behind `is_first` only reads and writes, and talks to no other process.
     """
 
-    def __init__(self, task: FoldTask, state: TrainState, tracked: RunLog) -> None:
+    def __init__(self, task: FoldTask, state: TrainState, tracked: RunLog, diagnosis: FoldDiagnosis) -> None:
         self.share = this_share()
         self.task = task
         self.tracked = tracked
+        self.diagnosis = diagnosis
         self.validation = task.validation(state.network)
 
     def validate(self, state: TrainState) -> dict[str, float]:
@@ -41,7 +44,7 @@ class FoldHooks:
         with averaged_weights(state):
             for case in self.task.validation_cases[:1]:
                 self.draw(case, state.step)
-            return self.validation.scores(self.task.validation_cases)
+            return self.validation.scores(self.task.validation_cases, self.diagnosis.clock.reached)
 
     def draw(self, case: Case, step: int) -> None:
         """Log a picture of a case: MLflow shows how it changes over the steps."""
@@ -66,6 +69,7 @@ class FoldHooks:
             network=task.config.network,
             in_channels=len(plan.channels),
             num_classes=task.outputs,
+            output=plan.output,
             precision=task.config.training.precision,
             inference=task.config.inference,
             manifest_name=task.manifest.name,
@@ -86,10 +90,14 @@ class FoldHooks:
             save_checkpoint(self.task.checkpoint, state, self.task.facts)
 
     def epoch_ended(self, state: TrainState, metrics: dict[str, float]) -> None:
-        """Log the epoch's metrics, a line and an event."""
-        self.tracked.metrics(metrics, state.step)
+        """Log the epoch's metrics, a line and an event; and where its time went."""
         shown = "  ".join(f"{name.removeprefix('train/')} {value:.4g}" for name, value in metrics.items())
         log.info("fold %d  step %d of %d  %s", self.task.fold, state.step, state.total_steps, shown)
+        self.tracked.metrics({**metrics, **self.diagnosis.epoch_times()}, state.step)
+
+    def not_finite(self, state: TrainState, step: int) -> TrainingError:
+        """Look for the case and the layer."""
+        return self.diagnosis.not_finite(self.task.schedule(state), step)
 
 
 def shareable(config: Config) -> str:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import psutil
 import torch
 
 from pipeline.confidence.calibration import Calibration
@@ -31,22 +30,22 @@ from pipeline.stages.models import LAST, resolve_model
 from pipeline.stages.preprocess import CASES, KEYS, sources_digest
 from pipeline.stages.validation import DiceValidation, Validation
 from pipeline.stages.workspace import Workspace
+from pipeline.training.diagnosis.stopwatch import Clock, untimed
+from pipeline.training.batch_norm import pool_batch_norms
 from pipeline.training.distributed import this_share
-from pipeline.training.loop import Batches, LoopSettings
+from pipeline.training.loop import LoopSettings
 from pipeline.training.losses import Objective, build_loss
 from pipeline.training.optimisation import Schedule, build_optimiser, build_schedule
 from pipeline.training.randomness import torch_seed
 from pipeline.training.sampling.augmentation import Augmentation
-from pipeline.training.sampling.batches import Batches as AugmentedBatches
-from pipeline.training.sampling.patches import CaseInMemory, PatchCase, PatchSampler
+from pipeline.training.sampling.batches import Batches, CaseBatches, workers_for
+from pipeline.training.sampling.cases import PatchCase, Place, bytes_of, keep, place_for
+from pipeline.training.sampling.patches import PatchSampler
 from pipeline.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
 CHECKPOINT, FACTS = "checkpoint.safetensors", "facts.json"
-
-# Share of the free memory that the store may take; above it patches are read from disk.
-MEMORY_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class FoldTask:
         )
         task.refuse_stale_store(folder / KEYS)
         try:
-            return replace(task, plan=fitted_plan(task.plan, config.network))
+            return replace(task, plan=fitted_plan(task.plan, config.network, config.training.batch_size))
         except ValueError as error:
             raise ConfigError(f"network {config.network.name}: {error}") from error
 
@@ -153,7 +152,7 @@ class FoldTask:
     @property
     def outputs(self) -> int:
         """Channels of what the network returns."""
-        return outputs_of(self.config.task, self.plan)
+        return outputs_of(self.config.task, self.plan, self.plan.output)
 
     @property
     def batch_size(self) -> int:
@@ -213,6 +212,8 @@ class FoldTask:
         torch.manual_seed(torch_seed(config.seed, "weights", 0))
         network = network_for(self.plan, config.network, self.outputs)
         objective = self.objective(network)
+        if section.sync_batch_norm and this_share().processes > 1:
+            pool_batch_norms(network)
         place(network, self.device)
         if section.activation_checkpointing:
             recompute_activations(network, partial(autocast, self.device, self.dtype))
@@ -250,18 +251,24 @@ class FoldTask:
             raise ConfigError(
                 f"training.deep_supervision: network {self.config.network.name} has no coarser outputs; leave it false"
             )
-        return Objective(network, loss, deep_supervision=section.deep_supervision)
+        regions = tuple(self.plan.structures.values()) if self.plan.output == "regions" else None
+        return Objective(network, loss, deep_supervision=section.deep_supervision, regions=regions)
 
     def validation(self, network: Network) -> Validation:
         """Return what scores the network on whole volumes."""
-        predictor = Predictor(network, self.plan, self.config.inference, self.engine)
+        predictor = Predictor(network, self.plan, self.config.inference, self.engine, output=self.plan.output)
         return DiceValidation(predictor, self.store)
 
     def calibration(self, model: Path) -> Calibration | None:
-        """Learn from the validation cases how far a model's confidence can be trusted; None where there is nothing."""
+        """Learn from the validation cases how far a model's confidence can be trusted; None where there is nothing.
+
+        Only from cases in which people looked for everything: elsewhere what is right is not known.
+        """
         if self.config.task != "segment":
             return None
-        return calibration_of(model, self.store, self.validation_cases, self.engine)
+        structures = list(self.plan.labels)[1:]
+        cases = [case for case in self.validation_cases if case.is_annotated(structures)]
+        return calibration_of(model, self.store, cases, self.engine)
 
     @property
     def calibration_passes(self) -> float:
@@ -275,8 +282,23 @@ class FoldTask:
         """Random changes of the patches."""
         return self.config.training.augmentation
 
-    def batches(self, network: Network) -> Batches:
-        """Build the way from the store to the network's augmented batches."""
+    @cached_property
+    def cases_at(self) -> Place:
+        """Where the prepared training cases are kept."""
+        needed = bytes_of(self.training_cases, self.store, self.plan)
+        return place_for(needed, self.device, this_share().processes)
+
+    @property
+    def workers(self) -> int:
+        """Threads that read ahead."""
+        return workers_for(self.config.training.workers, self.cases_at, self.device)
+
+    def batches(self, network: Network, clock: Clock = untimed) -> CaseBatches:
+        """Build the way from the store to the network's augmented batches; to be closed.
+
+        Raises:
+            ConfigError: a label with a weight is not among the plan's.
+        """
         section = self.config.training
         augmentation = Augmentation(
             self.augmentation,
@@ -284,7 +306,7 @@ class FoldTask:
             target_size=self.plan.patch_size,
             left_right_axis=self.plan.left_right_axis,
             paired_classes=self.plan.paired_classes,
-            num_classes=len(self.plan.labels),
+            num_classes=len(self.plan.labels) + self.plan.has_ignored,
             seed=self.config.seed,
         )
         sampler = PatchSampler(
@@ -293,19 +315,39 @@ class FoldTask:
             read_size=augmentation.read_size,
             foreground_fraction=section.foreground_fraction,
             seed=self.config.seed,
+            class_weights=class_weights(section.sampling_weights, self.plan),
         )
         share = this_share()
         size = share.batch_size(self.batch_size)
-        return AugmentedBatches(sampler, augmentation, batch_size=size, device=self.device, share=share)
+        return Batches(
+            sampler,
+            augmentation,
+            batch_size=size,
+            device=self.device,
+            workers=self.workers,
+            share=share,
+            clock=clock,
+        )
 
     def patch_cases(self) -> list[PatchCase]:
-        """Return the training cases, in memory where they take a small share of it."""
-        voxels = sum(math.prod(self.store.open(case.id).shape) for case in self.training_cases)
-        if voxels * 3 > MEMORY_SHARE * psutil.virtual_memory().available:  # 2 bytes of image, about 1 of label
-            log.info("patches are read from disk: %.1f GB of prepared cases are too many for memory", voxels * 3 / 1e9)
-            return [self.store.open(case.id) for case in self.training_cases]
-        prepared = (self.store.read(case.id) for case in self.training_cases)
-        return [CaseInMemory(p.image, p.label, p.class_voxels) for p in prepared]
+        """Return the training cases, kept as near to the network as they fit."""
+        return keep(self.training_cases, self.store, self.plan, self.cases_at, self.device)
+
+
+def class_weights(of_labels: Mapping[str, float], plan: Plan) -> dict[int, float]:
+    """Return class index -> weight of the labels that `training.sampling_weights` names.
+
+    Raises:
+        ConfigError: one of them is not a structure of the plan.
+    """
+    structures = list(plan.labels)[1:]
+    unknown = [name for name in of_labels if name not in structures]
+    if unknown:
+        raise ConfigError(
+            f"training.sampling_weights: {', '.join(map(repr, unknown))} cannot be drawn; patches are centred on "
+            f"voxels of {', '.join(structures)}"
+        )
+    return {1 + structures.index(name): weight for name, weight in of_labels.items()}
 
 
 def initial_model_of(config: Config, fold: int) -> Path | None:
@@ -329,5 +371,5 @@ def configuration_digest(config: Config) -> str:
     Nor of where the initial model lies: its own digest is among the facts.
     """
     sections = {"seed", "task", "preprocessing", "network", "training", "inference"}
-    kept = config.model_dump(mode="json", include=sections, exclude={"training": {"init_from"}})
+    kept = config.model_dump(mode="json", include=sections, exclude={"training": {"init_from", "workers"}})
     return digest_of(kept)

@@ -65,7 +65,7 @@ def read_run(folder: Path, cases: str) -> MemberRun:
         network=best.network.name,
         parameters=_parameters(folder / BEST),
         manifest=f"{best.manifest_name}@{best.manifest_digest[:12]}",
-        labels=tuple(plan.labels),
+        structures=tuple(plan.structures),
         budget=budget_of(config.training),
         steps=read_description(folder / LAST / DESCRIPTION).step,
         seconds=training_seconds(folder),

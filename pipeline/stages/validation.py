@@ -6,7 +6,7 @@ Processes that train together share the cases out and all learn every score.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,8 +16,10 @@ import torch
 from pipeline.data.manifest import Case
 from pipeline.data.store import CaseStore
 from pipeline.evaluation.metrics import score_case
+from pipeline.evaluation.structures import Structures
 from pipeline.pictures import draw_overlay
 from pipeline.predictor import Predictor
+from pipeline.training.diagnosis.stopwatch import unheard
 from pipeline.training.distributed import gathered, this_share
 
 if TYPE_CHECKING:
@@ -27,8 +29,13 @@ if TYPE_CHECKING:
 class Validation(Protocol):
     """What a training does with whole volumes; the network is looked at as it is."""
 
-    def scores(self, cases: Sequence[Case]) -> dict[str, float]:
-        """Return the scores by name; "score" is the one by which the best model is chosen."""
+    def scores(self, cases: Sequence[Case], reached: Callable[[str], None] = unheard) -> dict[str, float]:
+        """Return the scores by name; "score" is the one by which the best model is chosen.
+
+        Args:
+            cases: of the fold held out.
+            reached: is told the id of each case as it is begun.
+        """
         ...
 
     def picture(self, case: Case, title: str) -> Figure:
@@ -38,7 +45,7 @@ class Validation(Protocol):
 
 @dataclass(frozen=True)
 class DiceValidation:
-    """Mean Dice per class over full volumes on their native grids, and their mean, the "score".
+    """Mean Dice per label or region over full volumes on their native grids, and their mean, the "score".
 
     Attributes:
         predictor: of the network in training.
@@ -48,29 +55,30 @@ class DiceValidation:
     predictor: Predictor
     store: CaseStore
 
-    def scores(self, cases: Sequence[Case]) -> dict[str, float]:
+    def scores(self, cases: Sequence[Case], reached: Callable[[str], None] = unheard) -> dict[str, float]:
         """Score cases from the store, each process its share; all of them return the same.
 
         A structure that is missed, or found where there is none, counts as 0 here, for what is chosen by this score
         must not gain from missing a structure; `evaluate` lists such cases apart.
         """
-        names = list(self.predictor.plan.labels)[1:]
-        mine = [self._dice(case) for case in this_share().of(cases)]
+        names = list(self.predictor.plan.structures)
+        mine = []
+        for case in this_share().of(cases):
+            reached(case.id)
+            mine.append(self._dice(case))
         table = gathered(torch.tensor(mine, dtype=torch.float64).reshape(-1, len(names)), len(cases)).numpy()
         columns = {name: column[~np.isnan(column)] for name, column in zip(names, table.T, strict=True)}
         means = {f"dice/{name}": float(np.mean(values)) for name, values in columns.items() if len(values)}
         return {**means, "score": float(np.mean(list(means.values()))) if means else 0.0}
 
     def _dice(self, case: Case) -> list[float]:
-        """Return a case's Dice per class without the background; what does not count is no number."""
-        names = list(self.predictor.plan.labels)
-        prepared = self.store.read(case.id)
+        """Return a case's Dice per label or region; what does not count is no number."""
+        structures, prepared = Structures.of(self.predictor.plan, case), self.store.read(case.id)
         if prepared.reference is None:
-            return [math.nan] * (len(names) - 1)
+            return [math.nan] * len(structures.classes)
         classes = self.predictor.predict_prepared(prepared.image, prepared.geometry, prepared.native, prepared.body)
-        rows = score_case(classes, prepared.reference, prepared.native.spacing_mm, names, 1.0, metrics=("dice",))
-        counted = {row.class_name: 0.0 if row.status in ("missed", "spurious") else row.values["dice"] for row in rows}
-        return [counted.get(name, math.nan) for name in names[1:]]
+        rows = score_case(classes, prepared.reference, prepared.native.spacing_mm, structures, 1.0, metrics=("dice",))
+        return [0.0 if row.status in ("missed", "spurious") else row.values["dice"] for row in rows]
 
     def picture(self, case: Case, title: str) -> Figure:
         """Draw the outlines of a case's prediction and reference on the plan's grid."""
@@ -78,5 +86,5 @@ class DiceValidation:
         outlines = {"prediction": self.predictor.predict_prepared(prepared.image, prepared.geometry, prepared.geometry)}
         if prepared.label is not None:
             outlines = {"reference": prepared.label, **outlines}
-        names = list(self.predictor.plan.labels)
+        names = self.predictor.plan.class_names
         return draw_overlay(prepared.image[0], prepared.geometry.spacing_mm, outlines, names, title)
