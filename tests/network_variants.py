@@ -41,6 +41,10 @@ VARIANTS: dict[str, list[Options]] = {
         },
     ],
     "simple_unet": [{"widths": [4, 6, 8]}, {"widths": [4, 6, 8], "padding": "valid"}],
+    "residual_encoder_unet": [
+        {"width": 4},
+        {"widths": [4, 6], "blocks": [2, 1], "decoder_convs": 2, "norm": "batch", "upsampling": "linear"},
+    ],
     "autoencoder": [{"width": 4, "norm": "batch"}],
     "multiscale_pathways": [
         {"feature_maps": [4, 4, 6, 6, 6, 6, 8, 8], "hidden": [8, 8]},

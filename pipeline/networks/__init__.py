@@ -21,6 +21,7 @@ from pipeline.networks.monai_networks import (
 from pipeline.networks.multiscale_pathways import multiscale_pathways
 from pipeline.networks.multiscale_unet import multiscale_unet
 from pipeline.networks.patch_classifier import patch_classifier
+from pipeline.networks.residual_encoder import residual_encoder_unet
 from pipeline.networks.unet import simple_unet, unet
 
 __all__ = ["NETWORKS", "Network", "NetworkTask", "build_network", "check_options"]
@@ -31,6 +32,7 @@ NETWORKS: dict[str, Callable[..., Network]] = {
     "simple_fcn": simple_fcn,
     "unet": unet,
     "simple_unet": simple_unet,
+    "residual_encoder_unet": residual_encoder_unet,
     "autoencoder": autoencoder,
     "multiscale_pathways": multiscale_pathways,
     "multiscale_unet": multiscale_unet,

@@ -62,7 +62,8 @@ class ResidualUnit(nn.Module):
     """Convolution blocks with a short skip around them (He et al. 2016); a 1^3 convolution where the shapes differ.
 
     (N, in_channels, X, Y, Z) -> (N, out_channels, X / stride, ...); with padding `valid`, of stride 1 only, the skip
-    loses the voxels that the blocks lose.
+    loses the voxels that the blocks lose. With `pooled_skip` a strided skip takes means, where a strided convolution of
+    1^3 would leave voxels out (He et al. 2019's ResNet-D).
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class ResidualUnit(nn.Module):
         norm: Norm,
         activation: Activation,
         padding: Padding = "same",
+        pooled_skip: bool = False,
     ) -> None:
         super().__init__()
         activations = (*[activation] * (convs - 1), None)
@@ -84,7 +86,10 @@ class ResidualUnit(nn.Module):
         )
         self.lost = lost_voxels(convs, kernel, padding)
         self.skip: nn.Module = nn.Identity()
-        if in_channels != out_channels or stride != (1, 1, 1):
+        if pooled_skip and stride != (1, 1, 1):
+            projection = _blocks(in_channels, out_channels, (None,), kernel=(1, 1, 1), stride=(1, 1, 1), norm=norm)
+            self.skip = nn.Sequential(nn.AvgPool3d(stride), projection)
+        elif in_channels != out_channels or stride != (1, 1, 1):
             self.skip = _blocks(in_channels, out_channels, (None,), kernel=(1, 1, 1), stride=stride, norm=norm)
         self.activation = _ACTIVATIONS[activation]()
 

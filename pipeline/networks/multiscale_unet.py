@@ -145,11 +145,8 @@ def multiscale_unet(
         task,
         width=width,
         max_width=max_width,
-        widths=None,
-        levels=levels,
-        kernels=None,
-        strides=None,
         convs=convs,
+        levels=levels,
         padding="valid",
     )
     design = Design(
@@ -158,11 +155,9 @@ def multiscale_unet(
         activation=activation,
         dropout=dropout,
         residual=residual,
-        skips="concat",
         downsampling=downsampling,
         upsampling=upsampling,
         padding="valid",
-        coarse_heads=True,
     )
     return MultiscaleUNet(
         task.in_channels,

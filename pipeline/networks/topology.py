@@ -53,12 +53,12 @@ def fitted_levels(
     *,
     width: int | None,
     max_width: int,
-    widths: tuple[int, ...] | None,
-    levels: int | None,
-    kernels: tuple[Size, ...] | None,
-    strides: tuple[Size, ...] | None,
     convs: int | tuple[int, ...],
-    padding: Padding,
+    widths: tuple[int, ...] | None = None,
+    levels: int | None = None,
+    kernels: tuple[Size, ...] | None = None,
+    strides: tuple[Size, ...] | None = None,
+    padding: Padding = "same",
 ) -> Levels:
     """Return a U-Net's levels: what is given, where it is None what planning decided, else what fits patch and spacing.
 

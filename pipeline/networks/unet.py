@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.networks.blocks import Activation, ConvBlock, Norm, Padding, conv_stage, lost_voxels, trim
+from pipeline.networks.blocks import Activation, ConvBlock, Norm, Padding, ResidualUnit, conv_stage, lost_voxels, trim
 from pipeline.networks.contract import Network, NetworkTask, Size, as_size, centre_crop, total_stride
 from pipeline.networks.topology import Convs, Count, Kernels, LevelCount, Levels, Strides, Widths, fitted_levels
 from pipeline.networks.upsampling import MaxUnpool, UpsamplingMode, border, positions_of_largest, upsampling
@@ -25,18 +25,24 @@ Skips = Literal["concat", "sum", "none"]
 
 @dataclass(frozen=True)
 class Design:
-    """All that makes one U-Net differ from another; `unet` says what each means."""
+    """All that makes one U-Net differ from another; `unet` says what each means.
+
+    Attributes:
+        encoder_units: residual units of two convolutions in each level on the way down, in place of the level's
+            convolutions; None: the way down is as the way up.
+    """
 
     levels: Levels
     norm: Norm
     activation: Activation
-    dropout: float
-    residual: bool
-    skips: Skips
-    downsampling: Downsampling
-    upsampling: UpsamplingMode
-    padding: Padding
-    coarse_heads: bool
+    dropout: float = 0.0
+    residual: bool = False
+    skips: Skips = "concat"
+    downsampling: Downsampling = "strided"
+    upsampling: UpsamplingMode = "transposed"
+    padding: Padding = "same"
+    coarse_heads: bool = True
+    encoder_units: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.upsampling == "max_unpool" and self.downsampling != "max":
@@ -59,6 +65,34 @@ class Design:
             padding=self.padding,
         )
 
+    def encoder_stage(self, inputs: int, level: int, stride: Size = (1, 1, 1)) -> nn.Module:
+        """Return a level of the way down: its convolutions, or its residual units, the finest behind a convolution."""
+        if self.encoder_units is None:
+            return self.stage(inputs, level, stride)
+        width, kernel = self.levels.widths[level], self.levels.kernels[level]
+        layers: list[nn.Module] = []
+        if level == 0:
+            norm, activation = self.norm, self.activation
+            layers.append(ConvBlock(inputs, width, kernel=kernel, stride=stride, norm=norm, activation=activation))
+            inputs = width
+        for _ in range(self.encoder_units[level]):
+            layers.append(self._residual_unit(inputs, width, kernel, stride))
+            inputs, stride = width, (1, 1, 1)
+        return nn.Sequential(*layers)
+
+    def _residual_unit(self, inputs: int, width: int, kernel: Size, stride: Size) -> ResidualUnit:
+        """Return two convolutions and the skip around them."""
+        return ResidualUnit(
+            inputs,
+            width,
+            convs=2,
+            kernel=kernel,
+            stride=stride,
+            norm=self.norm,
+            activation=self.activation,
+            pooled_skip=True,
+        )
+
     def lost(self, level: int) -> Size:
         """Return the voxels that a level's convolutions take off each side."""
         return lost_voxels(self.levels.convs[level], self.levels.kernels[level], self.padding)
@@ -79,11 +113,11 @@ class Encoder(nn.ModuleList):
     def _level(design: Design, k: int, inputs: int) -> nn.Module:
         """Return downsampling and convolutions of level k."""
         if k == 0:
-            return design.stage(inputs, k)
+            return design.encoder_stage(inputs, k)
         stride = design.levels.strides[k - 1]
         if design.downsampling == "strided" and design.padding == "same":
-            return design.stage(inputs, k, stride)
-        return nn.Sequential(_pooling(design, inputs, stride), design.stage(inputs, k))
+            return design.encoder_stage(inputs, k, stride)
+        return nn.Sequential(_pooling(design, inputs, stride), design.encoder_stage(inputs, k))
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """Run all levels, and keep what each yields."""
