@@ -68,10 +68,10 @@ def _recomputed(block: nn.Module, context: Context) -> Callable[..., Any]:
 @contextmanager
 def _again(context: Context, norms: list[_BatchNorm]) -> Iterator[None]:
     """Compute again what has been counted already: the running statistics of batch norms stay as they are."""
-    tracked = [norm for norm in norms if norm.track_running_stats]
     with ExitStack() as stack:
         stack.enter_context(context())
-        for norm in tracked:
-            norm.track_running_stats = False
-            stack.callback(setattr, norm, "track_running_stats", True)
+        for norm in norms:
+            for name, idle in (("momentum", 0.0), ("num_batches_tracked", None)):
+                stack.callback(setattr, norm, name, getattr(norm, name))
+                setattr(norm, name, idle)
         yield
