@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -18,11 +18,12 @@ from pipeline.inference.windows import stream_logits, windows_at_once
 from pipeline.networks import Network
 from pipeline.pictures import draw_images
 from pipeline.stages.fold_task import FoldTask
+from pipeline.training.diagnosis.stopwatch import Clock, unheard, untimed
 from pipeline.training.distributed import gathered, this_share
-from pipeline.training.loop import Batches
 from pipeline.training.losses import Objective, mean_squared_error
+from pipeline.training.sampling.batches import CaseBatches
+from pipeline.training.sampling.cases import PatchCase
 from pipeline.training.sampling.denoising import NoisyBatches, WithoutLabel, noisy_volume, psnr_db
-from pipeline.training.sampling.patches import PatchCase
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,10 +53,10 @@ class DenoisingTask(FoldTask):
         """Random changes of the clean patches: without noise, which could not be told from that to take away."""
         return self.config.training.augmentation.changed(noise_probability=0.0)
 
-    def batches(self, network: Network) -> Batches:
+    def batches(self, network: Network, clock: Clock = untimed) -> CaseBatches:
         """Build the way from the store to noisy batches and what is to become of them."""
         return NoisyBatches(
-            super().batches(network),
+            super().batches(network, clock),
             noise_std=self.config.training.denoising.noise_std,
             output_size=self.plan.patch_size,
             seed=self.config.seed,
@@ -79,7 +80,7 @@ class DenoisingValidation:
     task: DenoisingTask
     network: Network
 
-    def scores(self, cases: Sequence[Case]) -> dict[str, float]:
+    def scores(self, cases: Sequence[Case], reached: Callable[[str], None] = unheard) -> dict[str, float]:
         """Return the mean PSNR of the denoised volumes, and what it gained over the noisy ones, the "score".
 
         Channels that a case lacks are left out. Without a case the score is 0.
@@ -87,7 +88,10 @@ class DenoisingValidation:
         Raises:
             ModelError: the network's output is infinite or not a number.
         """
-        mine = [self._psnr_db(case) for case in this_share().of(cases)]
+        mine = []
+        for case in this_share().of(cases):
+            reached(case.id)
+            mine.append(self._psnr_db(case))
         found = gathered(torch.tensor(mine, dtype=torch.float64).reshape(-1, 2), len(cases)).numpy()
         psnr, gain = found.mean(axis=0) if len(found) else (0.0, 0.0)
         return {"psnr_db": float(psnr), "psnr_gain_db": float(gain), "score": float(gain)}

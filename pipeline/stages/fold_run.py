@@ -16,6 +16,7 @@ from pipeline.hardware import compiled_to_train, keep_freed_memory
 from pipeline.pictures import draw_learning_curves
 from pipeline.progress import counter
 from pipeline.records import atomic_path, exclusively, write_json, write_text
+from pipeline.stages.fold_diagnosis import FoldDiagnosis
 from pipeline.stages.fold_hooks import FoldHooks, shareable
 from pipeline.stages.fold_task import FACTS, FoldTask
 from pipeline.stages.initialisation import Initialisation, initialise
@@ -24,6 +25,7 @@ from pipeline.stages.workspace import EARLIER, Workspace
 from pipeline.tracking import RunLog, SilentLog, environment_tags, metric_history, start_follower
 from pipeline.training.budget import Costs, seconds_per_step, steps_within
 from pipeline.training.checkpoints import load_checkpoint, save_checkpoint
+from pipeline.training.diagnosis.stopwatch import STARTING, Stopwatch
 from pipeline.training.distributed import agree, from_first, synchronised, this_share
 from pipeline.training.loop import Batch, Batches, train, train_step
 from pipeline.training.state import TrainState
@@ -60,7 +62,8 @@ def _train_locked(task: FoldTask, *, resume: bool) -> None:
     """Train one fold while no other process does."""
     began, share = time.monotonic(), this_share()
     state = task.new_state()
-    batches = task.batches(state.network)
+    clock = Stopwatch(task.device)
+    batches = task.batches(state.network, clock)
     _wrap_step(task, state, batches)
     if resume:
         load_checkpoint(task.checkpoint, state, task.facts)
@@ -70,9 +73,12 @@ def _train_locked(task: FoldTask, *, resume: bool) -> None:
     else:
         taken = initialise(task, state)  # before anything is moved or written: it may refuse
         tracked = _new_run(task, taken) if share.is_first else SilentLog(task.folder)
-    hooks = FoldHooks(task, state, tracked)
+    diagnosis = FoldDiagnosis(task, state, batches, clock)
+    hooks = FoldHooks(task, state, tracked, diagnosis)
     try:
         if not resume:
+            if share.is_first:
+                diagnosis.picture_patches(tracked)
             state.total_steps = _budgeted_steps(hooks, batches, began)
             parameters = sum(tensor.numel() for tensor in state.network.parameters())
             tracked.params({"training.total_steps": state.total_steps, "network.parameters": parameters})
@@ -80,19 +86,21 @@ def _train_locked(task: FoldTask, *, resume: bool) -> None:
             hooks.checkpoint(state)
         # Only now: MLflow's imports beside the probe would make the steps look dear.
         follower = start_follower(task.folder) if share.is_first else None
-        with counter(f"fold {task.fold}", state.total_steps, state.step) as advance:
+        diagnosis.count_to(STARTING)
+        with counter(f"fold {task.fold}", state.total_steps, state.step) as advance, diagnosis.watchdog(tracked):
             counted = _counted(batches, advance, task.settings.accumulate)
-            train(state, counted, task.schedule(state), task.settings, hooks)
+            train(state, counted, task.schedule(state), task.settings, hooks, clock)
         if share.is_first:
             _finish(hooks, state)
     except BaseException as error:
         tracked.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
+    finally:
+        batches.close()
     tracked.finish("FINISHED")
     if follower is not None:
         follower.wait(TRACKING_WAIT_S)
-    best = task.folder / BEST
-    log.info("fold %d: best score %.4f at step %d; model in %s", task.fold, state.best_score, state.best_step, best)
+    diagnosis.summarise()
 
 
 def _warn_of_unpaired_sides(task: FoldTask) -> None:

@@ -19,13 +19,13 @@ class Circumstances:
     """What advice depends on besides the times.
 
     Attributes:
-        in_memory: whether the prepared cases are held in memory.
+        on_disk: whether patches are read from disk, the prepared cases being too many for memory.
         workers: threads that read ahead; 0: the training itself reads.
         validation_every_epochs: as configured.
         steps_per_epoch: as configured.
     """
 
-    in_memory: bool
+    on_disk: bool
     workers: int
     validation_every_epochs: int
     steps_per_epoch: int
@@ -70,12 +70,11 @@ def advice(seconds: Mapping[str, float], now: Circumstances) -> dict[str, str]:
 
 
 def _faster_reading(now: Circumstances) -> str:
-    """Say how data come faster: from memory first, then by more threads."""
-    if not now.in_memory:
-        return "the prepared cases are read from disk: train where they fit into memory, or keep them on a faster disk"
-    if now.workers:
-        return f"raise training.workers (now {now.workers})"
-    return "a smaller preprocessing.patch_size is read faster; are other processes on these cores?"
+    """Say how data come faster."""
+    threads = f"raise training.workers (now {now.workers})"
+    if now.on_disk:
+        return f"the prepared cases do not fit into memory: {threads}, keep the store on a faster disk, or free memory"
+    return f"{threads}, or see whether other processes take the cores"
 
 
 def _rarer_validation(share: float, now: Circumstances) -> str:

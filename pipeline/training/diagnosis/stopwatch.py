@@ -11,6 +11,8 @@ import torch
 
 WAITING, AUGMENTATION, STEPS = "waiting for data", "augmentation", "forward and backward"
 VALIDATION, CHECKPOINTS, LOGGING, REST = "validation", "checkpoints", "logging", "the rest"
+# What comes before the first step, and after the last.
+STARTING, FINISHING = "starting", "finishing"
 PHASES = (WAITING, AUGMENTATION, STEPS, VALIDATION, CHECKPOINTS, LOGGING, REST)
 
 Clock = Callable[[str], AbstractContextManager[None]]
@@ -23,6 +25,10 @@ _Marks = tuple[Callable[[], Any], Callable[[Any, Any], float]]
 def untimed(phase: str) -> AbstractContextManager[None]:
     """Stand where a stopwatch may stand, and measure nothing."""
     return nullcontext()
+
+
+def unheard(case: str) -> None:
+    """Stand where cases that are reached may be told, and tell nobody."""
 
 
 class Stopwatch:

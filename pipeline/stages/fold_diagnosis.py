@@ -1,0 +1,182 @@
+"""What a fold's training says of itself: its time, its stalls, its faults, and the patches that it learns from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from itertools import count, islice
+
+import numpy as np
+
+from pipeline.errors import TrainingError
+from pipeline.networks.contract import centre_crop
+from pipeline.pictures import Patch, draw_patches
+from pipeline.records import atomic_path
+from pipeline.stages.fold_task import FoldTask
+from pipeline.stages.models import BEST
+from pipeline.tracking import RunLog
+from pipeline.training.checkpoints import load_checkpoint
+from pipeline.training.diagnosis.advice import Circumstances, advice, shares_of, spoken
+from pipeline.training.diagnosis.explanation import explained, named
+from pipeline.training.diagnosis.finiteness import Fault
+from pipeline.training.diagnosis.replay import Finding, replay
+from pipeline.training.diagnosis.stopwatch import AUGMENTATION, FINISHING, STEPS, WAITING, Stopwatch
+from pipeline.training.diagnosis.watchdog import Watchdog
+from pipeline.training.losses.target import Target
+from pipeline.training.optimisation import Schedule
+from pipeline.training.sampling.batches import CaseBatches
+from pipeline.training.state import TrainState
+
+log = logging.getLogger(__name__)
+
+# Patches in the picture at the start of a run.
+PICTURED_PATCHES = 8
+
+
+class FoldDiagnosis:
+    """Looks after one fold's training.
+
+    Attributes:
+        clock: of the training's thread; for the loop.
+        spent: seconds by phase, as far as they have been read.
+    """
+
+    def __init__(self, task: FoldTask, state: TrainState, batches: CaseBatches, clock: Stopwatch) -> None:
+        self.task = task
+        self.state = state
+        self.batches = batches
+        self.clock = clock
+        self.spent: dict[str, float] = {}
+        self._advised: set[str] = set()
+
+    def count_to(self, phase: str) -> None:
+        """Count all of the time since the last reading to one phase."""
+        self._count({phase: sum(self.clock.read().values())})
+
+    def epoch_times(self) -> dict[str, float]:
+        """Return the times since the last reading as metrics; say them in a line, and what to change for the better."""
+        seconds = self.clock.read()
+        self._count(seconds)
+        log.info("fold %d  %s", self.task.fold, spoken(seconds))
+        # The first epoch pays for memory and for the choice of kernels.
+        if self.state.step > self.task.settings.steps_per_epoch:
+            self._advise()
+        shares = {f"time/share/{phase.replace(' ', '_')}": share for phase, share in shares_of(seconds).items()}
+        return {"time/epoch_s": sum(seconds.values()), **shares}
+
+    def _count(self, seconds: Mapping[str, float]) -> None:
+        """Add to what has been spent."""
+        self.spent = {
+            phase: self.spent.get(phase, 0.0) + seconds.get(phase, 0.0) for phase in {**self.spent, **seconds}
+        }
+
+    def advice(self) -> dict[str, str]:
+        """Return what to change, by the phase that takes too long."""
+        section = self.task.config.training
+        return advice(
+            self.spent,
+            Circumstances(
+                on_disk=self.task.cases_at == "disk",
+                workers=self.task.workers,
+                validation_every_epochs=section.validation_every_epochs,
+                steps_per_epoch=section.steps_per_epoch,
+            ),
+        )
+
+    def _advise(self) -> None:
+        """Give the advice that has not been given yet."""
+        for phase, sentence in self.advice().items():
+            if phase not in self._advised:
+                log.warning("%s", sentence)
+                self._advised.add(phase)
+
+    def watchdog(self, tracked: RunLog) -> Watchdog:
+        """Return what warns, here and in the run, when training stands still."""
+        return Watchdog(
+            self.clock,
+            60 * self.task.config.training.stall_minutes,
+            place=self.place,
+            report=lambda said: tracked.tags({"medseg.stalled": said}),
+        )
+
+    def place(self) -> str:
+        """Say what is worked on: the case that was reached, or the cases of the step."""
+        if self.clock.case:
+            return f"case {self.clock.case}"
+        if self.clock.phase not in (WAITING, AUGMENTATION, STEPS):
+            return f"step {self.state.step}"
+        return f"step {self.state.step}: {named(self._cases_of_step(self.state.step))}"
+
+    def not_finite(self, schedule: Schedule, bad_step: int) -> TrainingError:
+        """Return the error for a loss or gradient that was not finite, after the steps before it were done again."""
+        task = self.task
+        log.warning("fold %d: not finite at step %d; looking for the cause from the checkpoint on", task.fold, bad_step)
+        load_checkpoint(task.checkpoint, self.state, task.facts)
+        finding = replay(self.state, self.batches, schedule, task.settings, bad_step)
+        if finding is None:
+            return TrainingError(
+                f"step {bad_step}: loss or gradient was inf or NaN, and finite when the step was done again; among "
+                f"{named(self._cases_of_step(bad_step))}; go on with --resume, or lower training.learning_rate"
+            )
+        cases = self._cases_of(finding)
+        said = explained(finding, cases, half_precision=task.dtype.itemsize == 2)
+        return TrainingError(f"{said}{self._stored_faults(finding.fault, cases)}")
+
+    def _cases_of(self, finding: Finding) -> list[str]:
+        """Return the ids of the cases that a finding concerns."""
+        if finding.batch is None:
+            return []
+        cases = self.batches.cases_of(finding.batch)
+        return [cases[row] for row in finding.fault.rows] or list(cases)
+
+    def _cases_of_step(self, step: int) -> list[str]:
+        """Return the ids of the cases of a step."""
+        every = self.task.settings.accumulate
+        return [case for number in range(step * every, (step + 1) * every) for case in self.batches.cases_of(number)]
+
+    def _stored_faults(self, fault: Fault, cases: list[str]) -> str:
+        """Say how many voxels of the cases' prepared images are not finite: augmentation may have made them so."""
+        if fault.kind != "image":
+            return ""
+        images = {case: self.task.store.read(case).image for case in dict.fromkeys(cases)}
+        counts = {case: int((~np.isfinite(image)).sum()) for case, image in images.items()}
+        listed = ", ".join(f"{number} of {case}" for case, number in counts.items())
+        made = "" if any(counts.values()) else "; so training.augmentation made them: report it"
+        return f" (voxels of the prepared image that are not finite: {listed}{made})"
+
+    def picture_patches(self, tracked: RunLog) -> None:
+        """Draw the first patches as the network will see them, with the outlines of what it is to learn."""
+        path = self.task.folder / "pictures" / "augmented_patches.png"
+        with atomic_path(path) as temporary:
+            patches = list(islice(self._patches(), PICTURED_PATCHES))
+            draw_patches(patches, self.task.plan.spacing_mm, self.task.plan.class_names).savefig(temporary)
+        tracked.image("augmented patches", path, 0)
+        tracked.artifact(path, "pictures")
+
+    def _patches(self) -> Iterator[Patch]:
+        """Yield patch after patch of the training; to take them draws nothing that the training would miss."""
+        for number in count():
+            image, target = self.batches(number)
+            shown = centre_crop(image[:, :1], self.task.plan.patch_size)[:, 0].float().cpu().numpy()
+            classes = target.classes.cpu().numpy() if isinstance(target, Target) else [None] * len(shown)
+            for case, *patch in zip(self.batches.cases_of(number), shown, classes, strict=True):
+                yield Patch(case, *patch)
+
+    def summarise(self) -> None:
+        """Say what came of the training, where its time went in all, and what to change next time."""
+        self.count_to(FINISHING)
+        state, fold = self.state, self.task.fold
+        log.info("fold %d: time went as follows, %s", fold, spoken(self.spent))
+        for sentence in self.advice().values():
+            log.info("fold %d: %s", fold, sentence)
+        log.info(
+            "fold %d: best score %.4f at step %d of %d, after %.1f minutes; model in %s",
+            *(
+                fold,
+                state.best_score,
+                state.best_step,
+                state.step,
+                sum(self.spent.values()) / 60,
+                self.task.folder / BEST,
+            ),
+        )
