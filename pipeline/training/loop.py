@@ -118,7 +118,8 @@ def train(
         if due:
             with clock(STEPS):  # waits for the device's last steps
                 bad_step = int(state.sums.bad_step)
-            if bad_step >= 0:
+            # Only at an epoch's end do all processes look: a clock is each one's own.
+            if bad_step >= 0 and (ended or this_share().processes == 1):
                 raise hooks.not_finite(state, bad_step)
         if ended:
             metrics = _epoch_metrics(state, settings, time.monotonic() - epoch_start, schedule)
@@ -128,7 +129,7 @@ def train(
             with clock(LOGGING):
                 hooks.epoch_ended(state, metrics)
             epoch_start = time.monotonic()
-        if due:
+        if due and bad_step < 0:
             with clock(CHECKPOINTS):
                 hooks.checkpoint(state)
             saved = time.monotonic()
