@@ -7,8 +7,11 @@ import pytest
 
 from pipeline.data.formats import find_cases, pairs_of
 from pipeline.data.phantoms import (
+    IGNORED,
     LABEL_PAIRS,
     LABELS,
+    NESTED_LABELS,
+    NESTED_REGIONS,
     Layout,
     Phantom,
     draw_geometry,
@@ -111,6 +114,39 @@ def test_a_data_set_comes_back_as_the_same_cases(tmp_path: Path, layout: Layout,
         assert np.array_equal(read_image(found.root / file.path, file.index).array, image.array)
     last = found.cases[-1].label
     assert last is not None and not read_label(found.root / last.path).array.any()
+
+
+def test_a_core_lies_within_each_structure_and_is_brighter() -> None:
+    plain, phantom = make_phantom(1), make_phantom(1, nested=True)
+    label, image = phantom.label.array, phantom.images["T1"].array[0]
+    value = NESTED_LABELS
+    organ = np.isin(label, [value["organ_rest"], value["core"]])
+    np.testing.assert_array_equal(organ, plain.label.array > 0)
+    # Nothing of the core is at the organ's surface.
+    inside = np.pad(organ, 1)
+    for axis in range(3):
+        inside = inside & np.roll(inside, 1, axis) & np.roll(inside, -1, axis)
+    assert inside[1:-1, 1:-1, 1:-1][label == value["core"]].all()
+    assert 0.1 < (label == value["core"]).sum() / organ.sum() < 0.4
+    bright = {name: image[label == number].mean() for name, number in value.items()}
+    assert bright["core"] > 1.3 * bright["organ_rest"] > 1.3 * bright["background"]
+
+
+def test_a_sparse_data_set_says_what_is_known(tmp_path: Path) -> None:
+    found = find_cases(write_phantom_dataset(tmp_path / "a", cases=3, nested=True, sparse=True))
+    assert found.labels is not None
+    assert (list(found.labels.items()), found.regions) == (list(NESTED_LABELS.items()), NESTED_REGIONS)
+    assert found.ignore_label == IGNORED
+    assert [case.annotated_classes for case in found.cases] == [None, ("organ_rest", "core"), None]
+    labels = [read_label(found.root / case.label.path) for case in found.cases if case.label]
+    ignored, midline = ([np.mean(label.array == value) for label in labels] for value in (IGNORED, 3))
+    assert [bool(share) for share in ignored] == [True, False, True]
+    assert [bool(share) for share in midline] == [True, False, True]
+    heights_mm = [label.geometry.to_mm(np.argwhere(label.array == IGNORED))[:, 2].max() for label in labels[::2]]
+    centres_mm = [label.geometry.to_mm((np.array(label.array.shape) - 1) / 2)[2] for label in labels[::2]]
+    assert all(-2 < top - centre < 0 for top, centre in zip(heights_mm, centres_mm, strict=True))
+    with pytest.raises(ValueError, match="only nested ones in decathlon"):
+        write_phantom_dataset(tmp_path / "b", layout="csv", nested=True)
 
 
 def test_the_labels_are_a_pair() -> None:

@@ -215,14 +215,19 @@ def _is_number(text: str) -> bool:
 
 
 def _decathlon_case(entry: object, channels: Iterable[str], path: Path) -> Case:
-    """Return the case of an entry of `training`; several channels stand in one 4-D file, by their numbers."""
+    """Return the case of an entry of `training`; several channels stand in one 4-D file, by their numbers.
+
+    What is annotated in it, `annotated_classes`, is our own addition to the layout.
+    """
     if not isinstance(entry, dict) or not {"image", "label"} <= set(entry):
         raise ManifestError(f'{path}: training: expected {{"image": ..., "label": ...}}, got {entry!r}')
     names = list(channels)
     image, label = (str(entry[key]).removeprefix("./") for key in ("image", "label"))
     indices = [None] if len(names) == 1 else list(range(len(names)))
     images = {name: {"path": image, "index": index} for name, index in zip(names, indices, strict=True)}
-    return _case(stem_of(Path(image)), images, {"path": label})
+    case = _case(stem_of(Path(image)), images, {"path": label})
+    annotated = entry.get("annotated_classes")
+    return case if annotated is None else case.changed(annotated_classes=annotated)
 
 
 def _is_csv(source: Path) -> bool:

@@ -1,16 +1,18 @@
 """Phantoms: small synthetic patients, for `medseg demo` and the tests.
 
 A patient is a body with a bright midline and a pair of bright structures, one on each side. All are of one intensity,
-so that a network has to learn where a structure lies, not merely how bright it is. Anatomy is a function of
-millimetres: any grid can be scanned, and two channels on different grids show the same patient. A scan adds what makes
-real volumes hard: an oblique, anisotropic grid in any of the 48 axis orders, left-handed ones included, a bias field,
-noise, and MR intensities without a unit.
+so that a network has to learn where a structure lies, not merely how bright it is. Nested phantoms have a core in each
+structure, and labels of which a part is ignored or not annotated.
+
+Anatomy is a function of millimetres: any grid can be scanned, and two channels on different grids show the same
+patient. A scan adds what makes real volumes hard: an oblique, anisotropic grid in any of the 48 axis orders,
+left-handed ones included, a bias field, noise, and MR intensities without a unit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +28,11 @@ from pipeline.volumes.writing import write_image, write_label
 LABELS = {"background": 0, "left": 1, "right": 2}
 LABEL_PAIRS = (("left", "right"),)
 
+# Of nested phantoms: the organ, both structures, is the union of its rim and its core.
+NESTED_LABELS = {"background": 0, "organ_rest": 1, "core": 2, "midline": 3}
+NESTED_REGIONS = {"organ": ("organ_rest", "core"), "core": ("core",), "midline": ("midline",)}
+IGNORED = 4
+
 Modality = Literal["MR", "CT"]
 Layout = Literal["decathlon", "folder", "csv"]
 
@@ -33,8 +40,15 @@ Layout = Literal["decathlon", "folder", "csv"]
 CHANNELS: dict[Modality, tuple[str, str]] = {"MR": ("T1", "T2"), "CT": ("CT", "PET")}
 MODALITIES = {"T1": "MR", "T2": "MR", "CT": "CT", "PET": "PET"}
 
-# Intensity of air, tissue and bright structures in each channel; CT in HU, the others in units of a scan's own scale.
-_INTENSITIES = {"T1": (0.0, 0.5, 0.9), "T2": (0.0, 0.8, 0.35), "CT": (-1000.0, 20.0, 180.0), "PET": (0.0, 1.0, 3.0)}
+# Intensity of air, tissue, bright structures and their cores in each channel; CT in HU, the others in units of a
+# scan's own scale.
+_INTENSITIES = {
+    "T1": (0.0, 0.5, 0.9, 1.3),
+    "T2": (0.0, 0.8, 0.35, 0.1),
+    "CT": (-1000.0, 20.0, 180.0, 340.0),
+    "PET": (0.0, 1.0, 3.0, 5.0),
+}
+_CORE_SHARE = 0.6
 _BODY_RADII_MM = np.array([27.0, 33.0, 29.0])
 _FIELD_OF_VIEW_MM = np.array([64.0, 76.0, 62.0])
 
@@ -47,11 +61,13 @@ class Phantom:
 
     Attributes:
         images: channel name -> (1, X, Y, Z) float32; the second on its own, coarser grid unless asked otherwise.
-        label: (X, Y, Z) uint8 with the values of LABELS, on the first channel's grid.
+        label: (X, Y, Z) uint8 with the values of LABELS, or of NESTED_LABELS and IGNORED, on the first channel's grid.
+        annotated_classes: names of the labels that are drawn; None: all.
     """
 
     images: dict[str, Volume]
     label: Volume
+    annotated_classes: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +78,7 @@ class _Anatomy:
     midline: Shape
     left: Shape
     right: Shape
+    core: Shape
     waves: FloatArray  # (n, 4): frequency in radians per mm along x, y, z, and phase
 
 
@@ -74,6 +91,7 @@ def make_phantom(
     shared_grid: bool = False,
     empty: bool = False,
     visit: int = 0,
+    nested: bool = False,
 ) -> Phantom:
     """Make one examination of one synthetic patient; equal arguments give equal voxels.
 
@@ -85,6 +103,7 @@ def make_phantom(
         shared_grid: put the second channel on the first one's grid, not on a coarser one of its own.
         empty: leave the paired structures out; the label is all background.
         visit: another number scans the same patient again, on another grid with other noise.
+        nested: give both structures, which are then one organ, a core, and label the midline too.
     """
     anatomy = _draw_anatomy(np.random.default_rng([seed, 0]))
     rng = np.random.default_rng([seed, 1, visit])
@@ -93,13 +112,28 @@ def make_phantom(
     images = {}
     for number, channel in enumerate(CHANNELS[modality][:channels]):
         own = grid if number == 0 or shared_grid else grid.respaced(tuple(1.6 * s for s in grid.spacing_mm))  # type: ignore[arg-type]
-        images[channel] = _scan(anatomy, own, centre, channel, empty, rng)
+        images[channel] = _scan(anatomy, own, centre, channel, _drawn(anatomy, empty, nested), rng)
     points = _points_mm(grid) - centre
     label = np.zeros(grid.shape, np.uint8)
-    if not empty:
-        label[anatomy.left(points)] = LABELS["left"]
-        label[anatomy.right(points)] = LABELS["right"]
+    for contains, _, value in _drawn(anatomy, empty, nested):
+        label[contains(points)] = value
     return Phantom(images, Volume(label, grid))
+
+
+def made_sparse(phantom: Phantom, number: int) -> Phantom:
+    """Return a nested phantom of which less is known.
+
+    Args:
+        phantom: of `make_phantom(nested=True)`.
+        number: of the case: of even ones the half towards the feet is ignored, in odd ones the midline is not drawn.
+    """
+    label, grid = phantom.label.array.copy(), phantom.label.geometry
+    if number % 2:
+        label[label == NESTED_LABELS["midline"]] = 0
+        return replace(phantom, label=Volume(label, grid), annotated_classes=("organ_rest", "core"))
+    height_mm = (_points_mm(grid) - grid.to_mm((np.array(grid.shape) - 1) / 2))[..., 2]
+    label[height_mm < 0] = IGNORED
+    return replace(phantom, label=Volume(label, grid))
 
 
 def draw_geometry(rng: Generator) -> Geometry:
@@ -124,6 +158,8 @@ def write_phantom_dataset(
     channels: int = 1,
     layout: Layout = "decathlon",
     modality: Modality = "MR",
+    nested: bool = False,
+    sparse: bool = False,
 ) -> Path:
     """Write a labelled data set of phantoms in a layout that `medseg manifest` reads.
 
@@ -137,27 +173,36 @@ def write_phantom_dataset(
         channels: 1 or 2; the Decathlon's layout keeps both in one 4-D file, so there they share a grid.
         layout: of the files.
         modality: of all cases.
+        nested: write nested phantoms, their regions as nnU-Net says them; only in the Decathlon's layout.
+        sparse: write only what `made_sparse` leaves of nested phantoms.
 
     Returns:
         What `medseg manifest` is to be given: the folder, or the CSV in it.
+
+    Raises:
+        ValueError: another layout than the Decathlon's cannot say what nested or sparse phantoms are.
     """
+    if (sparse and not nested) or (nested and layout != "decathlon"):
+        raise ValueError(f"nested={nested}, sparse={sparse} in layout {layout!r}: only nested ones in decathlon")
     write = {"decathlon": _write_decathlon, "folder": _write_folder, "csv": _write_csv}[layout]
     phantoms = {}
     for number in range(cases):
         patient, visit = (0, number) if cases >= 4 and number < 2 else (number, 0)
         name = f"phantom_{patient:03d}" + (f"_visit{visit + 1}" if cases >= 4 and patient == 0 else "")
-        phantoms[name] = make_phantom(
+        phantom = make_phantom(
             seed * 1000 + patient,
             visit=visit,
             modality=modality,
             channels=channels,
             shared_grid=layout == "decathlon",
             empty=cases >= 4 and number == cases - 1,
+            nested=nested,
         )
-    return write(folder, phantoms)
+        phantoms[name] = made_sparse(phantom, number) if sparse else phantom
+    return _write_decathlon(folder, phantoms, nested=True) if nested else write(folder, phantoms)
 
 
-def _write_decathlon(folder: Path, phantoms: dict[str, Phantom]) -> Path:
+def _write_decathlon(folder: Path, phantoms: dict[str, Phantom], nested: bool = False) -> Path:
     """Write `dataset.json`, `imagesTr` and `labelsTr`; several channels become the fourth axis of one file."""
     names = list(next(iter(phantoms.values())).images)
     for case, phantom in phantoms.items():
@@ -170,14 +215,31 @@ def _write_decathlon(folder: Path, phantoms: dict[str, Phantom]) -> Path:
         "licence": "CC0",
         "tensorImageSize": "3D" if len(names) == 1 else "4D",
         "modality": {str(index): name for index, name in enumerate(names)},
-        "labels": {str(value): name for name, value in LABELS.items()},
+        **(_NESTED_JSON if nested else {"labels": {str(value): name for name, value in LABELS.items()}}),
         "numTraining": len(phantoms),
         "numTest": 0,
-        "training": [{"image": f"./imagesTr/{case}.nii.gz", "label": f"./labelsTr/{case}.nii.gz"} for case in phantoms],
+        "training": [_entry(case, phantom) for case, phantom in phantoms.items()],
         "test": [],
     }
     write_json(folder / "dataset.json", content)
     return folder
+
+
+def _entry(case: str, phantom: Phantom) -> dict[str, Any]:
+    """Return what `dataset.json` says of a case; what is annotated is our own addition."""
+    said = {"image": f"./imagesTr/{case}.nii.gz", "label": f"./labelsTr/{case}.nii.gz"}
+    annotated = phantom.annotated_classes
+    return said if annotated is None else {**said, "annotated_classes": list(annotated)}
+
+
+_NESTED_JSON = {
+    "labels": {
+        "background": 0,
+        **{region: [NESTED_LABELS[name] for name in own] for region, own in NESTED_REGIONS.items()},
+        "ignore": IGNORED,
+    },
+    "regions_class_order": [1, 2, 3],
+}
 
 
 def _write_folder(folder: Path, phantoms: dict[str, Phantom]) -> Path:
@@ -207,15 +269,20 @@ def _draw_anatomy(rng: Generator) -> _Anatomy:
     size = rng.uniform(0.92, 1.08)
     lift, depth = rng.uniform(-4, 4, 2)
 
-    def structure(side: int) -> Shape:
+    def structure(side: int) -> tuple[Shape, Shape]:
         centre = size * np.array([side * rng.uniform(12, 14), depth + rng.uniform(-1, 1), lift + rng.uniform(-1, 1)])
-        return _blob(centre, size * np.array([6.5, 10.0, 8.5]) * rng.uniform(0.9, 1.1, 3), rng)
+        whole = _blob(centre, size * np.array([6.5, 10.0, 8.5]) * rng.uniform(0.9, 1.1, 3), rng)
+        return whole, lambda points: whole(centre + (points - centre) / _CORE_SHARE)
 
+    body = _blob(np.zeros(3), size * _BODY_RADII_MM, rng, roughness=0.03)
+    midline = _blob(size * np.array([0.0, -17.0, 0.0]), size * np.array([4.5, 4.5, 22.0]), rng)
+    (left, left_core), (right, right_core) = structure(-1), structure(1)
     return _Anatomy(
-        body=_blob(np.zeros(3), size * _BODY_RADII_MM, rng, roughness=0.03),
-        midline=_blob(size * np.array([0.0, -17.0, 0.0]), size * np.array([4.5, 4.5, 22.0]), rng),
-        left=structure(-1),
-        right=structure(1),
+        body=body,
+        midline=midline,
+        left=left,
+        right=right,
+        core=lambda points: left_core(points) | right_core(points),
         waves=np.column_stack([rng.normal(0, 0.25, (4, 3)), rng.uniform(0, 2 * np.pi, 4)]),
     )
 
@@ -238,17 +305,35 @@ def _ripple(points: FloatArray, waves: FloatArray) -> FloatArray:
     return np.asarray(np.sin(points @ waves[:, :3].T + waves[:, 3]).mean(axis=-1), dtype=np.float64)
 
 
-def _scan(anatomy: _Anatomy, grid: Geometry, centre: FloatArray, channel: str, empty: bool, rng: Generator) -> Volume:
+def _drawn(anatomy: _Anatomy, empty: bool, nested: bool) -> list[tuple[Shape, int, int]]:
+    """Return what stands out from the tissue, in painting order: where it is, its place in _INTENSITIES, its label."""
+    names = NESTED_LABELS if nested else LABELS
+    midline = (anatomy.midline, 2, names.get("midline", 0))
+    if empty:
+        return [midline]
+    if not nested:
+        return [midline, (anatomy.left, 2, names["left"]), (anatomy.right, 2, names["right"])]
+    organ = [(shape, 2, names["organ_rest"]) for shape in (anatomy.left, anatomy.right)]
+    return [midline, *organ, (anatomy.core, 3, names["core"])]
+
+
+def _scan(
+    anatomy: _Anatomy,
+    grid: Geometry,
+    centre: FloatArray,
+    channel: str,
+    drawn: Iterable[tuple[Shape, int, int]],
+    rng: Generator,
+) -> Volume:
     """Return one channel of a patient on a grid: tissue, texture, bias field, noise and the scan's own scale."""
-    air, tissue, bright = _INTENSITIES[channel]
+    air, tissue, bright, _ = _INTENSITIES[channel]
     contrast = abs(bright - tissue)
     points = _points_mm(grid) - centre
     image = np.full(grid.shape, air)
     body = anatomy.body(points)
     image[body] = tissue + 0.25 * contrast * _ripple(points[body], anatomy.waves)
-    structures = [anatomy.midline] if empty else [anatomy.midline, anatomy.left, anatomy.right]
-    for contains in structures:
-        image[contains(points)] = bright
+    for contains, intensity, _ in drawn:
+        image[contains(points)] = _INTENSITIES[channel][intensity]
     if channel != "CT":
         slope = rng.uniform(-0.004, 0.004, 3)
         image *= np.exp(points @ slope)
