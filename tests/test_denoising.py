@@ -20,7 +20,8 @@ from pipeline.stages import evaluate, manifest, preprocess, run, train
 from pipeline.stages.denoising_task import DenoisingTask, DenoisingValidation
 from pipeline.tracking import metric_history
 from pipeline.training.sampling.denoising import NoisyBatches, WithoutLabel, noisy_volume, psnr_db
-from pipeline.training.sampling.patches import CaseInMemory, PatchSampler
+from pipeline.training.sampling.cases import HeldCase
+from pipeline.training.sampling.patches import PatchSampler
 
 SETTINGS = (
     "task=denoise",
@@ -101,15 +102,15 @@ def test_peak_signal_to_noise_by_hand() -> None:
 def test_a_case_without_label_gives_patches_and_a_label_draws_none() -> None:
     image = np.random.default_rng(0).normal(size=(1, 12, 12, 12)).astype(np.float16)
     corner = {1: np.array([[0, 0, 0]], np.int32)}
-    cases = [CaseInMemory(image, None, {}), CaseInMemory(image, np.ones((12, 12, 12), np.uint8), corner)]
-    with pytest.raises(ValueError, match="the case has no label"):
+    cases = [HeldCase(image, None, {}), HeldCase(image, np.ones((12, 12, 12), np.uint8), corner)]
+    with pytest.raises(ValueError, match="case '' has no label"):
         cases[0].read_label((0, 0, 0), (2, 2, 2))
     without = [WithoutLabel(case) for case in cases]
     patch = (4, 4, 4)
     sampler = PatchSampler(without, patch_size=patch, read_size=patch, foreground_fraction=1.0, seed=0)
-    images, labels = sampler.batch(0, 8)
+    images, labels, _ = sampler.read(range(8))
     assert not labels.any()
-    at_corner = torch.from_numpy(image[:, :4, :4, :4]).float()
+    at_corner = torch.from_numpy(image[:, :4, :4, :4])
     assert sum(torch.equal(patch, at_corner) for patch in images) < 2
 
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.training.sampling.patches import CaseInMemory, PatchSampler, Size
+from pipeline.training.sampling.cases import CaseOnDisk, HeldCase, Size
+from pipeline.training.sampling.patches import PatchSampler
 
 
-def coded_case(shape: Size, number: int, foreground: tuple[int, int, int] | None = None) -> CaseInMemory:
+def coded_case(shape: Size, number: int, foreground: tuple[int, int, int] | None = None) -> HeldCase:
     """A case whose voxel (x, y, z) holds 1 + x + 16 y + 256 z, exact in float16; its second channel its number."""
     x, y, z = np.indices(shape)
     image = np.stack([1 + x + 16 * y + 256 * z, np.full(shape, number + 1)]).astype(np.float16)
@@ -18,10 +19,10 @@ def coded_case(shape: Size, number: int, foreground: tuple[int, int, int] | None
     if foreground is not None:
         label[foreground] = 2
         voxels = {2: np.array([foreground], np.int32)}
-    return CaseInMemory(image, label, voxels)
+    return HeldCase(image, label, voxels)
 
 
-def sampler(cases: list[CaseInMemory], patch: Size = (4, 4, 4), **changes: object) -> PatchSampler:
+def sampler(cases: list[HeldCase], patch: Size = (4, 4, 4), **changes: object) -> PatchSampler:
     settings: dict[str, object] = {"read_size": patch, "foreground_fraction": 0.0, "seed": 0, **changes}
     return PatchSampler(cases, patch_size=patch, **settings)  # type: ignore[arg-type]
 
@@ -104,10 +105,10 @@ def test_the_rim_lies_around_the_patch() -> None:
     assert (image[:, 2:6] > 0).all()
 
 
-def test_a_batch_is_the_patches_of_its_step() -> None:
+def test_patches_are_read_as_many_at_once_as_wanted() -> None:
     drawn = sampler([coded_case((6, 6, 6), n) for n in range(3)])
-    images, labels = drawn.batch(step=2, size=4)
-    assert images.dtype == torch.float32
+    images, labels, annotated = drawn.read(range(8, 12))
+    assert annotated is None
     for i in range(4):
         image, label = drawn.patch(8 + i)
         assert torch.equal(images[i], image)
@@ -125,6 +126,9 @@ def test_reads_from_disk_and_memory_are_one(patch: Size, tmp_path_factory: pytes
     voxels = dict(case.class_voxels)
     store.write("a", PreparedCase(case.image, case.label, case.label, grid, grid, voxels, ("t1", "t2")), "key")
     for index in range(5):
-        images = [sampler([source], patch, foreground_fraction=0.5).patch(index) for source in (case, store.open("a"))]  # type: ignore[list-item]
+        images = [
+            sampler([source], patch, foreground_fraction=0.5).patch(index)
+            for source in (case, CaseOnDisk(store.open("a"), "a", None))
+        ]  # type: ignore[list-item]
         assert torch.equal(images[0][0], images[1][0])
         assert torch.equal(images[0][1], images[1][1])

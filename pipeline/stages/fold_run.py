@@ -25,7 +25,7 @@ from pipeline.stages.workspace import EARLIER, Workspace
 from pipeline.tracking import RunLog, SilentLog, environment_tags, metric_history, start_follower
 from pipeline.training.budget import Costs, seconds_per_step, steps_within
 from pipeline.training.checkpoints import load_checkpoint, save_checkpoint
-from pipeline.training.diagnosis.stopwatch import STARTING, Stopwatch
+from pipeline.training.diagnosis.stopwatch import FINISHING, STARTING, Stopwatch
 from pipeline.training.distributed import agree, from_first, synchronised, this_share
 from pipeline.training.loop import Batch, Batches, train, train_step
 from pipeline.training.state import TrainState
@@ -92,6 +92,7 @@ def _train_locked(task: FoldTask, *, resume: bool) -> None:
             train(state, counted, task.schedule(state), task.settings, hooks, clock)
         if share.is_first:
             _finish(hooks, state)
+        diagnosis.count_to(FINISHING)
     except BaseException as error:
         tracked.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise

@@ -371,5 +371,5 @@ def configuration_digest(config: Config) -> str:
     Nor of where the initial model lies: its own digest is among the facts.
     """
     sections = {"seed", "task", "preprocessing", "network", "training", "inference"}
-    kept = config.model_dump(mode="json", include=sections, exclude={"training": {"init_from", "workers"}})
+    kept = config.model_dump(mode="json", include=sections, exclude={"training": {"init_from", "workers", "stall_minutes"}})
     return digest_of(kept)

@@ -5,7 +5,7 @@ What an encoder learns so, from any images of the kind, a segmentation may begin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from pipeline.networks.contract import Size, centre_crop
 from pipeline.training.distributed import ALONE, Share
-from pipeline.training.losses.target import Target
 from pipeline.training.randomness import generator, torch_generator
-from pipeline.training.sampling.patches import PatchCase
+from pipeline.training.sampling.batches import CaseBatches
+from pipeline.training.sampling.cases import PatchCase
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +25,11 @@ class WithoutLabel:
     """A case whose label, if it has one, is not looked at: background everywhere, no class to centre a patch on."""
 
     case: PatchCase
+
+    @property
+    def id(self) -> str:
+        """The case's id."""
+        return self.case.id
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -36,20 +41,24 @@ class WithoutLabel:
         """No voxels of any class."""
         return {}
 
-    def read_image(self, start: Size, stop: Size) -> NDArray[np.float16]:
+    @property
+    def annotated(self) -> None:
+        """Nothing is told of labels."""
+        return None
+
+    def read_image(self, start: Size, stop: Size) -> NDArray[np.float16] | Tensor:
         """Return (C, *(stop - start)) of the normalised image."""
         return self.case.read_image(start, stop)
 
-    def read_label(self, start: Size, stop: Size) -> NDArray[np.uint8]:
-        """Return (stop - start) of background."""
-        return np.zeros(np.subtract(stop, start), np.uint8)
+    def read_label(self, start: Size, stop: Size) -> None:
+        """Return that there is nothing but background."""
 
 
 class NoisyBatches:
-    """Step -> noisy image (N, C, *input) and its clean middle (N, C, *output), on the device.
+    """Number -> noisy image (N, C, *input) and its clean middle (N, C, *output), on the device.
 
     Args:
-        clean: step -> augmented images (N, C, *input), and targets that are not looked at.
+        clean: number -> augmented images (N, C, *input), and targets that are not looked at.
         noise_std: range of the noise's standard deviation, drawn evenly for each patch.
         output_size: voxels that the network returns.
         seed: of every draw.
@@ -58,7 +67,7 @@ class NoisyBatches:
 
     def __init__(
         self,
-        clean: Callable[[int], tuple[Tensor, Target | Tensor]],
+        clean: CaseBatches,
         *,
         noise_std: tuple[float, float],
         output_size: Size,
@@ -71,16 +80,24 @@ class NoisyBatches:
         self.output_size = output_size
         self.seed = seed
 
-    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Return the batch of a step."""
-        image, _ = self.clean(step)
+    def __call__(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return a batch."""
+        image, _ = self.clean(number)
         target = centre_crop(image, self.output_size).clone()
         for i, values in enumerate(image):
-            index = self.share.part(step) * len(image) + i
+            index = self.share.part(number) * len(image) + i
             std = generator(self.seed, "std of the noise", index).uniform(*self.noise_std)
             random = torch_generator(self.seed, "noise to take away", index, image.device)
             values += std * torch.randn(values.shape, generator=random, device=image.device)
         return image, target
+
+    def cases_of(self, number: int) -> tuple[str, ...]:
+        """Return the id of each patch's case."""
+        return self.clean.cases_of(number)
+
+    def close(self) -> None:
+        """End what reads ahead."""
+        self.clean.close()
 
 
 def noisy_volume(image: Tensor, std: float, seed: int, case_id: str) -> Tensor:
