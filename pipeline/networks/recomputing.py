@@ -57,10 +57,10 @@ def _recomputed(block: nn.Module, context: Context) -> Callable[..., Any]:
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), _again(context, norms)
 
-    def run(*features: Any) -> Any:
+    def run(*features: Any, **by_name: Any) -> Any:
         if not torch.is_grad_enabled():
-            return forward(*features)
-        return checkpoint(forward, *features, use_reentrant=False, context_fn=contexts)
+            return forward(*features, **by_name)
+        return checkpoint(forward, *features, use_reentrant=False, context_fn=contexts, **by_name)
 
     return run
 
