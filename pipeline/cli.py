@@ -120,11 +120,17 @@ def train(
     device: options.Devices = "auto",
     jobs: options.FoldJobs = None,
     processes: options.Processes = 1,
+    dry_run: options.DryRun = False,
     overrides: options.Overrides = None,
     workspace: options.Workspace = None,
 ) -> None:
     """Train on all folds but one and validate on that one."""
     loaded = _load(config, overrides, workspace)
+    if dry_run:
+        from pipeline.stages import dry_run as dry
+
+        typer.echo(dry.run(loaded, fold=fold).as_text())
+        return
     launched = "RANK" in os.environ
     if processes > 1 and not launched:
         from pipeline.stages import launching
@@ -296,6 +302,21 @@ def compare(
         workspace=workspace,
     )
     typer.echo(report.as_text())
+
+
+@app.command("find-best")
+def find_best(
+    configs: options.Experiments,
+    postprocessing: options.ChoosePostprocessing = True,
+    device: options.Device = "auto",
+    out: options.ComparisonFolder = None,
+    workspace: options.Workspace = None,
+) -> None:
+    """Say which trained configuration to use, and which postprocessing helps it, by out-of-fold predictions."""
+    loaded = [_load(config, None, workspace) for config in configs]
+    from pipeline.stages import find_best as stage
+
+    typer.echo(stage.run(loaded, postprocessing=postprocessing, device=device, out=out).as_text())
 
 
 @app.command()

@@ -44,6 +44,23 @@ PredictAnew = Annotated[
     bool, typer.Option("--overwrite", help="Predict anew what is kept of out-of-fold predictions and unchanged.")
 ]
 
+# Of `find-best`.
+Experiments = Annotated[list[Path], typer.Argument(metavar="CONFIG...", help="YAMLs of trained experiments.")]
+ChoosePostprocessing = Annotated[
+    bool, typer.Option("--postprocessing/--no-postprocessing", help="Choose rules for the recommended one.")
+]
+ComparisonFolder = Annotated[
+    Path | None, typer.Option("--out", help="Folder of the results; default: comparisons/NAME in the workspace.")
+]
+
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be trained and what is missing; no more.")]
+
+# Of `preprocess` and `plan`.
+GpuMemory = Annotated[
+    float | None,
+    typer.Option("--gpu-memory", min=1, metavar="GB", help="Plan for a GPU of so much memory, such as 8, 24 or 80."),
+]
+
 # Of `segment`.
 SegmentInputs = Annotated[
     list[str],

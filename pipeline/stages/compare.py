@@ -82,12 +82,24 @@ def run(
     else:
         root = workspace or Path("work")
         members, folders = _named_members(targets, Workspace(root), cases)
-        name = _joined([member.name.partition(" ")[0] for member in members])
+        name = joined([member.name.partition(" ")[0] for member in members])
     result = compare(name, members, baseline=baseline, same_budget=not allow_different_budgets)
     folder = (out or Workspace(root).comparisons / name).resolve()
-    _write(result, folder)
-    _track(result, folders, folder, root)
+    publish(result, folders, folder, root)
     return ComparisonReport(result, folder)
+
+
+def publish(result: ComparisonResult, runs: Sequence[Path], folder: Path, root: Path) -> None:
+    """Write a comparison's tables and pages, and log them as a run beside those that are compared.
+
+    Args:
+        result: what was found.
+        runs: folders of the runs that are compared.
+        folder: of the results.
+        root: of the workspace.
+    """
+    _write(result, folder)
+    _track(result, runs, folder, root)
 
 
 def _named_members(targets: Sequence[str], workspace: Workspace, cases: str) -> tuple[list[Member], list[Path]]:
@@ -105,7 +117,7 @@ def _named_members(targets: Sequence[str], workspace: Workspace, cases: str) -> 
     return members, [folder for folders, _ in chosen for folder in folders]
 
 
-def _joined(names: Sequence[str]) -> str:
+def joined(names: Sequence[str]) -> str:
     """Return a name for a comparison that has none."""
     return "_vs_".join(names) if len(names) < 4 else f"{names[0]}_vs_{len(names) - 1}_others"
 

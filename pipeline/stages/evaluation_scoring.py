@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from pipeline.evaluation.scored import ScoredCase
 from pipeline.evaluation.structures import Structures
 from pipeline.hardware import device_name, peak_memory_bytes, pick_device, reset_peak_memory
 from pipeline.inference.postprocessing import common_rules, postprocess
+from pipeline.inference.probabilities import ProbabilityRequest
 from pipeline.model import model_digest
 from pipeline.predictor import Engine, Predictor
 from pipeline.preparation.preprocessing import class_indices, label_values, prepared_label
@@ -126,19 +127,7 @@ class CaseScorer:
         prepared = predictor.prepare(labelled.images, native)
         prepared_s = time.perf_counter() - start
         judge = VoxelJudge(predictor, prepared_label(labelled.reference, prepared.geometry, plan))
-        with ExitStack() as stack:
-            request = None
-            if store is not None and self._wanted:
-                request = stack.enter_context(
-                    probabilities_into(
-                        store.probabilities_of(case.id),
-                        native,
-                        plan,
-                        self._wanted,
-                        temperature=predictor.temperature,
-                        header_of=labelled.header_of,
-                    )
-                )
+        with self._wanted_probabilities(case, labelled) as request:
             start = time.perf_counter()
             segmentation = predictor.segment(prepared, native, watch=[judge], probabilities=request)
             seconds = prepared_s + time.perf_counter() - start - judge.seconds
@@ -157,6 +146,22 @@ class CaseScorer:
             label = Volume(label_values(segmentation.classes, plan), native)
             store.keep(self._record(case, scored), label, labelled.header_of, plan.labels)
         return Predicted(segmentation.classes, scored)
+
+    def _wanted_probabilities(
+        self, case: Case, labelled: LabelledCase
+    ) -> AbstractContextManager[ProbabilityRequest | None]:
+        """Return what is asked for beside a case's label map, where that is kept."""
+        store = out_of_fold_of(self.task, case)
+        if store is None or not self._wanted:
+            return nullcontext()
+        return probabilities_into(
+            store.probabilities_of(case.id),
+            labelled.reference.geometry,
+            self.task.plan,
+            self._wanted,
+            temperature=self.predictor.temperature,
+            header_of=labelled.header_of,
+        )
 
     def _take(self, case: Case, labelled: LabelledCase, kept: KeptCase) -> Predicted:
         """Take what is kept of a case; its scores too, unless another tolerance is wanted."""
@@ -180,7 +185,7 @@ class CaseScorer:
             case=case.id,
             patient=case.patient,
             fold=self.task.fold,
-            model=model_digest(self.task.models[0]),
+            model=self._model_digest,
             key=self._key(case),
             device=self._device,
             tolerance_mm=self._tolerance_mm,
@@ -192,14 +197,18 @@ class CaseScorer:
             probabilities=self._wanted,
         )
 
+    @cached_property
+    def _model_digest(self) -> str:
+        """Digest of the one model whose predictions are kept."""
+        return model_digest(self.task.models[0])
+
     def _key(self, case: Case) -> str:
         """Return a digest of all that a case's prediction, its confidence and its scores depend on."""
-        (model,) = self.task.models
-        calibration = model / CALIBRATION
+        calibration = self.task.models[0] / CALIBRATION
         files = [*case.images.values(), *([case.label] if case.label else [])]
         return digest_of(
             {
-                "model": model_digest(model),
+                "model": self._model_digest,
                 "calibration": file_digest(calibration) if calibration.exists() else None,
                 "case": case.model_dump(mode="json"),
                 "files": [content_digest(self._manifest.path_of(file)) for file in files],

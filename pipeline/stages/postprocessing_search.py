@@ -1,0 +1,340 @@
+"""Which components are taken out of predictions, chosen on out-of-fold predictions, label by label, where it helps.
+
+A label's Dice after any rule follows from the volumes of its components and from what each has in common with the
+reference. So every case is looked at once, and a rule costs a sum.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from pipeline.config_loading import load_config
+from pipeline.data.cases import read_case_label
+from pipeline.data.manifest import Case, Manifest
+from pipeline.data.plan import Plan
+from pipeline.errors import EvaluationError, ModelError
+from pipeline.evaluation.choosing import Choice, Tried, choose
+from pipeline.evaluation.statistics import Estimate
+from pipeline.geometry import FloatArray
+from pipeline.inference.postprocessing import (
+    POSTPROCESSING,
+    Postprocessing,
+    components_of,
+    kept,
+    read_postprocessing,
+    save_postprocessing,
+)
+from pipeline.model import CONFIG, model_digest
+from pipeline.preparation.preprocessing import class_indices
+from pipeline.progress import track
+from pipeline.records import write_json
+from pipeline.stages.out_of_fold import KeptCase, OutOfFold
+from pipeline.tracking import RunLog, send_pending
+from pipeline.volumes.volume import read_label
+
+log = logging.getLogger(__name__)
+
+SEND_LIMIT_S = 60.0
+
+# Where thresholds are tried: quantiles of the volumes of all components, and of those beside the largest of a case.
+QUANTILES, QUANTILES_BESIDE = (0.01, 0.02, 0.05, 0.1), (0.25, 0.5, 0.75, 0.9, 1.0)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What stays of a label: its largest component, or its components of at least a volume."""
+
+    largest_only: bool = False
+    smallest_ml: float = 0.0
+
+    def as_text(self) -> str:
+        """Name the rule."""
+        return "largest component" if self.largest_only else f"at least {self.smallest_ml:g} ml"
+
+
+@dataclass(frozen=True, eq=False)
+class Pieces:
+    """The components of one label in one prediction.
+
+    Attributes:
+        volumes_ml: (n,) of each.
+        known: (n,) voxels of each of which the reference says what they are.
+        common: (n,) voxels of each that are of the label in the reference.
+        reference: voxels of the label in the reference.
+    """
+
+    volumes_ml: FloatArray
+    known: NDArray[Any]
+    common: NDArray[Any]
+    reference: int
+
+    def dice(self, rule: Rule) -> float:
+        """Return the Dice of what a rule leaves; 1 where rightly nothing is left, nan where there never was anything.
+
+        A structure that is missed or invented counts 0, as where members are compared.
+        """
+        if self.reference == 0 and self.known.sum() == 0:
+            return math.nan
+        stays = kept(self.volumes_ml, rule.smallest_ml, rule.largest_only)
+        total = self.reference + int(self.known[stays].sum())
+        return 2 * int(self.common[stays].sum()) / total if total else 1.0
+
+
+@dataclass(frozen=True)
+class LabelSearch:
+    """What was tried for one label, and chosen."""
+
+    label: str
+    rules: tuple[Rule, ...]
+    choice: Choice
+
+    @property
+    def chosen(self) -> Rule | None:
+        """The rule; None where the label is left as it is."""
+        return None if self.choice.chosen is None else self.rules[self.choice.chosen]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the evidence."""
+        choice = self.choice
+        tried = [{"rule": rule.as_text(), **_tried_as_json(one)} for rule, one in self._tried()]
+        names = {fold: "none" if at is None else self.rules[at].as_text() for fold, at in choice.by_fold.items()}
+        return {
+            "chosen": self.chosen.as_text() if self.chosen else "none",
+            "dice_without": _number(choice.untreated),
+            "gain_cross_fitted": _estimate_as_json(choice.cross_fitted),
+            "chosen_by_the_other_folds": {str(fold): name for fold, name in names.items()},
+            "tried": tried,
+        }
+
+    def as_text(self) -> str:
+        """Return what was chosen and why, in a line."""
+        choice = self.choice
+        if self.chosen is None or choice.chosen is None:
+            return f"{self.label}: left as it is, {len(self.rules)} rules tried"
+        tried, honest = choice.tried[choice.chosen], choice.cross_fitted
+        return (
+            f"{self.label}: {self.chosen.as_text()}; Dice {choice.untreated:.4f} {tried.difference.mean:+.4f} "
+            f"(p {tried.p:.2g}, {tried.better} patients better, {tried.worse} worse); "
+            f"chosen on the other folds it is {honest.mean:+.4f}"
+        )
+
+    def _tried(self) -> Iterable[tuple[Rule, Tried]]:
+        """Return each rule with what became of it."""
+        return zip(self.rules, self.choice.tried, strict=True)
+
+
+@dataclass(frozen=True)
+class Search:
+    """What was found for all labels.
+
+    Attributes:
+        experiment: folder of the experiment.
+        cases, folds: that it was found on.
+        labels: one by one, those that are nowhere predicted left out.
+    """
+
+    experiment: Path
+    cases: int
+    folds: tuple[int, ...]
+    labels: tuple[LabelSearch, ...]
+
+    @property
+    def rules(self) -> Postprocessing:
+        """The rules chosen."""
+        found = {one.label: one.chosen for one in self.labels if one.chosen}
+        on = f"out-of-fold predictions of {self.cases} cases, {self.experiment.name} folds {_listed(self.folds)}"
+        return Postprocessing(
+            largest_component=tuple(label for label, rule in found.items() if rule.largest_only),
+            smallest_volume_ml={label: rule.smallest_ml for label, rule in found.items() if rule.smallest_ml},
+            chosen_on=on,
+        )
+
+    def as_text(self) -> str:
+        """Return a line a label."""
+        return "\n".join([f"postprocessing: {self.rules.as_text()}", *(one.as_text() for one in self.labels)])
+
+
+def search(experiment: Path, models: Sequence[Path], manifest: Manifest, plan: Plan, *, samples: int) -> Search:
+    """Try rules on an experiment's out-of-fold predictions, label by label.
+
+    Args:
+        experiment: its folder.
+        models: of its folds; predictions by others are left out.
+        manifest: whose cases are predicted.
+        plan: of the models.
+        samples: resamples of the bootstraps.
+
+    Raises:
+        EvaluationError: there are predictions of fewer than two folds.
+        VolumeError: a label map cannot be read.
+    """
+    predictions = OutOfFold(experiment)
+    cases = predictions.of_models(models)
+    folds = sorted({case.fold for case in cases})
+    if len(folds) < 2:
+        raise EvaluationError(
+            f"{experiment}: postprocessing is chosen on out-of-fold predictions of two or more folds, there are those "
+            f"of {len(folds)}; train more with `medseg train --fold all` and run `medseg evaluate`"
+        )
+    by_id = {case.id: case for case in manifest.cases}
+    pieces = [
+        _pieces(predictions, by_id[case.case], manifest, plan)
+        for case in track(cases, "components of out-of-fold predictions", len(cases))
+    ]
+    found = (_search_label(name, [one.get(name) for one in pieces], cases, samples) for name in list(plan.labels)[1:])
+    return Search(experiment, len(cases), tuple(folds), tuple(one for one in found if one is not None))
+
+
+def keep_rules(found: Search, models: Sequence[Path]) -> None:
+    """Write what was chosen into the folders of the models, its evidence beside the folds, and both to MLflow."""
+    evidence = {
+        **found.rules.model_dump(mode="json"),
+        "models": {model.parent.parent.name: model_digest(model) for model in models},
+        "labels": {one.label: one.as_json() for one in found.labels},
+    }
+    write_json(found.experiment / POSTPROCESSING, evidence)
+    for model in models:
+        # Where nothing was chosen now, what was chosen before goes; and stays away where there was nothing.
+        if found.rules.has_rules or read_postprocessing(model).has_rules:
+            save_postprocessing(model, found.rules)
+            _log_model(model)
+    _log_evidence(found, models)
+
+
+def _search_label(
+    label: str, pieces: Sequence[Pieces | None], cases: Sequence[KeptCase], samples: int
+) -> LabelSearch | None:
+    """Try rules on one label; None where it is nowhere predicted."""
+    rules = _candidates([one for one in pieces if one is not None])
+    if not rules:
+        return None
+    table = np.array([[one.dice(rule) if one else math.nan for one in pieces] for rule in (Rule(), *rules)])
+    choice = choose(table, [case.patient for case in cases], [case.fold for case in cases], samples=samples)
+    return LabelSearch(label, tuple(rules), choice)
+
+
+def _candidates(pieces: Sequence[Pieces]) -> list[Rule]:
+    """Return the rules to try: thresholds from the volumes of the components, without a look at the references."""
+    volumes = np.concatenate([one.volumes_ml for one in pieces]) if pieces else np.zeros(0)
+    if not volumes.size:
+        return []
+    beside = np.concatenate([np.sort(one.volumes_ml)[:-1] for one in pieces])
+    found = set(np.quantile(volumes, QUANTILES, method="lower").tolist())
+    if beside.size:
+        found |= set(np.quantile(beside, QUANTILES_BESIDE, method="lower").tolist())
+    thresholds = sorted({_just_above(volume) for volume in found})
+    largest = [Rule(largest_only=True)] if beside.size else []
+    return [*largest, *(Rule(smallest_ml=ml) for ml in thresholds)]
+
+
+def _just_above(volume: float) -> float:
+    """Return the next number of three significant digits: a threshold that takes components of this volume."""
+    step = 10.0 ** (math.floor(math.log10(volume)) - 2)
+    return float(f"{(math.floor(volume / step * (1 + 1e-9)) + 1) * step:.3g}")
+
+
+def _pieces(predictions: OutOfFold, case: Case, manifest: Manifest, plan: Plan) -> dict[str, Pieces]:
+    """Take a case's prediction apart: label -> its components; without labels that nobody looked for in it."""
+    label = read_case_label(manifest, case, {})
+    if label is None:
+        raise EvaluationError(f"case {case.id!r}: has lost its label since it was predicted")
+    prediction = read_label(predictions.label_of(case.id))
+    reference, classes = class_indices(label.array, plan), class_indices(prediction.array, plan)
+    known = reference != plan.ignored_class
+    voxel_ml = prediction.geometry.voxel_volume_ml
+    boxes = ndimage.find_objects(classes, max_label=len(plan.labels) - 1)
+    found = {}
+    for index, name in enumerate(plan.labels):
+        if index and case.is_annotated([name]):
+            drawn = reference == index
+            found[name] = _take_apart(classes == index, drawn, known, boxes[index - 1], voxel_ml)
+    return found
+
+
+def _take_apart(
+    mask: NDArray[np.bool_],
+    drawn: NDArray[np.bool_],
+    known: NDArray[np.bool_],
+    box: tuple[slice, ...] | None,
+    voxel_ml: float,
+) -> Pieces:
+    """Return the components of a mask, which lies in a box; None: it is empty."""
+    reference = int(drawn.sum())
+    if box is None:
+        nothing = np.zeros(0, np.int64)
+        return Pieces(nothing.astype(np.float64), nothing, nothing, reference)
+    components = components_of(mask[box])
+    number = int(components.max()) + 1
+    sizes, inside, common = (
+        np.bincount(components[where].ravel(), minlength=number)[1:] for where in (..., known[box], drawn[box])
+    )
+    return Pieces(np.asarray(sizes * voxel_ml, np.float64), inside, common, reference)
+
+
+def _log_model(model: Path) -> None:
+    """Send a model with its rules to the run that trained it: a new version where it is registered."""
+    run_log = _run_log(model.parent.parent)
+    if run_log is None:
+        return
+    tracking = load_config(run_log.folder / CONFIG).tracking
+    run_log.model(model, tracking.register_as, tracking.alias)
+    run_log.close()
+
+
+def _log_evidence(found: Search, models: Sequence[Path]) -> None:
+    """Log the evidence to the run of the experiment, and send what waits."""
+    run_log = _run_log(found.experiment)
+    if run_log is None:
+        return
+    gains = {one.label: one.choice.cross_fitted.mean for one in found.labels if one.chosen}
+    run_log.metrics({f"cv/postprocessing_gain/dice/{label}": gain for label, gain in gains.items()}, 0)
+    run_log.tags({"medseg.postprocessing": found.rules.as_text()})
+    run_log.artifact(found.experiment / POSTPROCESSING)
+    run_log.close()
+    tracked = [folder for folder in (model.parent.parent for model in models) if _is_tracked(folder)]
+    send_pending(found.experiment, *tracked, limit_s=SEND_LIMIT_S)
+
+
+def _run_log(folder: Path) -> RunLog | None:
+    """Open the log of a run; None where it is not tracked."""
+    return RunLog.open(folder) if _is_tracked(folder) else None
+
+
+def _is_tracked(folder: Path) -> bool:
+    """Tell whether a folder is that of a tracked run."""
+    try:
+        RunLog.open(folder).close()
+    except ModelError:
+        return False
+    return True
+
+
+def _tried_as_json(tried: Tried) -> dict[str, Any]:
+    """Return a rule's outcome as JSON knows it."""
+    difference = _estimate_as_json(tried.difference)
+    return {"difference": difference, "better": tried.better, "worse": tried.worse, "p": _number(tried.p)}
+
+
+def _estimate_as_json(estimate: Estimate) -> dict[str, Any]:
+    """Return an estimate over patients as JSON knows it."""
+    numbers = {name: _number(getattr(estimate, name)) for name in ("mean", "low", "high")}
+    return {**numbers, "patients": estimate.cases}
+
+
+def _number(value: float) -> float | None:
+    """Return a value as JSON knows it."""
+    return None if math.isnan(value) else value
+
+
+def _listed(folds: Sequence[int]) -> str:
+    """Name folds."""
+    return " ".join(map(str, folds))
