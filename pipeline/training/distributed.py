@@ -10,7 +10,6 @@ one process each of them returns what it was given.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -182,6 +181,14 @@ def gathered(rows: Tensor, total: int) -> Tensor:
     return _sum(table)
 
 
+def gathered_texts(text: str) -> list[str]:
+    """Return what each process says, as far as it fits into 4,000 bytes."""
+    share, said = this_share(), list(text.encode()[:4000])
+    table = torch.zeros(share.processes, 4000, dtype=torch.uint8)
+    table[share.rank, : len(said)] = torch.tensor(said, dtype=torch.uint8)
+    return [bytes(row[row > 0].tolist()).decode(errors="ignore") for row in _sum(table)]
+
+
 def averaged(tensor: Tensor) -> Tensor:
     """Return the mean of a tensor over all processes; it carries no gradient."""
     processes = this_share().processes
@@ -208,8 +215,7 @@ def synchronised(objective: nn.Module) -> nn.Module:
         return objective
     # Unused parameters are looked for: the coarse heads of a network without deep supervision are some. And only so
     # does DDP keep its buckets as they were at first; rebuilt ones, which a resumed run begins without, add up in
-    # another order where there are more than two processes.
-    warnings.filterwarnings("ignore", "find_unused_parameters=True was specified", UserWarning)
+    # another order where there are more than two processes. Torch warns once where it has found none.
     return DistributedDataParallel(objective, find_unused_parameters=True)
 
 
