@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pipeline.config import Config
@@ -45,12 +45,13 @@ class Explanation:
     def as_json(self) -> dict[str, Any]:
         """Return all figures for machines."""
         figures = asdict(self.description)
+        planned = self.task.planned and self.task.planned.model_dump(mode="json")
         return {
             "network": self.name,
             "plan": self.source,
             "batch_size": self.batch_size,
             **{key: figures.pop(key) for key in ("parameters", "multiply_adds")},
-            "task": asdict(self.task),
+            "task": {**asdict(replace(self.task, planned=None)), "planned": planned},
             **figures,
         }
 
@@ -71,7 +72,7 @@ def run(config: Config) -> Explanation:
         ManifestError: the manifest cannot be used.
     """
     manifest = dataset_of(config)
-    plan, source = _plan(config, manifest)
+    plan, source = plan_of(config, manifest)
     outputs = outputs_of(config.task, plan, plan.output)
     try:
         plan = fitted_plan(plan, config.network, config.training.batch_size)
@@ -82,8 +83,12 @@ def run(config: Config) -> Explanation:
     return Explanation(config.network.name, source, config.training.batch_size or plan.batch_size, task, description)
 
 
-def _plan(config: Config, manifest: Manifest) -> tuple[Plan, str]:
-    """Return the store's plan, else one of what the configuration says, and which it is."""
+def plan_of(config: Config, manifest: Manifest) -> tuple[Plan, str]:
+    """Return the store's plan, else one of what the configuration says, and which it is.
+
+    Raises:
+        ConfigError: nothing is preprocessed, and the configuration itself does not say patch and spacing.
+    """
     path = Workspace(config.workspace).store(config, manifest.name) / "plan.yaml"
     if path.exists():
         return read_plan(path), f"the plan of {path.parent.name}"

@@ -13,6 +13,7 @@ import torch
 
 from pipeline import __version__
 from pipeline.config import Config, Task
+from pipeline.data.manifest import Manifest
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.hardware import pick_device
 from pipeline.stages.dataset import dataset_of
@@ -74,15 +75,24 @@ def fold_tasks(config: Config, fold: str, device: str) -> list[FoldTask]:
         StoreError: a case is not preprocessed.
     """
     manifest = dataset_of(config)
-    if fold != "all" and (not fold.isdecimal() or int(fold) not in manifest.folds):
-        raise ConfigError(f"--fold {fold}: the manifest has folds {', '.join(map(str, manifest.folds))}; or say all")
-    numbers = manifest.folds if fold == "all" else (int(fold),)
+    numbers = chosen_folds(manifest, fold)
     chosen = pick_device(device)
     others = config.changed(tracking=config.tracking.changed(alias=None))
     return [
         TASKS[config.task].prepare(config if number == numbers[0] else others, manifest, number, chosen)
         for number in numbers
     ]
+
+
+def chosen_folds(manifest: Manifest, fold: str) -> tuple[int, ...]:
+    """Return the folds that `--fold` means.
+
+    Raises:
+        ConfigError: the manifest has no such fold.
+    """
+    if fold != "all" and (not fold.isdecimal() or int(fold) not in manifest.folds):
+        raise ConfigError(f"--fold {fold}: the manifest has folds {', '.join(map(str, manifest.folds))}; or say all")
+    return manifest.folds if fold == "all" else (int(fold),)
 
 
 def refuse_nothing_to_resume(tasks: Sequence[FoldTask]) -> None:

@@ -1,0 +1,143 @@
+"""`medseg train --dry-run`: what would be trained, and what is missing for it; no image is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.config import Config
+from pipeline.data.manifest import Manifest
+from pipeline.data.plan import Plan
+from pipeline.data.store import CaseStore
+from pipeline.errors import ConfigError
+from pipeline.networks.fitting import fitted_plan, network_for, outputs_of
+from pipeline.stages.dataset import dataset_of
+from pipeline.stages.describe import plan_of
+from pipeline.stages.fold_task import CHECKPOINT
+from pipeline.stages.models import LAST
+from pipeline.stages.preprocess import CASES
+from pipeline.stages.train import TASKS, chosen_folds
+from pipeline.stages.workspace import Workspace
+
+# Missing cases that are named.
+NAMED = 5
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What would be trained.
+
+    Attributes:
+        facts: name -> text, in the order in which people read them.
+        folds: a line for each fold.
+        missing: what stands in the way, and what to do about it; empty where training can begin.
+    """
+
+    facts: dict[str, str]
+    folds: tuple[str, ...]
+    missing: tuple[str, ...]
+
+    def as_text(self) -> str:
+        """Return all of it for people."""
+        width = max(map(len, self.facts))
+        lines = [f"{name:{width}}  {text}" for name, text in self.facts.items()]
+        missing = [f"missing: {text}" for text in self.missing] or ["nothing is missing"]
+        return "\n".join([*lines, "", *self.folds, "", *missing])
+
+
+def run(config: Config, *, fold: str = "0") -> DryRun:
+    """Say what `medseg train` would do, and do nothing.
+
+    Args:
+        config: the experiment.
+        fold: the fold to hold out, or "all".
+
+    Raises:
+        ManifestError: the manifest cannot be used.
+        ConfigError: it has no such fold, or the network does not fit the plan.
+    """
+    manifest = dataset_of(config)
+    numbers = chosen_folds(manifest, fold)
+    facts = {
+        "experiment": f"{config.name}, task: {config.task}, seed {config.seed}",
+        "data": f"{manifest.name}: {len(manifest.cases):,} cases, {len(manifest.test_cases):,} held out, "
+        f"{len(manifest.folds)} folds",
+        **_network_facts(config, manifest),
+        "budget": _budget(config),
+    }
+    return DryRun(facts, tuple(_fold(config, manifest, n) for n in numbers), tuple(_missing(config, manifest)))
+
+
+def _network_facts(config: Config, manifest: Manifest) -> dict[str, str]:
+    """Return network, parameters, patch and batch, as far as they are decided."""
+    name = config.network.name
+    try:
+        plan, source = plan_of(config, manifest)
+    except ConfigError:
+        return {"network": f"{name}; patch and batch are decided by `medseg preprocess`"}
+    fitted, parameters = _fitted(config, plan)
+    patch = "x".join(map(str, fitted.patch_size))
+    spacing = "x".join(f"{mm:.4g}" for mm in fitted.spacing_mm)
+    batch = config.training.batch_size or fitted.batch_size
+    return {
+        "network": f"{name}, {parameters:,} parameters",
+        "patch": f"{patch} voxels of {spacing} mm, {batch} a step; from {source}",
+    }
+
+
+def _fitted(config: Config, plan: Plan) -> tuple[Plan, int]:
+    """Return the plan as the network takes it, and the network's parameters.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    try:
+        fitted = fitted_plan(plan, config.network, config.training.batch_size)
+        with torch.device("meta"):
+            network = network_for(fitted, config.network, outputs_of(config.task, fitted))
+    except ValueError as error:
+        raise ConfigError(f"network {config.network.name}: {error}") from error
+    return fitted, sum(p.numel() for p in network.parameters())
+
+
+def _budget(config: Config) -> str:
+    """Return how long a fold is trained."""
+    budget, section = config.training.budget, config.training
+    if budget.minutes is not None:
+        return f"{budget.minutes:g} minutes a fold, turned into steps by a probe"
+    steps = budget.steps or (budget.epochs or 0) * section.steps_per_epoch
+    return f"{steps:,} steps a fold, validated every {section.validation_every_epochs * section.steps_per_epoch:,}"
+
+
+def _fold(config: Config, manifest: Manifest, number: int) -> str:
+    """Return a fold's cases, folder, and what lies there."""
+    unlabelled = not TASKS[config.task].needs_labels
+    training = len(manifest.training_cases(number, unlabelled=unlabelled))
+    validation = len(manifest.validation_cases(number, unlabelled=unlabelled))
+    folder = Workspace(config.workspace).run(config.name, number)
+    if (folder / LAST / "model.yaml").exists():
+        state = "a finished training lies there, and would be set aside"
+    elif (folder / CHECKPOINT).exists():
+        state = "a checkpoint lies there: --resume goes on from it, else it is set aside"
+    else:
+        state = "new"
+    cases = f"{training:,} cases to train on, {validation:,} to validate on"
+    return f"fold {number}: {cases}; checkpoints go to {folder} ({state})"
+
+
+def _missing(config: Config, manifest: Manifest) -> Iterator[str]:
+    """Yield what is not there; of the cases only names are looked at."""
+    if not manifest.root.is_dir():
+        yield f"the images: {manifest.root} is no folder; set data.root"
+    folder = Workspace(config.workspace).store(config, manifest.name) / CASES
+    wanted = [case.id for case in manifest.development_cases if case.label or not TASKS[config.task].needs_labels]
+    prepared = set(CaseStore(folder).case_ids()) if folder.is_dir() else set()
+    absent = [case_id for case_id in wanted if case_id not in prepared]
+    if absent:
+        more = ", ..." if len(absent) > NAMED else ""
+        yield (
+            f"{len(absent):,} of {len(wanted):,} prepared cases in {folder}: {', '.join(absent[:NAMED])}{more}; run "
+            "`medseg preprocess`"
+        )
