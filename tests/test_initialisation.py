@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.config import Config, NetworkSection, Task
 from pipeline.config_loading import load_config
+from pipeline.data.plan import Normalisation, Plan
 from pipeline.errors import ConfigError, ModelError, TrainingError
 from pipeline.model import Model, save_model
 from pipeline.networks.fitting import network_for, outputs_of
@@ -44,16 +45,23 @@ def task_of(config: Config, init_from: Path | str) -> FoldTask:
 def write_model(folder: Path, config: Config, task: Task, seed: int = 7, name: str = "unet", **options: object) -> Path:
     """Write a model as trained for a task on other cases, with random weights of its own in every tensor."""
     (fold,) = train.fold_tasks(config, "0", "cpu")
+    return write_model_of(folder, fold.plan, task, seed, name, **options)
+
+
+def write_model_of(
+    folder: Path, plan: Plan, task: Task = "segment", seed: int = 7, name: str = "unet", **options: object
+) -> Path:
+    """Write a model of a plan of its own."""
     section = NetworkSection(name=name, options={"width": 4, "levels": 2, "norm": "batch", **options})
-    outputs = outputs_of(task, fold.plan)
-    network = network_for(fold.plan, section, outputs)
+    outputs = outputs_of(task, plan)
+    network = network_for(plan, section, outputs)
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in network.state_dict().values():
             tensor.copy_(torch.rand(tensor.shape, generator=random) * 9)
-    written = make_model(plan=fold.plan)
+    written = make_model(plan=plan)
     fields = {"task": task, "network": section, "num_classes": outputs, "name": "source"}
-    model = Model(written.description.changed(**fields), network, fold.plan, written.fingerprint, "name: source\n")
+    model = Model(written.description.changed(**fields), network, plan, written.fingerprint, "name: source\n")
     save_model(folder, model)
     return folder
 
@@ -106,6 +114,65 @@ def test_between_segmentations_all_that_fits_is_copied(prepared: Config, tmp_pat
     here = state.network.state_dict()
     assert report.copied == tuple(here)
     assert equal(report.copied, here, load_file(source / "weights.safetensors"))
+
+
+def test_other_classes_and_channels_are_taken_by_name(
+    prepared: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (fold,) = train.fold_tasks(prepared, "0", "cpu")
+    (channel,) = fold.plan.channels
+    scheme = fold.plan.normalisation[channel]
+    other = fold.plan.changed(
+        labels={"background": 0, "stone": 1, "right": 2, "left": 3},
+        label_pairs=(),
+        channels={"PT": "PET", channel: fold.plan.channels[channel]},
+        normalisation={"PT": Normalisation(scheme="none"), channel: scheme},
+        spacing_mm=(4.0, 2.0, 2.0),
+    )
+    assert list(fold.plan.labels) == ["background", "left", "right"]
+    source = write_model_of(tmp_path / "model", other)
+    task = task_of(prepared, source)
+    fresh = task.new_state().network.state_dict()
+    with caplog.at_level("WARNING"):
+        state, report = begun(task)
+    here, there = state.network.state_dict(), load_file(source / "weights.safetensors")
+    assert set(report.in_part) == {"encoder.0.0.0.weight", "heads.0.weight", "heads.0.bias"}
+    assert (report.classes, report.new_classes) == (("background", "left", "right"), ())
+    assert report.channels == (channel,)
+    assert not report.other_shape
+    assert equal(report.copied, here, there)
+    assert torch.equal(here["heads.0.weight"], there["heads.0.weight"][[0, 3, 2]])
+    assert torch.equal(here["encoder.0.0.0.weight"][:, 0], there["encoder.0.0.0.weight"][:, 1])
+    assert not any(torch.equal(here[name], fresh[name]) for name in report.in_part)
+    assert report.parameters == sum(p.numel() for p in state.network.parameters())
+    assert any("3 fit in part, by the names of classes and channels" in line for line in report.as_lines())
+    assert "its voxels have 4 x 2 x 2 mm, here 2 x 2 x 2" in caplog.text
+    assert "its channels are PT, " in caplog.text
+
+
+def test_a_class_that_the_model_lacks_begins_with_random_weights(prepared: Config, tmp_path: Path) -> None:
+    (fold,) = train.fold_tasks(prepared, "0", "cpu")
+    other = fold.plan.changed(labels={"background": 0, "right": 1, "lung": 2}, label_pairs=())
+    source = write_model_of(tmp_path / "model", other)
+    task = task_of(prepared, source)
+    fresh = task.new_state().network.state_dict()["heads.0.weight"]
+    state, report = begun(task)
+    here, there = state.network.state_dict()["heads.0.weight"], load_file(source / "weights.safetensors")
+    # As many classes, yet other ones: the head is no plain copy.
+    assert "heads.0.weight" in report.in_part
+    assert torch.equal(here[[0, 2]], there["heads.0.weight"][[0, 1]])
+    assert torch.equal(here[1], fresh[1])
+    assert report.as_lines()[-1] == "classes known: background, right; new: left"
+
+
+def test_a_channel_of_another_name_is_taken_in_order(prepared: Config, tmp_path: Path) -> None:
+    (fold,) = train.fold_tasks(prepared, "0", "cpu")
+    (channel,) = fold.plan.channels
+    scheme = fold.plan.normalisation[channel]
+    other = fold.plan.changed(channels={"FLAIR": "MR"}, normalisation={"FLAIR": scheme})
+    _, report = begun(task_of(prepared, write_model_of(tmp_path / "model", other)))
+    assert "encoder.0.0.0.weight" in report.copied
+    assert report.channels == ()
 
 
 def test_what_does_not_fit_is_said(prepared: Config, tmp_path: Path) -> None:

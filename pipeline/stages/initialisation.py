@@ -42,7 +42,8 @@ class Initialisation(Record):
         name: of the experiment that trained it.
         task: what it was trained for; of another task than the training's own, only the encoder is compared.
         sha256: of its weights, description and plan.
-        classes: those that both have; a class keeps what the network's last layers knew of it, by its name.
+        classes: those that both have; a class keeps what the network's last layers knew of it, by its name. None where
+            only the encoder is taken.
         new_classes: those that the model lacks: they begin with random weights.
         channels: those that both have, likewise.
         copied: parameters and buffers that both networks have in the same shape, for the same classes and channels.
@@ -169,9 +170,9 @@ def _warn_of_other_plan(there: Plan, here: Plan) -> None:
 
 def _taken(task: FoldTask, folder: Path, model: Model, network: Network) -> Initialisation:
     """Copy what fits of a model into a network, by name and shape, and say what that was."""
-    prefix = "" if model.description.task == task.config.task else ENCODER
-    there, here = (_named(net, prefix) for net in (model.network, network))
-    known, classes = _outputs(model.description.task, model.plan), _outputs(task.config.task, task.plan)
+    same_task = model.description.task == task.config.task
+    there, here = (_named(net, "" if same_task else ENCODER) for net in (model.network, network))
+    known, classes = (_outputs(task.config.task, plan) if same_task else [] for plan in (model.plan, task.plan))
     section = task.config.network
     axes = counting_axes(
         lambda built_for: build_network(section.name, section.options, built_for),
