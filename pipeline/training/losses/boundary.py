@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.training.distributed import pooled
 from pipeline.training.losses.overlap import DiceTerm, Smooth
-from pipeline.training.losses.truth import Truth
+from pipeline.training.losses.truth import Judged, Truth, judged
 from pipeline.training.losses.voxelwise import Loss, VoxelTerm, Weight
 
 # Share of the weight that either term keeps: the boundary's at the beginning, Dice's at the end (Kervadec et al. 2019).
@@ -43,28 +43,26 @@ def boundary(
     dice, voxels = DiceTerm(batch, smooth), VoxelTerm()
 
     def loss(logits: Tensor, truth: Truth) -> Tensor:
-        scores = truth.scores(logits)
-        probabilities = truth.probabilities(scores)
+        found = judged(logits, truth)
         share = LEAST_SHARE + (1 - 2 * LEAST_SHARE) * truth.progress
-        far_off = boundary_weight * _surface_error(probabilities, truth, reach_voxels)
-        total = (1 - share) * dice(probabilities, truth) + share * far_off
-        return total + ce_weight * voxels(scores, truth) if ce_weight else total
+        far_off = boundary_weight * _surface_error(found, reach_voxels)
+        total = (1 - share) * dice(found) + share * far_off
+        return total + ce_weight * voxels(found) if ce_weight else total
 
     return loss
 
 
-def _surface_error(probabilities: Tensor, truth: Truth, reach: int) -> Tensor:
+def _surface_error(found: Judged, reach: int) -> Tensor:
     """Return the mean over structures and known voxels of |probability - reference| times distance in voxels."""
-    reference = truth.reference[:, truth.foreground]
-    known = truth.known.expand_as(truth.reference)[:, truth.foreground]
+    reference, foreground = found.truth.reference, found.truth.foreground
+    known = found.truth.known.expand_as(reference)[:, foreground]
+    structures = reference[:, foreground].unbind(1), known.unbind(1), found.probabilities[:, foreground].unbind(1)
+    # One structure at a time: distances of all at once would be as large as the logits many times over.
     errors = [
-        # One structure at a time: distances of all at once would be as large as the logits many times over.
-        (surface_distance(mask, where, reach) * (p - mask.to(p.dtype)).abs() * where).sum()
-        for mask, where, p in zip(
-            reference.unbind(1), known.unbind(1), probabilities[:, truth.foreground].unbind(1), strict=True
-        )
+        (surface_distance(mask, where > 0, reach) * (probability - mask.float()).abs() * where).sum()
+        for mask, where, probability in zip(*structures, strict=True)
     ]
-    error, voxels = pooled(torch.stack([torch.stack(errors).sum(), known.sum().to(probabilities.dtype)])).unbind()
+    error, voxels = pooled(torch.stack([torch.stack(errors).sum(), known.sum()])).unbind()
     return error / voxels.clamp_min(1)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.training.distributed import pooled
 from pipeline.training.losses.overlap import DiceTerm, Smooth
-from pipeline.training.losses.truth import Truth
+from pipeline.training.losses.truth import Judged, Truth, judged
 from pipeline.training.losses.voxelwise import Loss, VoxelTerm, Weight
 
 
@@ -40,21 +40,19 @@ def cldice(
     dice, voxels = DiceTerm(batch, smooth), VoxelTerm()
 
     def loss(logits: Tensor, truth: Truth) -> Tensor:
-        scores = truth.scores(logits)
-        probabilities = truth.probabilities(scores)
-        lines = _centreline_term(probabilities, truth, lambda mask: soft_skel(mask, iterations), batch=batch)
-        total = (1 - share) * dice(probabilities, truth) + share * lines
-        return total + ce_weight * voxels(scores, truth) if ce_weight else total
+        found = judged(logits, truth)
+        lines = _centreline_term(found, lambda mask: soft_skel(mask, iterations), batch=batch)
+        total = (1 - share) * dice(found) + share * lines
+        return total + ce_weight * voxels(found) if ce_weight else total
 
     return loss
 
 
-def _centreline_term(
-    probabilities: Tensor, truth: Truth, skeleton: Callable[[Tensor], Tensor], *, batch: bool
-) -> Tensor:
+def _centreline_term(found: Judged, skeleton: Callable[[Tensor], Tensor], *, batch: bool) -> Tensor:
     """Return 1 - the mean over structures of the harmonic mean of the skeletons' precision and sensitivity."""
-    predicted = (probabilities * truth.known)[:, truth.foreground]
-    reference = truth.reference[:, truth.foreground].to(predicted.dtype)
+    truth = found.truth
+    predicted = (found.probabilities * truth.known)[:, truth.foreground]
+    reference = truth.reference[:, truth.foreground].float()
     predicted_lines, lines = skeleton(predicted), skeleton(reference)
     axes = (0, 2, 3, 4) if batch else (2, 3, 4)
     parts = (predicted_lines * reference, predicted_lines, lines * predicted, lines)

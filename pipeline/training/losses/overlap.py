@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.training.distributed import pooled
-from pipeline.training.losses.truth import Truth
+from pipeline.training.losses.truth import Judged, Truth, judged
 from pipeline.training.losses.voxelwise import Loss, Smoothing, VoxelTerm, Weight, Weights
 
 Smooth = Annotated[float, Field(gt=0)]
@@ -135,33 +135,33 @@ def generalised_dice(
 class WithVoxelTerm:
     """A weighted sum of a loss of overlap and one of voxels; a weight of 0 saves the term."""
 
-    overlap: Callable[[Tensor, Truth], Tensor]
+    overlap: Callable[[Judged], Tensor]
     voxels: VoxelTerm
     overlap_weight: float
     voxel_weight: float
 
     def __call__(self, logits: Tensor, truth: Truth) -> Tensor:
         """Return the loss of logits (N, K, X, Y, Z)."""
-        scores = truth.scores(logits)
-        loss = scores.new_zeros(())
+        found = judged(logits, truth)
+        loss = found.scores.new_zeros(())
         if self.voxel_weight:
-            loss = loss + self.voxel_weight * self.voxels(scores, truth)
+            loss = loss + self.voxel_weight * self.voxels(found)
         if self.overlap_weight:
-            loss = loss + self.overlap_weight * self.overlap(truth.probabilities(scores), truth)
+            loss = loss + self.overlap_weight * self.overlap(found)
         return loss
 
 
 @dataclass(frozen=True)
 class DiceTerm:
-    """1 - the mean soft Dice of the classes, from (probabilities, truth)."""
+    """1 - the mean soft Dice of the classes."""
 
     batch: bool = True
     smooth: float = 1e-5
     include_background: bool = False
 
-    def __call__(self, probabilities: Tensor, truth: Truth) -> Tensor:
-        """Return the loss of probabilities (N, K, X, Y, Z)."""
-        sums = overlap_sums(probabilities, truth, batch=self.batch, background=self.include_background)
+    def __call__(self, found: Judged) -> Tensor:
+        """Return the loss of judged logits."""
+        sums = overlap_sums(found, batch=self.batch, background=self.include_background)
         total = sums.predicted + sums.reference
         return 1 - ((2 * sums.overlap + self.smooth) / (total + self.smooth)).mean()
 
@@ -177,9 +177,9 @@ class TverskyTerm:
     smooth: float
     include_background: bool
 
-    def __call__(self, probabilities: Tensor, truth: Truth) -> Tensor:
-        """Return the loss of probabilities (N, K, X, Y, Z)."""
-        sums = overlap_sums(probabilities, truth, batch=self.batch, background=self.include_background)
+    def __call__(self, found: Judged) -> Tensor:
+        """Return the loss of judged logits."""
+        sums = overlap_sums(found, batch=self.batch, background=self.include_background)
         wrong = self.alpha * (sums.predicted - sums.overlap) + self.beta * (sums.reference - sums.overlap)
         losses = wrong / (sums.overlap + wrong + self.smooth)
         if self.gamma == 1:
@@ -196,9 +196,9 @@ class GeneralisedDiceTerm:
     smooth: float
     include_background: bool
 
-    def __call__(self, probabilities: Tensor, truth: Truth) -> Tensor:
-        """Return the loss of probabilities (N, K, X, Y, Z)."""
-        sums = overlap_sums(probabilities, truth, batch=self.batch, background=self.include_background)
+    def __call__(self, found: Judged) -> Tensor:
+        """Return the loss of judged logits."""
+        sums = overlap_sums(found, batch=self.batch, background=self.include_background)
         # Relative to the rarest class, whose weight is 1, and so that of one that is absent.
         volumes = sums.reference
         rarest = torch.where(volumes > 0, volumes, torch.inf).amin(-1, keepdim=True)
@@ -223,21 +223,20 @@ class OverlapSums:
     reference: Tensor
 
 
-def overlap_sums(probabilities: Tensor, truth: Truth, *, batch: bool, background: bool) -> OverlapSums:
+def overlap_sums(found: Judged, *, batch: bool, background: bool) -> OverlapSums:
     """Add up what losses of overlap are made of.
 
     Args:
-        probabilities: (N, K, X, Y, Z).
-        truth: what they are judged by.
+        found: judged logits.
         batch: over all patches of all processes; else over each patch.
         background: of the first class too; regions have no background.
     """
-    axes = (0, 2, 3, 4) if batch else (2, 3, 4)
-    overlap = (probabilities * truth.reference).sum(axes)
-    predicted = (probabilities * truth.known).sum(axes)
-    reference = truth.reference.sum(axes).to(probabilities.dtype)
+    truth = found.truth
+    overlap = truth.reference_sums(found.of_truth.exp())
+    predicted = (found.probabilities * truth.known).sum((2, 3, 4))
+    reference = truth.reference_sums(truth.known)
     sums = torch.stack([overlap, predicted, reference])[..., slice(None) if background else truth.foreground]
-    return OverlapSums(*(pooled(sums) if batch else sums).unbind())
+    return OverlapSums(*(pooled(sums.sum(1)) if batch else sums).unbind())
 
 
 def mean_squared_error(output: Tensor, clean: Tensor) -> Tensor:

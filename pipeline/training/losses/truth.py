@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +27,10 @@ class Truth(ABC):
     """A target as a loss sees it; K counts the network's outputs, classes or regions.
 
     Attributes:
-        reference: (N, K, X, Y, Z) bool: which voxels are of a class, or in a region; none that is not known.
-        known: (N, 1, X, Y, Z) or (N, K, X, Y, Z) bool: the voxels to be judged.
+        known: (N, 1, X, Y, Z) or (N, K, X, Y, Z) float32: 1 for the voxels to be judged, 0 for the others.
         progress: share of the training that is done, 0 to 1.
     """
 
-    reference: Tensor
     known: Tensor
     progress: float
 
@@ -39,6 +38,11 @@ class Truth(ABC):
     @abstractmethod
     def foreground(self) -> slice:
         """The outputs that are structures."""
+
+    @property
+    @abstractmethod
+    def reference(self) -> Tensor:
+        """Which voxels are of a class, or in a region: (N, K, X, Y, Z) bool; none that is not known."""
 
     @abstractmethod
     def scores(self, logits: Tensor) -> Tensor:
@@ -59,8 +63,40 @@ class Truth(ABC):
         """Return the mean log-probability over all that could be true, shaped as `known`."""
 
     @abstractmethod
+    def reference_sums(self, values: Tensor) -> Tensor:
+        """Return the sum of values, shaped as `known`, over each output's reference in each patch: (N, K)."""
+
+    @abstractmethod
     def weights(self, of_outputs: Tensor) -> Tensor:
         """Return each voxel's weight from those of the K outputs, broadcastable to `known`."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Logits beside what they are judged by; what several terms of a loss need is computed once.
+
+    Attributes:
+        truth: what they are judged by.
+        scores: (N, K, X, Y, Z), of `Truth.scores`.
+    """
+
+    truth: Truth
+    scores: Tensor
+
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """Of each output, (N, K, X, Y, Z)."""
+        return self.truth.probabilities(self.scores)
+
+    @cached_property
+    def of_truth(self) -> Tensor:
+        """Log-probability of what is true, shaped as `Truth.known`."""
+        return self.truth.of_truth(self.scores)
+
+
+def judged(logits: Tensor, truth: Truth) -> Judged:
+    """Return logits (N, K, X, Y, Z) beside what they are judged by."""
+    return Judged(truth, truth.scores(logits))
 
 
 @dataclass(frozen=True)
@@ -70,15 +106,23 @@ class ClassTruth(Truth):
     Attributes:
         classes: (N, X, Y, Z) int64; 0 where it is not known.
         merged: (N, K) bool: classes that are part of a patch's background, and the background itself; None: it alone.
+        outputs: K.
     """
 
     classes: Tensor
     merged: Tensor | None
+    outputs: int
 
     @property
     def foreground(self) -> slice:
         """All classes but the background."""
         return slice(1, None)
+
+    @cached_property
+    def reference(self) -> Tensor:
+        """Which voxels are of a class."""
+        index = torch.arange(self.outputs, device=self.classes.device).view(1, -1, 1, 1, 1)
+        return (self.classes[:, None] == index) & (self.known > 0)
 
     def scores(self, logits: Tensor) -> Tensor:
         """Return log-probabilities; those merged into the background are -inf."""
@@ -105,6 +149,14 @@ class ClassTruth(Truth):
         others = scores[:, 1:].masked_fill(merged[:, 1:], 0).sum(1, keepdim=True)
         return (scores[:, :1] + others) / (1 + (~merged).sum(1, keepdim=True))
 
+    def reference_sums(self, values: Tensor) -> Tensor:
+        """Return the sums over each class's voxels, without a tensor of voxels and classes."""
+        # Plane by plane: short sums keep float32's digits, and threads of a GPU have not all to wait for one number.
+        planes = self.classes.flatten(0, 1).flatten(1)  # (N * X, Y * Z)
+        sums = values.new_zeros(len(planes), self.outputs)
+        sums = sums.scatter_add(1, planes, (values * self.known).view_as(planes))
+        return sums.view(len(values), -1, self.outputs).sum(1)
+
     def weights(self, of_outputs: Tensor) -> Tensor:
         """Return the weight of each voxel's class, (N, 1, X, Y, Z)."""
         return of_outputs[self.classes][:, None]
@@ -112,12 +164,23 @@ class ClassTruth(Truth):
 
 @dataclass(frozen=True)
 class RegionTruth(Truth):
-    """Regions that may overlap: a sigmoid each."""
+    """Regions that may overlap: a sigmoid each.
+
+    Attributes:
+        masks: (N, K, X, Y, Z) bool.
+    """
+
+    masks: Tensor
 
     @property
     def foreground(self) -> slice:
         """All regions: what is in none of them has no output."""
         return slice(None)
+
+    @property
+    def reference(self) -> Tensor:
+        """Which voxels are in a region."""
+        return self.masks
 
     def scores(self, logits: Tensor) -> Tensor:
         """Return the logits themselves."""
@@ -129,11 +192,15 @@ class RegionTruth(Truth):
 
     def of_truth(self, scores: Tensor) -> Tensor:
         """Return the log-probability of being in a region, or of not being in it, (N, K, X, Y, Z)."""
-        return F.logsigmoid(torch.where(self.reference, scores, -scores))
+        return F.logsigmoid(torch.where(self.masks, scores, -scores))
 
     def of_any(self, scores: Tensor) -> Tensor:
         """Return the mean log-probability of being in and of not being in each region, (N, K, X, Y, Z)."""
         return (F.logsigmoid(scores) + F.logsigmoid(-scores)) / 2
+
+    def reference_sums(self, values: Tensor) -> Tensor:
+        """Return the sums over each region's voxels."""
+        return torch.where(self.masks, values, 0).sum((2, 3, 4))
 
     def weights(self, of_outputs: Tensor) -> Tensor:
         """Return the weight of each region, (K, 1, 1, 1)."""
@@ -159,21 +226,19 @@ def truth_of(target: Target, outputs: int, *, regions: Regions | None = None, pr
     if regions is not None:
         return _region_truth(classes, known, target.annotated, regions, progress)
     merged = None if target.annotated is None else _with_background(~target.annotated)
-    # Channels last, as logits are: (N, X, Y, Z, K) seen as (N, K, X, Y, Z).
-    reference = (classes[..., None] == torch.arange(outputs, device=classes.device)) & known[..., None]
-    return ClassTruth(reference.movedim(-1, 1), known[:, None], progress, classes, merged)
+    return ClassTruth(known[:, None].float(), progress, classes, merged, outputs)
 
 
 def _region_truth(
     classes: Tensor, known: Tensor, annotated: Tensor | None, regions: Regions, progress: float
 ) -> RegionTruth:
     """Return the truth of regions; where one of a region's labels was not annotated, background may be in it."""
-    reference = torch.stack([_any([classes == index for index in region]) for region in regions], 1) & known[:, None]
     known = known[:, None]
+    masks = torch.stack([_any([classes == index for index in region]) for region in regions], 1) & known
     if annotated is not None:
         whole = torch.stack([~_any([~annotated[:, index] for index in region]) for region in regions], 1)
         known = known & (whole[:, :, None, None, None] | (classes > 0)[:, None])
-    return RegionTruth(reference, known.expand_as(reference), progress)
+    return RegionTruth(known.expand_as(masks).float(), progress, masks)
 
 
 def _with_background(merged: Tensor) -> Tensor:

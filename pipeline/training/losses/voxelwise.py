@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.errors import ConfigError
 from pipeline.training.distributed import pooled
-from pipeline.training.losses.truth import Truth
+from pipeline.training.losses.truth import Judged, Truth, judged
 
 Loss = Callable[[Tensor, Truth], Tensor]
 Weight = Annotated[float, Field(ge=0)]
@@ -31,7 +31,7 @@ def cross_entropy(*, label_smoothing: Smoothing = 0.0, class_weights: Weights | 
         class_weights: of the voxels of each class, background first, or of each region.
     """
     term = VoxelTerm(label_smoothing=label_smoothing, class_weights=class_weights)
-    return lambda logits, truth: term(truth.scores(logits), truth)
+    return lambda logits, truth: term(judged(logits, truth))
 
 
 def focal(
@@ -50,12 +50,12 @@ def focal(
         class_weights: as for `cross_entropy`; the paper's alpha.
     """
     term = VoxelTerm(gamma, label_smoothing, class_weights)
-    return lambda logits, truth: term(truth.scores(logits), truth)
+    return lambda logits, truth: term(judged(logits, truth))
 
 
 @dataclass(frozen=True)
 class VoxelTerm:
-    """Focal cross-entropy of (scores, truth), the mean over the known voxels of all processes.
+    """Focal cross-entropy, the mean over the known voxels of all processes.
 
     Attributes:
         gamma: 0 for plain cross-entropy.
@@ -67,18 +67,17 @@ class VoxelTerm:
     label_smoothing: float = 0.0
     class_weights: tuple[float, ...] | None = None
 
-    def __call__(self, scores: Tensor, truth: Truth) -> Tensor:
+    def __call__(self, found: Judged) -> Tensor:
         """Return the mean over the voxels that are known; 0 where there is none."""
-        of_truth = truth.of_truth(scores)
-        losses = -of_truth
+        losses = -found.of_truth
         if self.label_smoothing:
-            losses = (1 - self.label_smoothing) * losses - self.label_smoothing * truth.of_any(scores)
+            losses = (1 - self.label_smoothing) * losses - self.label_smoothing * found.truth.of_any(found.scores)
         if self.gamma:
             # expm1 keeps the digits of 1 - p near p = 1; there a power below one would have no gradient.
-            losses = losses * (-of_truth.expm1()).clamp_min(1e-7) ** self.gamma
-        weights = truth.known.float()
+            losses = losses * (-found.of_truth.expm1()).clamp_min(1e-7) ** self.gamma
+        weights = found.truth.known
         if self.class_weights is not None:
-            weights = weights * truth.weights(_one_each(self.class_weights, scores))
+            weights = weights * found.truth.weights(_one_each(self.class_weights, found.scores))
         total, weight = pooled(torch.stack([(losses * weights).sum(), weights.sum()])).unbind()
         return total / weight.clamp_min(1e-12)
 
