@@ -196,7 +196,8 @@ class TrainingSection(Section):
     """Keep only what goes into each block of layers, and compute the rest again on the way back: less memory, about a
     third more time, the same gradients."""
     compile: bool = False
-    """Train through torch.compile; where that fails or gives another loss, training goes on without, with a warning."""
+    """Train through torch.compile, which takes a minute or more at the start; where it fails or gives another loss,
+    training goes on without, with a warning."""
     sync_batch_norm: bool = False
     """Of several processes that train together: batch norms see the patches of all, as in one process; otherwise each
     process's own."""
@@ -251,6 +252,12 @@ class TrainingSection(Section):
     """Random changes of the patches."""
     denoising: DenoisingSection = DenoisingSection()
     """What `task: denoise` takes away."""
+
+    @model_validator(mode="after")
+    def _recomputes_once(self) -> TrainingSection:
+        if self.compile and self.activation_checkpointing:
+            raise ValueError("compile cannot take activation_checkpointing in; set one of them false")
+        return self
 
 
 class InferenceSection(Section):

@@ -158,11 +158,11 @@ def compiled_to_train(
         backend: torch.compile's.
     """
     start = time.monotonic()
-    faster = cast("torch.nn.Module", torch.compile(objective, backend=backend))
     try:
+        faster = cast("torch.nn.Module", torch.compile(objective, backend=backend))
         before, after = (_loss_of_one_step(one, batch, dtype) for one in (objective, faster))
     except Exception as error:  # a missing compiler, an operation it does not know, a bug of its own
-        why = str(error).strip().partition("\n")[0]
+        why = " ".join(str(error).split())[:200]
     else:
         if abs(after - before) <= COMPILED_ERROR[dtype] * max(abs(before), 1e-6):
             log.info("compiled in %.0f s", time.monotonic() - start)

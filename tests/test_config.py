@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config import AugmentationSection, BudgetSection, Config, DataSection, PreprocessingSection, Section
+from pipeline.config import (
+    AugmentationSection,
+    BudgetSection,
+    Config,
+    DataSection,
+    PreprocessingSection,
+    Section,
+    TrainingSection,
+)
 from pipeline.config_loading import load_config, packaged
 from pipeline.config_schema import expectation, json_schema, keys_named, schema_at, section_at
 from pipeline.data.manifest import Case, ImageFile, Manifest, save_manifest
@@ -44,6 +52,12 @@ def test_a_budget_is_exactly_one_of_three() -> None:
     for wrong in ({}, {"epochs": 3, "steps": 4}, {"epochs": 3, "minutes": 4.0, "steps": 5}):
         with pytest.raises(ValidationError, match="exactly one of steps, epochs, minutes"):
             BudgetSection.model_validate(wrong)
+
+
+def test_what_is_compiled_is_not_recomputed() -> None:
+    assert TrainingSection(compile=True).compile
+    with pytest.raises(ValidationError, match="compile cannot take activation_checkpointing in"):
+        TrainingSection(compile=True, activation_checkpointing=True)
 
 
 @pytest.mark.parametrize("code", ["RAS", "LPS", "SAR", "ILP"])

@@ -15,6 +15,7 @@ from pipeline.hardware import (
     _left_in_groups,
     available_bytes,
     compiled,
+    compiled_to_train,
     is_out_of_memory,
     place_to_predict,
     resident_bytes,
@@ -110,6 +111,41 @@ def test_a_compiled_network_that_does_not_hold_up_is_given_up(
         assert compiled(network, torch.zeros(1, 1, 8, 8, 8), torch.float32, backend="eager") is network
     assert why in caplog.text
     assert len(caplog.records) == 1
+
+
+class Objective(nn.Module):
+    """A norm that counts batches, dropout, and a loss, which may be another one once it is compiled."""
+
+    def __init__(self, compiled_adds: float) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv3d(1, 2, 1), nn.BatchNorm3d(2), nn.Dropout3d(0.5))
+        self.compiled_adds = compiled_adds
+
+    def forward(self, image: Tensor, target: Tensor) -> Tensor:
+        loss = (self.layers(image) - target).square().mean()
+        return loss + self.compiled_adds if torch.compiler.is_compiling() else loss  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("compiled_adds", "backend", "why"),
+    [(0.0, "eager", ""), (1.0, "eager", "the loss of a batch is"), (0.0, "none", "training without compiling")],
+)
+def test_a_compiled_objective_holds_up_or_is_given_up_and_nothing_is_counted(
+    compiled_adds: float, backend: str, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    objective = Objective(compiled_adds).eval()
+    before = {name: tensor.clone() for name, tensor in objective.state_dict().items()}
+    batch = (torch.randn(2, 1, 4, 4, 4), torch.ones(2, 2, 4, 4, 4))
+    with caplog.at_level(logging.WARNING):
+        called = compiled_to_train(objective, batch, torch.float32, backend)
+    assert (called is objective) == bool(why)
+    assert why in caplog.text
+    assert len(caplog.records) == bool(why)
+    assert not objective.training
+    assert all(parameter.grad is None for parameter in objective.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in objective.state_dict().items())
+    called(*batch).backward()
+    assert all(parameter.grad is not None for parameter in objective.parameters())
 
 
 THIN = """
