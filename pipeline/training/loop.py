@@ -142,6 +142,7 @@ def train_step(
 ) -> None:
     """Do one optimiser step and count it; nothing here waits for the device."""
     set_learning_rate(state.optimiser, learning_rate)
+    state.objective.progress = state.step / max(1, state.total_steps)
     state.step_module.train()
     state.optimiser.zero_grad(set_to_none=True)
     first, last = state.step * settings.accumulate, (state.step + 1) * settings.accumulate - 1
