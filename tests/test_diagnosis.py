@@ -125,21 +125,24 @@ def test_a_gpus_time_is_counted_to_the_phase_that_queued_it() -> None:
 
 class TestAdvice:
     def test_of_a_well_kept_training_there_is_none(self) -> None:
-        assert advice({WAITING: 20.0, AUGMENTATION: 10.0, STEPS: 60.0, VALIDATION: 10.0}, NOW) == {}
+        assert advice({WAITING: 200.0, AUGMENTATION: 100.0, STEPS: 600.0, VALIDATION: 100.0}, NOW) == {}
+
+    def test_of_a_training_that_is_over_at_once_there_is_none(self) -> None:
+        assert advice({STEPS: 1.0, VALIDATION: 29.0}, NOW) == {}
 
     def test_waiting_for_threads_or_for_a_disk(self) -> None:
-        (sentence,) = advice({WAITING: 21.0, STEPS: 79.0}, NOW).values()
+        (sentence,) = advice({WAITING: 210.0, STEPS: 790.0}, NOW).values()
         assert sentence.startswith("waiting for data takes 21 % of the time; raise training.workers (now 2)")
-        (sentence,) = advice({WAITING: 21.0, STEPS: 79.0}, replace(NOW, on_disk=True)).values()
+        (sentence,) = advice({WAITING: 210.0, STEPS: 790.0}, replace(NOW, on_disk=True)).values()
         assert "do not fit into memory" in sentence
 
     def test_rarer_validation_by_hand(self) -> None:
-        # 40 s of validation beside 60 s: a fifth of the time would be 15 s, so 40 / 15 times as rarely: 26.7 epochs.
-        (sentence,) = advice({STEPS: 60.0, VALIDATION: 40.0}, NOW).values()
+        # 400 s of validation beside 600 s: a fifth of the time is 150 s, so 400 / 150 times as rarely: 26.7 epochs.
+        (sentence,) = advice({STEPS: 600.0, VALIDATION: 400.0}, NOW).values()
         assert sentence == ("validation takes 40 % of the time; set training.validation_every_epochs to 27 (now 10)")
 
     def test_each_phase_has_its_own(self) -> None:
-        assert set(advice({WAITING: 1.0, AUGMENTATION: 1.0, CHECKPOINTS: 1.0}, NOW)) == {
+        assert set(advice({WAITING: 100.0, AUGMENTATION: 100.0, CHECKPOINTS: 100.0}, NOW)) == {
             WAITING,
             AUGMENTATION,
             CHECKPOINTS,

@@ -20,8 +20,9 @@ from pipeline.training.diagnosis.advice import Circumstances, advice, shares_of,
 from pipeline.training.diagnosis.explanation import explained, named
 from pipeline.training.diagnosis.finiteness import Fault
 from pipeline.training.diagnosis.replay import Finding, replay
-from pipeline.training.diagnosis.stopwatch import AUGMENTATION, FINISHING, STEPS, WAITING, Stopwatch
+from pipeline.training.diagnosis.stopwatch import AUGMENTATION, STEPS, WAITING, Stopwatch
 from pipeline.training.diagnosis.watchdog import Watchdog
+from pipeline.training.loop import Batch
 from pipeline.training.losses.target import Target
 from pipeline.training.optimisation import Schedule
 from pipeline.training.sampling.batches import CaseBatches
@@ -47,7 +48,13 @@ class FoldDiagnosis:
         self.batches = batches
         self.clock = clock
         self.spent: dict[str, float] = {}
+        self._number = 0
         self._advised: set[str] = set()
+
+    def batch(self, number: int) -> Batch:
+        """Return a batch, and remember that it is being worked on."""
+        self._number = number
+        return self.batches(number)
 
     def count_to(self, phase: str) -> None:
         """Count all of the time since the last reading to one phase."""
@@ -100,19 +107,19 @@ class FoldDiagnosis:
         )
 
     def place(self) -> str:
-        """Say what is worked on: the case that was reached, or the cases of the step."""
+        """Say what is worked on: the case that was reached, or the cases of the batch."""
         if self.clock.case:
             return f"case {self.clock.case}"
         if self.clock.phase not in (WAITING, AUGMENTATION, STEPS):
             return f"step {self.state.step}"
-        return f"step {self.state.step}: {named(self._cases_of_step(self.state.step))}"
+        return f"step {self.state.step}, {named(self.batches.cases_of(self._number))}"
 
     def not_finite(self, schedule: Schedule, bad_step: int) -> TrainingError:
         """Return the error for a loss or gradient that was not finite, after the steps before it were done again."""
         task = self.task
         log.warning("fold %d: not finite at step %d; looking for the cause from the checkpoint on", task.fold, bad_step)
         load_checkpoint(task.checkpoint, self.state, task.facts)
-        finding = replay(self.state, self.batches, schedule, task.settings, bad_step)
+        finding = replay(self.state, self.batch, schedule, task.settings, bad_step)
         if finding is None:
             return TrainingError(
                 f"step {bad_step}: loss or gradient was inf or NaN, and finite when the step was done again; among "
@@ -140,9 +147,7 @@ class FoldDiagnosis:
             return ""
         images = {case: self.task.store.read(case).image for case in dict.fromkeys(cases)}
         counts = {case: int((~np.isfinite(image)).sum()) for case, image in images.items()}
-        listed = ", ".join(f"{number} of {case}" for case, number in counts.items())
-        made = "" if any(counts.values()) else "; so training.augmentation made them: report it"
-        return f" (voxels of the prepared image that are not finite: {listed}{made})"
+        return f" (such voxels in the store: {', '.join(f'{number} in {case}' for case, number in counts.items())})"
 
     def picture_patches(self, tracked: RunLog) -> None:
         """Draw the first patches as the network will see them, with the outlines of what it is to learn."""
@@ -156,7 +161,7 @@ class FoldDiagnosis:
     def _patches(self) -> Iterator[Patch]:
         """Yield patch after patch of the training; to take them draws nothing that the training would miss."""
         for number in count():
-            image, target = self.batches(number)
+            image, target = self.batch(number)
             shown = centre_crop(image[:, :1], self.task.plan.patch_size)[:, 0].float().cpu().numpy()
             classes = target.classes.cpu().numpy() if isinstance(target, Target) else [None] * len(shown)
             for case, *patch in zip(self.batches.cases_of(number), shown, classes, strict=True):
@@ -164,7 +169,6 @@ class FoldDiagnosis:
 
     def summarise(self) -> None:
         """Say what came of the training, where its time went in all, and what to change next time."""
-        self.count_to(FINISHING)
         state, fold = self.state, self.task.fold
         log.info("fold %d: time went as follows, %s", fold, spoken(self.spent))
         for sentence in self.advice().values():

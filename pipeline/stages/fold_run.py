@@ -76,20 +76,16 @@ def _train_locked(task: FoldTask, *, resume: bool) -> None:
     diagnosis = FoldDiagnosis(task, state, batches, clock)
     hooks = FoldHooks(task, state, tracked, diagnosis)
     try:
-        if not resume:
-            if share.is_first:
-                diagnosis.picture_patches(tracked)
-            state.total_steps = _budgeted_steps(hooks, batches, began)
-            parameters = sum(tensor.numel() for tensor in state.network.parameters())
-            tracked.params({"training.total_steps": state.total_steps, "network.parameters": parameters})
-            tracked.metrics({"network/parameters": parameters}, 0)
-            hooks.checkpoint(state)
-        # Only now: MLflow's imports beside the probe would make the steps look dear.
-        follower = start_follower(task.folder) if share.is_first else None
-        diagnosis.count_to(STARTING)
-        with counter(f"fold {task.fold}", state.total_steps, state.step) as advance, diagnosis.watchdog(tracked):
-            counted = _counted(batches, advance, task.settings.accumulate)
-            train(state, counted, task.schedule(state), task.settings, hooks, clock)
+        with diagnosis.watchdog(tracked):
+            if not resume:
+                with clock(STARTING):
+                    _begin(hooks, state, began)
+            # Only now: MLflow's imports beside the probe would make the steps look dear.
+            follower = start_follower(task.folder) if share.is_first else None
+            diagnosis.count_to(STARTING)
+            with counter(f"fold {task.fold}", state.total_steps, state.step) as advance:
+                counted = _counted(diagnosis.batch, advance, task.settings.accumulate)
+                train(state, counted, task.schedule(state), task.settings, hooks, clock)
         if share.is_first:
             _finish(hooks, state)
         diagnosis.count_to(FINISHING)
@@ -102,6 +98,18 @@ def _train_locked(task: FoldTask, *, resume: bool) -> None:
     if follower is not None:
         follower.wait(TRACKING_WAIT_S)
     diagnosis.summarise()
+
+
+def _begin(hooks: FoldHooks, state: TrainState, began: float) -> None:
+    """Picture what is learned from, find out how long to train, and write the checkpoint of the first step."""
+    tracked = hooks.tracked
+    if this_share().is_first:
+        hooks.diagnosis.picture_patches(tracked)
+    state.total_steps = _budgeted_steps(hooks, hooks.diagnosis.batch, began)
+    parameters = sum(tensor.numel() for tensor in state.network.parameters())
+    tracked.params({"training.total_steps": state.total_steps, "network.parameters": parameters})
+    tracked.metrics({"network/parameters": parameters}, 0)
+    hooks.checkpoint(state)
 
 
 def _warn_of_unpaired_sides(task: FoldTask) -> None:
@@ -151,7 +159,7 @@ def _probe(hooks: FoldHooks, batches: Batches) -> Costs:
     for case in some[:1]:
         hooks.draw(case, 0)
     drawn_s = time.monotonic() - start
-    hooks.validation.scores(some)
+    hooks.validation.scores(some, hooks.diagnosis.clock.reached)
     validation_s = drawn_s + (time.monotonic() - start - drawn_s) * len(every) / max(1, len(some))
     start = time.monotonic()
     if this_share().is_first:

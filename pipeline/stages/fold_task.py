@@ -30,8 +30,8 @@ from pipeline.stages.models import LAST, resolve_model
 from pipeline.stages.preprocess import CASES, KEYS, sources_digest
 from pipeline.stages.validation import DiceValidation, Validation
 from pipeline.stages.workspace import Workspace
-from pipeline.training.diagnosis.stopwatch import Clock, untimed
 from pipeline.training.batch_norm import pool_batch_norms
+from pipeline.training.diagnosis.stopwatch import Clock, untimed
 from pipeline.training.distributed import this_share
 from pipeline.training.loop import LoopSettings
 from pipeline.training.losses import Objective, build_loss
@@ -300,6 +300,7 @@ class FoldTask:
             ConfigError: a label with a weight is not among the plan's.
         """
         section = self.config.training
+        weights = class_weights(section.sampling_weights, self.plan)
         augmentation = Augmentation(
             self.augmentation,
             patch_size=network.input_size(self.plan.patch_size),
@@ -315,7 +316,7 @@ class FoldTask:
             read_size=augmentation.read_size,
             foreground_fraction=section.foreground_fraction,
             seed=self.config.seed,
-            class_weights=class_weights(section.sampling_weights, self.plan),
+            class_weights=weights,
         )
         share = this_share()
         size = share.batch_size(self.batch_size)
@@ -371,5 +372,6 @@ def configuration_digest(config: Config) -> str:
     Nor of where the initial model lies: its own digest is among the facts.
     """
     sections = {"seed", "task", "preprocessing", "network", "training", "inference"}
-    kept = config.model_dump(mode="json", include=sections, exclude={"training": {"init_from", "workers", "stall_minutes"}})
+    left_out = {"training": {"init_from", "workers", "stall_minutes"}}
+    kept = config.model_dump(mode="json", include=sections, exclude=left_out)
     return digest_of(kept)

@@ -29,8 +29,9 @@ _SERVER_ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore",
 }
 
-# Followers that were not done in time: kept here, or Python would warn of each as if it had been forgotten.
-_outliving: list[subprocess.Popen[bytes]] = []
+# Followers may outlive the training that started them: kept here, or Python would warn of each as if it had been
+# forgotten.
+_followers: list[subprocess.Popen[bytes]] = []
 
 
 class Follower:
@@ -50,7 +51,6 @@ class Follower:
         try:
             return self.process.wait(limit_s) == 0
         except subprocess.TimeoutExpired:
-            _outliving.append(self.process)
             log.info("%s: not everything is in MLflow yet; `medseg sync` sends what may be left", self.folder)
             return False
 
@@ -68,6 +68,7 @@ def start_follower(folder: Path) -> Follower:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=_environment(), start_new_session=True
         )
+    _followers.append(process)
     return Follower(folder, process)
 
 

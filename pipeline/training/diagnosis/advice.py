@@ -10,6 +10,8 @@ from pipeline.training.diagnosis.stopwatch import AUGMENTATION, CHECKPOINTS, LOG
 
 # Largest shares of the time that a well-kept training spends on what is not learning.
 LARGEST_SHARE = {WAITING: 0.2, AUGMENTATION: 0.3, VALIDATION: 0.3, CHECKPOINTS: 0.1, LOGGING: 0.1}
+# Less than this is not worth a change.
+WORTHWHILE_S = 30.0
 # What validation is brought down to where it takes too much.
 VALIDATION_AIM = 0.2
 
@@ -48,7 +50,7 @@ def spoken(seconds: Mapping[str, float]) -> str:
 
 
 def advice(seconds: Mapping[str, float], now: Circumstances) -> dict[str, str]:
-    """Return what to change where a phase takes more than its share: phase -> one sentence.
+    """Return what to change where a phase takes more than its share, and long enough to care: phase -> one sentence.
 
     Args:
         seconds: time by phase; of whole cycles of validation, or its share is not what it will be.
@@ -65,7 +67,7 @@ def advice(seconds: Mapping[str, float], now: Circumstances) -> dict[str, str]:
     return {
         phase: f"{phase} takes {100 * shares[phase]:.0f} % of the time; {way}"
         for phase, way in ways.items()
-        if shares.get(phase, 0.0) > LARGEST_SHARE[phase]
+        if shares.get(phase, 0.0) > LARGEST_SHARE[phase] and seconds[phase] > WORTHWHILE_S
     }
 
 

@@ -75,13 +75,14 @@ class Watchdog:
 
 
 def stacks(*, without: int) -> str:
-    """Return where each thread of this process is in the code, the main thread first.
+    """Return where each thread of this process is in the code, the main thread first; idle ones of a pool are left out.
 
     Args:
         without: id of the thread that is left out.
     """
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    frames = {ident: frame for ident, frame in sys._current_frames().items() if ident != without}
+    idle = "_worker"  # where a pool's threads wait for work
+    frames = {i: frame for i, frame in sys._current_frames().items() if i != without and frame.f_code.co_name != idle}
     main = threading.main_thread().ident
     shown = []
     for ident in sorted(frames, key=lambda ident: ident != main):

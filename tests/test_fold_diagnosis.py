@@ -1,0 +1,193 @@
+"""A training that goes wrong names case and stage; one that goes right says where its time went and what it saw."""
+
+import json
+import logging
+import re
+import threading
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from phantom_experiments import changed, preprocessed
+from torch import Tensor
+
+from pipeline.config import Config
+from pipeline.errors import TrainingError
+from pipeline.stages import train
+from pipeline.stages.fold_diagnosis import FoldDiagnosis
+from pipeline.stages.fold_hooks import FoldHooks
+from pipeline.stages.fold_run import train_fold
+from pipeline.stages.fold_task import FoldTask
+from pipeline.tracking import RunLog
+from pipeline.training.diagnosis.stopwatch import FINISHING, STARTING, Stopwatch
+from pipeline.training.loop import train as run_loop
+from pipeline.training.sampling.cases import PatchCase
+
+SETTINGS = (
+    "preprocessing.patch_size=[16, 16, 16]",
+    "training.budget.steps=4",
+    "training.steps_per_epoch=2",
+    "training.validation_every_epochs=2",
+)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """An experiment on preprocessed phantoms, four steps long."""
+    return preprocessed(tmp_path_factory.mktemp("diagnosis"), SETTINGS, cases=6, folds=3)
+
+
+def task_of(config: Config) -> FoldTask:
+    (task,) = train.fold_tasks(config, "0", "cpu")
+    return task
+
+
+def events(folder: Path, kind: str) -> list[dict[str, object]]:
+    lines = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    return [event for event in lines if event["kind"] == kind]
+
+
+def test_a_run_says_where_its_time_went_and_what_came_of_it(prepared: Config, caplog: pytest.LogCaptureFixture) -> None:
+    task = task_of(prepared.changed(name="times"))
+    state, clock = task.new_state(), Stopwatch(task.device)
+    state.total_steps = 4
+    batches = task.batches(state.network, clock)
+    tracked = RunLog.create(task.folder, uri=None, workspace=prepared.workspace, experiment="x", name="x")
+    diagnosis = FoldDiagnosis(task, state, batches, clock)
+    diagnosis.count_to(STARTING)
+    with caplog.at_level(logging.INFO):
+        hooks = FoldHooks(task, state, tracked, diagnosis)
+        run_loop(state, diagnosis.batch, task.schedule(state), task.settings, hooks, clock)
+        diagnosis.count_to(FINISHING)
+        diagnosis.summarise()
+    epochs = [event["values"] for event in events(task.folder, "metrics")]
+    assert len(epochs) == 2
+    for values in epochs:
+        assert isinstance(values, dict)
+        shares = [share for name, share in values.items() if name.startswith("time/share/")]
+        assert sum(shares) == pytest.approx(1.0)
+        for name in ("time/share/forward_and_backward", "time/share/waiting_for_data", "time/share/augmentation"):
+            assert values[name] > 0
+        assert (values["time/share/validation"] > 0) == ("val/score" in values)
+        assert values["train/gradient_norm"] > 0
+    for phase in ("starting", "forward and backward", "validation"):
+        assert phase in diagnosis.spent
+    assert caplog.messages[-2].startswith("fold 0: time went as follows")
+    assert re.search(r"best score 0\.\d+ at step 4 of 4, after \d+\.\d minutes; model in ", caplog.messages[-1])
+    assert caplog.messages[-1].endswith(str(task.folder / "models/best"))
+
+
+@pytest.mark.parametrize("task_name", ["segment", "denoise"])
+def test_the_first_patches_are_pictured_whoever_reads_them_and_drawn_again_in_training(
+    prepared: Config, task_name: str
+) -> None:
+    pictures = []
+    for workers in (0, 2):
+        config = changed(prepared.changed(name=f"{task_name}_{workers}"), "training", workers=workers)
+        task = task_of(config.changed(task=task_name))
+        state, clock = task.new_state(), Stopwatch(task.device)
+        batches = task.batches(state.network, clock)
+        first, _ = batches(0)
+        tracked = RunLog.create(task.folder, uri=None, workspace=config.workspace, experiment="x", name="x")
+        FoldDiagnosis(task, state, batches, clock).picture_patches(tracked)
+        assert torch.equal(batches(0)[0], first)
+        batches.close()
+        (picture,), (artifact,) = events(task.folder, "image"), events(task.folder, "artifact")
+        assert (picture["key"], picture["step"]) == ("augmented patches", 0)
+        assert picture["path"] == artifact["path"] == "pictures/augmented_patches.png"
+        pictures.append((task.folder / str(picture["path"])).read_bytes())
+    assert pictures[0] == pictures[1]
+    assert len(pictures[0]) > 5000
+
+
+def test_a_poisoned_case_is_named_with_the_voxels_in_the_store(prepared: Config) -> None:
+    task = task_of(prepared.changed(name="poisoned"))
+    case = task.training_cases[1].id
+    sound, key = task.store.read(case), task.store.key_of(case)
+    assert key is not None
+    image = sound.image.copy()
+    image[0, ::2] = np.inf
+    task.store.write(case, replace(sound, image=image), key)
+    try:
+        with pytest.raises(TrainingError, match=rf"the image of case {case} holds inf or NaN; mend the case") as error:
+            train_fold(task, resume=False)
+    finally:
+        task.store.write(case, sound, key)
+    assert f"{np.isinf(image).sum()} in {case}" in str(error.value)
+    assert not (task.folder / "models").exists()
+    assert events(task.folder, "finish")[-1]["status"] == "FAILED"
+
+
+def test_weights_that_overflow_name_the_layer_and_what_to_do(prepared: Config) -> None:
+    config = changed(prepared.changed(name="steep"), "training", learning_rate=1e38, gradient_clip=None)
+    task = task_of(changed(config, "training", precision="fp32", warmup_fraction=0.0))
+    with pytest.raises(TrainingError, match=r"step \d: .*inf or NaN.*lower training.learning_rate"):
+        train_fold(task, resume=False)
+
+
+class Stalled(Exception):
+    """What ends the training once it has been told."""
+
+
+@dataclass(frozen=True)
+class BlockedCase:
+    """A case that cannot be read once training has begun, and says so when the stall has been told."""
+
+    case: PatchCase
+    begun: Path
+    told: threading.Event
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.case, name)
+
+    def read_image(self, start: tuple[int, int, int], stop: tuple[int, int, int]) -> NDArray[np.float16] | Tensor:
+        if self.begun.exists():
+            assert self.told.wait(30)
+            raise Stalled
+        return self.case.read_image(start, stop)
+
+
+class BlockedTask(FoldTask):
+    """A training whose second case is such a one."""
+
+    told = threading.Event()
+
+    def patch_cases(self) -> list[PatchCase]:
+        first, second, *others = super().patch_cases()
+        return [first, cast(PatchCase, BlockedCase(second, self.checkpoint, self.told)), *others]
+
+
+class Listener(logging.Handler):
+    """Hears the first warning of data that do not come."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.heard: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "no progress" in record.getMessage():
+            self.heard.append(record.getMessage())
+            BlockedTask.told.set()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_case_that_cannot_be_read_is_named_with_stage_and_stack(prepared: Config, workers: int) -> None:
+    config = changed(prepared.changed(name="blocked"), "training", stall_minutes=1 / 60, workers=workers, batch_size=1)
+    task = BlockedTask.prepare(config, train.dataset_of(config), 0, torch.device("cpu"))
+    BlockedTask.told.clear()
+    listener, logger = Listener(), logging.getLogger("pipeline")
+    logger.addHandler(listener)
+    try:
+        with pytest.raises(Stalled):
+            train_fold(task, resume=False)
+    finally:
+        logger.removeHandler(listener)
+    said, stack = listener.heard[-1].split("\n", 1)
+    blocked = task.training_cases[1].id
+    assert re.fullmatch(rf"no progress for 0\.0 minutes; waiting for data, step \d, case {blocked}", said)
+    assert "in read_image" in stack
+    assert {"medseg.stalled": said} in [event["values"] for event in events(task.folder, "tags")]
