@@ -132,3 +132,44 @@ def test_reads_from_disk_and_memory_are_one(patch: Size, tmp_path_factory: pytes
         ]  # type: ignore[list-item]
         assert torch.equal(images[0][0], images[1][0])
         assert torch.equal(images[0][1], images[1][1])
+
+
+def classes_drawn(weights: dict[int, float] | None, count: int = 600) -> Counter[int]:
+    """How often each class lies in the middle of a patch: class 1 fills half the volume, 2 a layer, 3 one voxel."""
+    label = np.zeros((16, 12, 12), np.uint8)
+    label[:8], label[10], label[13, 6, 6] = 1, 2, 3
+    image = np.zeros((1, *label.shape), np.float16)
+    # Voxels far enough from the border: there a patch lies around what it was drawn for.
+    voxels = {k: np.argwhere(label == k).astype(np.int32) for k in (1, 2, 3)}
+    voxels = {k: v[((v >= 2) & (v <= np.array(label.shape) - 2)).all(1)] for k, v in voxels.items()}
+    case = HeldCase(image, label, voxels)
+    drawn = sampler([case], foreground_fraction=1.0, class_weights=weights)
+    return Counter(int(drawn.patch(index)[1][2, 2, 2]) for index in range(count))
+
+
+def test_without_weights_every_class_of_a_case_is_drawn_as_often() -> None:
+    drawn = classes_drawn(None)
+    assert set(drawn) == {1, 2, 3}
+    # Binomial(600, 1/3): 200 +- 5 standard deviations of 11.5.
+    assert all(142 < count < 258 for count in drawn.values())
+
+
+def test_classes_are_drawn_by_their_weights() -> None:
+    drawn = classes_drawn({3: 4.0, 2: 0.0})
+    assert set(drawn) == {1, 3}
+    # Binomial(600, 4/5): 480 +- 5 standard deviations of 9.8.
+    assert 431 < drawn[3] < 529
+
+
+def test_a_case_none_of_whose_classes_is_wanted_is_still_seen() -> None:
+    case = coded_case((12, 12, 7), 0, foreground=(6, 5, 3))
+    unwanted = sampler([case], foreground_fraction=1.0, class_weights={2: 0.0})
+    empty = sampler([coded_case((12, 12, 7), 0)], foreground_fraction=1.0)
+    assert len({start_of(unwanted.patch(index)[0]) for index in range(20)}) > 5
+    assert all(torch.equal(unwanted.patch(index)[0], empty.patch(index)[0]) for index in range(20))
+
+
+def test_the_number_of_cases_does_not_shift_what_is_drawn_within_one() -> None:
+    case = coded_case((12, 12, 7), 0, foreground=(6, 5, 3))
+    alone, among = sampler([case]), sampler([case] * 7)
+    assert all(torch.equal(alone.patch(index)[0], among.patch(index)[0]) for index in range(20))

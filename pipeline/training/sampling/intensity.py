@@ -153,12 +153,14 @@ def _range(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mean(images: Tensor) -> Tensor:
-    """Return the mean of each channel, (k, C, 1, 1, 1)."""
-    return images.mean(SPACE, keepdim=True)
+    """Return the mean of each channel, (k, C, 1, 1, 1): of planes first, as torch shares a lone sum out among threads,
+    so that it would round otherwise than one of many.
+    """
+    return images.mean((3, 4), keepdim=True).mean(2, keepdim=True)
 
 
 def _norm(images: Tensor) -> Tensor:
-    """Return the root of the sum of squares of each channel, (k, C, 1, 1, 1); planes first: shorter sums round less."""
+    """Return the root of the sum of squares of each channel, (k, C, 1, 1, 1): of planes first too."""
     planes = torch.linalg.vector_norm(images, dim=(3, 4), keepdim=True)
     norm: Tensor = torch.linalg.vector_norm(planes, dim=2, keepdim=True)
     return norm
