@@ -1,8 +1,4 @@
-"""Which components are taken out of predictions, chosen on out-of-fold predictions, label by label, where it helps.
-
-A label's Dice after any rule follows from the volumes of its components and from what each has in common with the
-reference. So every case is looked at once, and a rule costs a sum.
-"""
+"""Which components are taken out of predictions: chosen label by label on those out of fold, only where it helps."""
 
 from __future__ import annotations
 
@@ -14,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy import ndimage
 
 from pipeline.config_loading import load_config
 from pipeline.data.cases import read_case_label
@@ -24,12 +18,9 @@ from pipeline.data.plan import Plan
 from pipeline.errors import EvaluationError, ModelError
 from pipeline.evaluation.choosing import Choice, Tried, choose
 from pipeline.evaluation.statistics import Estimate
-from pipeline.geometry import FloatArray
 from pipeline.inference.postprocessing import (
     POSTPROCESSING,
     Postprocessing,
-    components_of,
-    kept,
     read_postprocessing,
     save_postprocessing,
 )
@@ -38,55 +29,13 @@ from pipeline.preparation.preprocessing import class_indices
 from pipeline.progress import track
 from pipeline.records import write_json
 from pipeline.stages.out_of_fold import KeptCase, OutOfFold
+from pipeline.stages.postprocessing_rules import Pieces, Rule, candidates, pieces_of
 from pipeline.tracking import RunLog, send_pending
 from pipeline.volumes.volume import read_label
 
 log = logging.getLogger(__name__)
 
 SEND_LIMIT_S = 60.0
-
-# Where thresholds are tried: quantiles of the volumes of all components, and of those beside the largest of a case.
-QUANTILES, QUANTILES_BESIDE = (0.01, 0.02, 0.05, 0.1), (0.25, 0.5, 0.75, 0.9, 1.0)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What stays of a label: its largest component, or its components of at least a volume."""
-
-    largest_only: bool = False
-    smallest_ml: float = 0.0
-
-    def as_text(self) -> str:
-        """Name the rule."""
-        return "largest component" if self.largest_only else f"at least {self.smallest_ml:g} ml"
-
-
-@dataclass(frozen=True, eq=False)
-class Pieces:
-    """The components of one label in one prediction.
-
-    Attributes:
-        volumes_ml: (n,) of each.
-        known: (n,) voxels of each of which the reference says what they are.
-        common: (n,) voxels of each that are of the label in the reference.
-        reference: voxels of the label in the reference.
-    """
-
-    volumes_ml: FloatArray
-    known: NDArray[Any]
-    common: NDArray[Any]
-    reference: int
-
-    def dice(self, rule: Rule) -> float:
-        """Return the Dice of what a rule leaves; 1 where rightly nothing is left, nan where there never was anything.
-
-        A structure that is missed or invented counts 0, as where members are compared.
-        """
-        if self.reference == 0 and self.known.sum() == 0:
-            return math.nan
-        stays = kept(self.volumes_ml, rule.smallest_ml, rule.largest_only)
-        total = self.reference + int(self.known[stays].sum())
-        return 2 * int(self.common[stays].sum()) / total if total else 1.0
 
 
 @dataclass(frozen=True)
@@ -214,32 +163,12 @@ def _search_label(
     label: str, pieces: Sequence[Pieces | None], cases: Sequence[KeptCase], samples: int
 ) -> LabelSearch | None:
     """Try rules on one label; None where it is nowhere predicted."""
-    rules = _candidates([one for one in pieces if one is not None])
+    rules = candidates([one for one in pieces if one is not None])
     if not rules:
         return None
     table = np.array([[one.dice(rule) if one else math.nan for one in pieces] for rule in (Rule(), *rules)])
     choice = choose(table, [case.patient for case in cases], [case.fold for case in cases], samples=samples)
     return LabelSearch(label, tuple(rules), choice)
-
-
-def _candidates(pieces: Sequence[Pieces]) -> list[Rule]:
-    """Return the rules to try: thresholds from the volumes of the components, without a look at the references."""
-    volumes = np.concatenate([one.volumes_ml for one in pieces]) if pieces else np.zeros(0)
-    if not volumes.size:
-        return []
-    beside = np.concatenate([np.sort(one.volumes_ml)[:-1] for one in pieces])
-    found = set(np.quantile(volumes, QUANTILES, method="lower").tolist())
-    if beside.size:
-        found |= set(np.quantile(beside, QUANTILES_BESIDE, method="lower").tolist())
-    thresholds = sorted({_just_above(volume) for volume in found})
-    largest = [Rule(largest_only=True)] if beside.size else []
-    return [*largest, *(Rule(smallest_ml=ml) for ml in thresholds)]
-
-
-def _just_above(volume: float) -> float:
-    """Return the next number of three significant digits: a threshold that takes components of this volume."""
-    step = 10.0 ** (math.floor(math.log10(volume)) - 2)
-    return float(f"{(math.floor(volume / step * (1 + 1e-9)) + 1) * step:.3g}")
 
 
 def _pieces(predictions: OutOfFold, case: Case, manifest: Manifest, plan: Plan) -> dict[str, Pieces]:
@@ -248,36 +177,9 @@ def _pieces(predictions: OutOfFold, case: Case, manifest: Manifest, plan: Plan) 
     if label is None:
         raise EvaluationError(f"case {case.id!r}: has lost its label since it was predicted")
     prediction = read_label(predictions.label_of(case.id))
-    reference, classes = class_indices(label.array, plan), class_indices(prediction.array, plan)
-    known = reference != plan.ignored_class
-    voxel_ml = prediction.geometry.voxel_volume_ml
-    boxes = ndimage.find_objects(classes, max_label=len(plan.labels) - 1)
-    found = {}
-    for index, name in enumerate(plan.labels):
-        if index and case.is_annotated([name]):
-            drawn = reference == index
-            found[name] = _take_apart(classes == index, drawn, known, boxes[index - 1], voxel_ml)
-    return found
-
-
-def _take_apart(
-    mask: NDArray[np.bool_],
-    drawn: NDArray[np.bool_],
-    known: NDArray[np.bool_],
-    box: tuple[slice, ...] | None,
-    voxel_ml: float,
-) -> Pieces:
-    """Return the components of a mask, which lies in a box; None: it is empty."""
-    reference = int(drawn.sum())
-    if box is None:
-        nothing = np.zeros(0, np.int64)
-        return Pieces(nothing.astype(np.float64), nothing, nothing, reference)
-    components = components_of(mask[box])
-    number = int(components.max()) + 1
-    sizes, inside, common = (
-        np.bincount(components[where].ravel(), minlength=number)[1:] for where in (..., known[box], drawn[box])
-    )
-    return Pieces(np.asarray(sizes * voxel_ml, np.float64), inside, common, reference)
+    classes, reference = class_indices(prediction.array, plan), class_indices(label.array, plan)
+    found = pieces_of(classes, reference, plan, prediction.geometry.voxel_volume_ml)
+    return {name: pieces for name, pieces in found.items() if case.is_annotated([name])}
 
 
 def _log_model(model: Path) -> None:
