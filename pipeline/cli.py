@@ -45,6 +45,9 @@ def _setup(
     """Set the log up, and output that can show any file's name."""
     level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    if "RANK" in os.environ:
+        # Torch is not there yet. It would warn each process of what is wanted: see training/distributed.py.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if int(os.environ.get("RANK", "0")) > 0:  # Of processes that train together the first one speaks.
         level = max(level, logging.WARNING)
         lines_only()
@@ -101,15 +104,31 @@ def preprocess(
     overrides: options.Overrides = None,
     workspace: options.Workspace = None,
     jobs: options.Jobs = None,
-    replan: Annotated[
-        bool, typer.Option("--replan", help="Plan anew, even where the plan was edited by hand.")
-    ] = False,
+    gpu_memory: options.GpuMemory = None,
+    replan: options.Replan = False,
 ) -> None:
     """Measure the development cases, plan, and fill the store; fresh cases are skipped."""
-    loaded = _load(config, overrides, workspace)
+    loaded = _load(config, options.with_memory(overrides, gpu_memory), workspace)
     from pipeline.stages import preprocess as stage
 
     stage.run(loaded, jobs=jobs, replan=replan)
+
+
+@app.command()
+def plan(
+    config: options.ConfigPath,
+    gpu_memory: options.GpuMemory = None,
+    device: options.Device = "auto",
+    replan: options.Replan = False,
+    overrides: options.Overrides = None,
+    workspace: options.Workspace = None,
+    jobs: options.Jobs = None,
+) -> None:
+    """Plan, and say what training will take: memory, disk, hours."""
+    loaded = _load(config, options.with_memory(overrides, gpu_memory), workspace)
+    from pipeline.stages import plan as stage
+
+    typer.echo(stage.run(loaded, device=device, jobs=jobs, replan=replan).as_text())
 
 
 @app.command()

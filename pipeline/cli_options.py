@@ -58,8 +58,23 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be train
 # Of `preprocess` and `plan`.
 GpuMemory = Annotated[
     float | None,
-    typer.Option("--gpu-memory", min=1, metavar="GB", help="Plan for a GPU of so much memory, such as 8, 24 or 80."),
+    typer.Option(
+        "--gpu-memory",
+        min=1,
+        metavar="GB",
+        help="Plan for a GPU of 8, 24, 80 ... GB: --set preprocessing.memory_gb=GB, for `train` too.",
+    ),
 ]
+
+Replan = Annotated[bool, typer.Option("--replan", help="Plan anew, even where the plan was edited by hand.")]
+
+
+def with_memory(overrides: list[str] | None, gpu_memory: float | None) -> list[str] | None:
+    """Return the overrides with what `--gpu-memory` is short for."""
+    if gpu_memory is None:
+        return overrides
+    return [*(overrides or ()), f"preprocessing.memory_gb={gpu_memory:g}"]
+
 
 # Of `segment`.
 SegmentInputs = Annotated[

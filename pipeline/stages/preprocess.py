@@ -6,11 +6,10 @@ import json
 import logging
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +28,7 @@ from pipeline.preparation.survey import compare_cases, cores, examine_cases
 from pipeline.progress import track
 from pipeline.records import digest_of, write_json, write_text
 from pipeline.stages.dataset import dataset_of
+from pipeline.stages.store_size import memory_at_once, needed_bytes, stored_bytes
 from pipeline.stages.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -38,10 +38,6 @@ CASES, KEYS = "cases", "keys.json"
 
 State = Literal["fresh", "new", "stale", "damaged"]
 
-# What making a case takes: per voxel of all channels on their own grids and on the plan's, twice the largest of six
-# measurements (3.4 to 11 bytes on OpenMS' four channels at 0.8 to 2 mm), and what small cases take whatever their size
-# (200 to 250 MB on STS: the slabs in which labels vote).
-BYTES_PER_VOXEL, BYTES_PER_CASE = 24, 256 * 2**20
 # Share of the free memory that cases may take together.
 MEMORY_SHARE = 0.7
 
@@ -78,7 +74,7 @@ def run(config: Config, *, jobs: int | None = None, replan: bool = False) -> Pre
         PipelineError: cases failed; names them all. The others are done.
     """
     manifest = dataset_of(config)
-    examinations = _examinations(config, manifest, jobs)
+    examinations = examinations_of(config, manifest, jobs)
     folder = Workspace(config.workspace).store(config, manifest.name)
     store = CaseStore(folder / CASES)
     with store.lock():
@@ -91,6 +87,7 @@ def run(config: Config, *, jobs: int | None = None, replan: bool = False) -> Pre
             states = dict(zip(keys, pool.map(lambda case_id: _state(store, case_id, keys[case_id]), keys), strict=True))
             _say(store, states)
             stale = [case for case in manifest.development_cases if states[case.id] != "fresh"]
+            _say_costs(folder, [examinations[case.id] for case in stale], plan, jobs or cores())
             preparation = _Preparation(manifest, plan, store, _Admission(_free_bytes()))
             failures = _fill(pool, preparation, {case.id: case for case in stale}, keys, examinations)
     if failures:
@@ -187,14 +184,14 @@ class _Preparation:
 
     def __call__(self, case: Case, examination: CaseExamination, key: str) -> None:
         """Read, prepare and write a case."""
-        with self.admission.of(_needed_bytes(examination, self.plan)):
+        with self.admission.of(needed_bytes(examination, self.plan)):
             images = read_case_images(self.manifest, case)
             label = read_case_label(self.manifest, case, images)
             native = label.geometry if label else next(iter(images.values())).geometry
             self.store.write(case.id, prepare_case(images, label, self.plan, native), key)
 
 
-def _examinations(config: Config, manifest: Manifest, jobs: int | None) -> dict[str, CaseExamination]:
+def examinations_of(config: Config, manifest: Manifest, jobs: int | None) -> dict[str, CaseExamination]:
     """Return what one read of each case told, read now where `medseg check` has not; raise where there are errors."""
     examinations = examine_cases(manifest, Workspace(config.workspace).checks, jobs)
     problems = [problem for examination in examinations for problem in examination.problems]
@@ -251,6 +248,18 @@ def _say(store: CaseStore, states: Mapping[str, State]) -> None:
         log.info("%d cases no longer needed: %s; see `medseg clean`", len(foreign), ", ".join(foreign))
 
 
+def _say_costs(folder: Path, stale: Sequence[CaseExamination], plan: Plan, jobs: int) -> None:
+    """Log what the cases that are to be made will take, and warn where the disk may not hold them."""
+    if not stale:
+        return
+    disk = sum(stored_bytes(examination, plan) for examination in stale)
+    memory = memory_at_once(stale, plan, jobs, _free_bytes())
+    log.info("%d cases: at most %.2f GB on disk, %.2f GB of memory", len(stale), disk / 2**30, memory / 2**30)
+    free = shutil.disk_usage(folder).free
+    if disk > free:
+        log.warning("%s: %.1f GB are free there, which may be too little", folder, free / 2**30)
+
+
 def _drop_leftovers(store: CaseStore) -> None:
     """Remove what killed writers left; whoever holds the lock knows that they are dead."""
     for path in store.leftovers():
@@ -273,14 +282,6 @@ def _misfits(plan: Plan, manifest: Manifest) -> list[str]:
     """Return the fields in which a plan is not for a manifest; the order of channels and labels counts."""
     names = ("channels", "labels", "label_pairs", "regions", "ignore_label")
     return [name for name in names if repr(getattr(plan, name)) != repr(getattr(manifest, name))]
-
-
-def _needed_bytes(examination: CaseExamination, plan: Plan) -> int:
-    """Return what making a case takes at its peak."""
-    native = examination.native
-    target = prod(native.reoriented(plan.orientation).respaced(plan.spacing_mm).shape) if native else 0
-    own = sum(prod(channel.grid.shape) for channel in examination.channels.values())
-    return BYTES_PER_CASE + BYTES_PER_VOXEL * (own + len(plan.channels) * target)
 
 
 def _free_bytes() -> int:

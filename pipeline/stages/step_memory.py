@@ -56,7 +56,7 @@ def memory_for(config: Config, manifest: Manifest, facts: Fingerprint, device: s
         usable = int(GPU_SHARE * (total - GPU_CONTEXT_BYTES))
         name = f"a GPU of {total / GIB:.3g} GB" if said != "auto" else f"{device_name(chosen)}, {total / GIB:.0f} GB"
     is_gpu = said != "auto" or chosen.type != "cpu"
-    dtype = _gpu_dtype(config) if is_gpu and chosen.type == "cpu" else pick_dtype(config.training.precision, chosen)
+    dtype = dtype_of(config, chosen)
 
     def step_bytes(plan: Plan) -> int | None:
         """Return what a step takes under a plan; None where the network does not fit it."""
@@ -111,7 +111,8 @@ def blank_batch(task: FoldTask, network: Network) -> tuple[Tensor, Target | Tens
     return image, Target(torch.zeros(count, *patch, dtype=torch.int64))
 
 
-def _gpu_dtype(config: Config) -> torch.dtype:
-    """Return the type in which a GPU that is not here would compute."""
-    known = {"fp32": torch.float32, "fp16": torch.float16}
-    return known.get(config.training.precision, torch.bfloat16)
+def dtype_of(config: Config, device: torch.device) -> torch.dtype:
+    """Return the type in which a network trains: on this device, or on the GPU that is planned for and not here."""
+    if config.preprocessing.memory_gb == "auto" or device.type == "cuda" or config.training.precision != "auto":
+        return pick_dtype(config.training.precision, device)
+    return torch.bfloat16
