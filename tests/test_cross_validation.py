@@ -1,0 +1,137 @@
+"""`medseg train --fold all` on phantoms: folds that fail, folds side by side, and what MLflow has of them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+from phantom_experiments import changed, preprocessed
+
+from pipeline.config import Config
+from pipeline.config_loading import dump_config
+from pipeline.errors import PipelineError, TrainingError
+from pipeline.model import model_digest
+from pipeline.records import exclusively
+from pipeline.stages import cross_validation, evaluate
+from pipeline.stages.models import BEST, LAST
+from pipeline.stages.train import fold_tasks
+from pipeline.stages.workspace import Workspace
+from pipeline.tracking import read_state
+from pipeline.tracking.log import read_events
+
+SETTINGS = (
+    "preprocessing.patch_size=[16,16,16]",
+    "network.options={width: 4, levels: 2}",
+    "training.batch_size=1",
+    "training.budget={steps: 4}",
+    "training.steps_per_epoch=2",
+    "training.validation_every_epochs=2",
+    "tracking.register_as=phantoms",
+    "tracking.alias=champion",
+    "evaluation.picture_cases=1",
+)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return preprocessed(tmp_path_factory.mktemp("folds"), SETTINGS, cases=6, folds=3)
+
+
+def run_folder(config: Config, fold: int) -> Path:
+    return Workspace(config.workspace).run(config.name, fold)
+
+
+def busy(config: Config, fold: int) -> AbstractContextManager[None]:
+    """Hold the lock of a fold, as another process that trains it does."""
+    folder = run_folder(config, fold)
+    return exclusively(folder.with_name(f".{folder.name}.lock"), PipelineError("held already"))
+
+
+def test_the_first_fold_alone_has_the_alias(prepared: Config) -> None:
+    aliases = [task.config.tracking.alias for task in fold_tasks(prepared, "all", "cpu")]
+    assert aliases == ["champion", None, None]
+    assert [task.config.tracking.register_as for task in fold_tasks(prepared, "all", "cpu")] == ["phantoms"] * 3
+    (alone,) = fold_tasks(prepared, "2", "cpu")
+    assert alone.config.tracking.alias == "champion"
+
+
+def test_there_must_be_something_to_resume_and_a_job_for_each_device(prepared: Config) -> None:
+    with pytest.raises(TrainingError, match="no checkpoint"):
+        cross_validation.run(prepared.changed(name="new"), resume=True, device="cpu")
+    with pytest.raises(PipelineError, match="at least one job"):
+        cross_validation.run(prepared, device="cpu,cpu", jobs=1)
+    assert not (prepared.workspace / "runs" / "new").exists()
+
+
+@pytest.mark.slow
+def test_a_fold_that_fails_is_listed_and_the_others_go_on(prepared: Config) -> None:
+    config = changed(prepared, "training", budget={"steps": 2}).changed(name="one_by_one")
+    with busy(config, 1):
+        report = cross_validation.run(config, device="cpu")
+    assert sorted(report.folders) == [0, 2]
+    assert "being trained by another process" in report.failures[1]
+    assert "2 of 3 folds are trained\nfailed: fold 1: " in report.as_text()
+    before = model_digest(run_folder(config, 0) / BEST)
+    again = cross_validation.run(config, resume=True, device="cpu")
+    assert (sorted(again.folders), again.failures) == ([0, 1, 2], {})
+    assert model_digest(run_folder(config, 0) / BEST) == before  # finished already
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*noload.*:DeprecationWarning")
+def test_folds_side_by_side_are_those_one_after_another(prepared: Config) -> None:
+    from mlflow import MlflowClient
+
+    together, alone = prepared.changed(name="together"), prepared.changed(name="alone")
+    with busy(together, 2):
+        report = cross_validation.run(together, device="cpu", jobs=2)
+    assert sorted(report.folders) == [0, 1]
+    assert "being trained by another process" in report.failures[2]
+    cross_validation.run(together, resume=True, device="cpu", jobs=2)
+    cross_validation.run(alone, device="cpu")
+    for fold in range(3):
+        folders = [run_folder(config, fold) for config in (together, alone)]
+        weights = [(folder / LAST / "weights.safetensors").read_bytes() for folder in folders]
+        assert weights[0] == weights[1]
+    evaluate.run(together, device="cpu")
+    client = MlflowClient(f"sqlite:///{prepared.workspace / 'mlflow.db'}")
+    parent_id = str(read_state(prepared.workspace / "runs" / "together").run_id)
+    parent = client.get_run(parent_id)
+    assert parent.info.status == "FINISHED"
+    children = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent_id}'")
+    assert sorted(child.info.run_name for child in children) == [f"together fold {fold}" for fold in range(3)]
+    assert parent.data.metrics["cv/folds"] == 3
+    assert parent.data.tags["medseg.cross_validation"] == "complete"
+    champion = client.get_model_version_by_alias("phantoms", "champion")
+    assert champion.run_id == str(read_state(run_folder(alone, 0)).run_id)
+    versions = client.search_model_versions("name = 'phantoms'")
+    assert {version.run_id for version in versions} >= {child.info.run_id for child in children}
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_and_resume_goes_on_with_each(prepared: Config, tmp_path: Path) -> None:
+    config = changed(prepared, "training", budget={"steps": 4000}).changed(name="stopped")
+    path = tmp_path / "stopped.yaml"
+    path.write_text(dump_config(config))
+    command = [sys.executable, "-m", "pipeline", "train", str(path), "--fold", "all", "--device", "cpu", "--jobs", "2"]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+    folders = [run_folder(config, fold) for fold in range(3)]
+    try:
+        until = time.monotonic() + 300
+        while not all((folder / "checkpoint.safetensors").exists() for folder in folders[:2]):
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(120) != 0
+    finally:
+        process.kill()
+    for folder in folders[:2]:
+        assert [line.event["status"] for line in read_events(folder) if line.event["kind"] == "finish"] == ["KILLED"]
+        with exclusively(folder.with_name(f".{folder.name}.lock"), PipelineError("a worker has survived")):
+            pass
+    assert not folders[2].exists()
