@@ -169,7 +169,7 @@ class Listener(logging.Handler):
         self.heard: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        if "no progress" in record.getMessage():
+        if "waiting for data, step" in record.getMessage():
             self.heard.append(record.getMessage())
             BlockedTask.told.set()
 

@@ -15,7 +15,7 @@ _WHAT: dict[Kind, str] = {
     "gradient": "the gradient of {name} is inf or NaN, of a finite loss, for {cases}",
     "step": "the optimiser's step made weights inf or NaN, of finite gradients",
 }
-_SLOWER = "lower training.learning_rate or training.gradient_clip"
+_SLOWER = "lower training.learning_rate, or set or lower training.gradient_clip"
 _WHAT_TO_DO: dict[Kind, str] = {
     "weights": f"begin anew without --resume, and {_SLOWER}",
     "image": "mend the case or leave it out of the manifest, and run `medseg preprocess`",
