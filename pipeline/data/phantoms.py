@@ -1,8 +1,8 @@
 """Phantoms: small synthetic patients, for `medseg demo` and the tests.
 
 A patient is a body with a bright midline and a pair of bright structures, one on each side. All are of one intensity,
-so that a network has to learn where a structure lies, not merely how bright it is. Nested phantoms have a core in each
-structure, and labels of which a part is ignored or not annotated.
+so that a network has to learn where a structure lies, not merely how bright it is. Nested phantoms have a brighter core
+in each structure and a dark midline, all of it labelled; sparse ones lack part of these labels.
 
 Anatomy is a function of millimetres: any grid can be scanned, and two channels on different grids show the same
 patient. A scan adds what makes real volumes hard: an oblique, anisotropic grid in any of the 48 axis orders,
@@ -103,7 +103,7 @@ def make_phantom(
         shared_grid: put the second channel on the first one's grid, not on a coarser one of its own.
         empty: leave the paired structures out; the label is all background.
         visit: another number scans the same patient again, on another grid with other noise.
-        nested: give both structures, which are then one organ, a core, and label the midline too.
+        nested: give both structures, which are then one organ, a core, and label the midline, which is then dark, too.
     """
     anatomy = _draw_anatomy(np.random.default_rng([seed, 0]))
     rng = np.random.default_rng([seed, 1, visit])
@@ -308,7 +308,7 @@ def _ripple(points: FloatArray, waves: FloatArray) -> FloatArray:
 def _drawn(anatomy: _Anatomy, empty: bool, nested: bool) -> list[tuple[Shape, int, int]]:
     """Return what stands out from the tissue, in painting order: where it is, its place in _INTENSITIES, its label."""
     names = NESTED_LABELS if nested else LABELS
-    midline = (anatomy.midline, 2, names.get("midline", 0))
+    midline = (anatomy.midline, 0 if nested else 2, names.get("midline", 0))
     if empty:
         return [midline]
     if not nested:

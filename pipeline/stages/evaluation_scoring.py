@@ -140,7 +140,8 @@ class CaseScorer:
             seconds=seconds,
             peak_memory_bytes=peak_memory_bytes(predictor.device),
             predicted_dice={name: s.predicted_dice for name, s in structures if s.predicted_dice is not None},
-            reliability=judge.measures(),
+            # Where people have not looked for everything, there is nothing to hold a probability against.
+            reliability={} if Structures.of(plan, case).unknown else judge.measures(),
         )
         if store is not None:
             label = Volume(label_values(segmentation.classes, plan), native)
