@@ -17,7 +17,7 @@ from pipeline.networks.contract import ENCODER
 from pipeline.networks.fitting import network_task
 from pipeline.networks.transfer import Shape, Shared, Tensors, counting_axes, shared_names, transfer
 from pipeline.records import Record, write_json
-from pipeline.training.state import TrainState, averaged_tensors
+from pipeline.training.state import TrainState
 
 if TYPE_CHECKING:
     from pipeline.stages.fold_task import FoldTask
@@ -125,7 +125,7 @@ def initialise(task: FoldTask, state: TrainState) -> Initialisation | None:
         lines = "; ".join(report.as_lines())
         raise ConfigError(f"training.init_from: nothing fits network {task.config.network.name}: {lines}")
     if state.average is not None:
-        torch._foreach_copy_(state.average, averaged_tensors(state.network))
+        torch._foreach_copy_(state.average, state.followed)
     _warn_of_other_plan(model.plan, task.plan)
     for line in report.as_lines():
         log.info("fold %d: training.init_from: %s", task.fold, line)

@@ -24,7 +24,7 @@ from pipeline.training.distributed import average_buffers, averaged, this_share,
 from pipeline.training.losses.target import Target
 from pipeline.training.optimisation import Schedule, set_learning_rate
 from pipeline.training.randomness import torch_seed
-from pipeline.training.state import TrainState, averaged_tensors, update_average
+from pipeline.training.state import TrainState, update_average
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +143,8 @@ def train_step(
     """Do one optimiser step and count it; nothing here waits for the device."""
     set_learning_rate(state.optimiser, learning_rate)
     state.objective.progress = state.step / max(1, state.total_steps)
-    state.step_module.train()
+    if not state.network.training:  # after a validation; it goes through all modules
+        state.step_module.train()
     state.optimiser.zero_grad(set_to_none=True)
     first, last = state.step * settings.accumulate, (state.step + 1) * settings.accumulate - 1
     losses = []
@@ -161,7 +162,7 @@ def train_step(
         average_buffers(state.network)
         state.step += 1
         if state.average is not None and settings.ema_decay is not None:
-            update_average(state.average, averaged_tensors(state.network), settings.ema_decay, state.step)
+            update_average(state.average, state.followed, settings.ema_decay, state.step)
 
 
 def _backward(state: TrainState, batch: Batch, number: int, settings: LoopSettings) -> Tensor:
@@ -182,7 +183,7 @@ def batch_loss(objective: Callable[..., Tensor], batch: Batch, number: int, sett
 def _clipped(state: TrainState, largest: float | None) -> Tensor:
     """Clip the gradients, if they are to be, and return the norm that they had."""
     state.scaler.unscale_(state.optimiser)
-    parameters = [parameter for parameter in state.network.parameters() if parameter.grad is not None]
+    parameters = [parameter for group in state.optimiser.param_groups for parameter in group["params"]]
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     if largest is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)

@@ -67,7 +67,8 @@ class TrainState:
         step_module: what a step calls: the objective, or what is wrapped around it to compile or to distribute it.
         optimiser: over the network's parameters.
         scaler: of fp16 gradients; disabled otherwise.
-        average: running mean of the network's floating-point state, in its order; None without EMA.
+        followed: the network's tensors that a running mean follows; listed once, for that takes a while.
+        average: the running mean of those; None without EMA.
         step: steps done.
         total_steps: steps in all; the schedule ends there.
         best_score: best validation score so far.
@@ -80,6 +81,7 @@ class TrainState:
     step_module: nn.Module
     optimiser: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    followed: list[Tensor]
     average: list[Tensor] | None
     step: int
     total_steps: int
@@ -101,6 +103,7 @@ class TrainState:
             step_module=objective,
             optimiser=optimiser,
             scaler=scaler,
+            followed=followed,
             average=[tensor.clone() for tensor in followed] if ema else None,
             step=0,
             total_steps=0,
@@ -132,13 +135,12 @@ def averaged_weights(state: TrainState) -> Iterator[None]:
     if state.average is None:
         yield
         return
-    own = averaged_tensors(state.network)
-    kept = [tensor.clone() for tensor in own]
-    torch._foreach_copy_(own, state.average)
+    kept = [tensor.clone() for tensor in state.followed]
+    torch._foreach_copy_(state.followed, state.average)
     try:
         yield
     finally:
-        torch._foreach_copy_(own, kept)
+        torch._foreach_copy_(state.followed, kept)
 
 
 def update_average(average: list[Tensor], current: list[Tensor], decay: float, step: int) -> None:
