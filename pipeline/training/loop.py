@@ -142,7 +142,7 @@ def train_step(
 ) -> None:
     """Do one optimiser step and count it; nothing here waits for the device."""
     set_learning_rate(state.optimiser, learning_rate)
-    state.objective.progress = state.step / max(1, state.total_steps)
+    state.objective.progress = min(1.0, state.step / max(1, state.total_steps))
     if not state.network.training:  # after a validation; it goes through all modules
         state.step_module.train()
     state.optimiser.zero_grad(set_to_none=True)
