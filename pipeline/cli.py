@@ -411,11 +411,12 @@ def describe(
 def new_config(
     manifest: Annotated[Path, typer.Argument(metavar="MANIFEST", help="The manifest of your data.")],
     out: Annotated[Path, typer.Option("--out", help="The YAML to write, configs/NAME.yaml.")],
+    preset: options.Preset = None,
 ) -> None:
     """Write a commented YAML to start from for one's own data."""
     from pipeline.stages import new_config as stage
 
-    stage.run(manifest, out)
+    stage.run(manifest, out, preset)
 
 
 @app.command()

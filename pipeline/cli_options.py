@@ -76,6 +76,12 @@ def with_memory(overrides: list[str] | None, gpu_memory: float | None) -> list[s
     return [*(overrides or ()), f"preprocessing.memory_gb={gpu_memory:g}"]
 
 
+# Of `new-config`.
+Preset = Annotated[
+    Literal["fast", "standard", "large"] | None,
+    typer.Option("--preset", help="What it extends: minutes on two cores, a GPU of 8 GB, or one of 24 GB."),
+]
+
 # Of `segment`.
 SegmentInputs = Annotated[
     list[str],

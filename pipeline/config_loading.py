@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ OptionChecks = Mapping[str, OptionCheck]
 
 # Paths that are relative to the YAML that says them.
 _RELATIVE_PATHS: tuple[Keys, ...] = (("data", "manifest"), ("data", "root"), ("training", "init_from"))
+# Configurations that come with medseg to be extended, and how `extends` names them.
+PRESETS = ("fast", "standard", "large")
+PRESET = "preset:"
 # How a model's name begins that is no path.
 _TRACKED = ("runs:/", "models:/")
 # The keys that name an entry of a table, and that entry's options.
@@ -38,8 +41,8 @@ def load_config(
 ) -> Config:
     """Read a configuration, what it extends, and its overrides.
 
-    `extends` names one YAML or a list of them, relative to the YAML that says it; later ones win. Mappings are merged
-    key by key; scalars and lists are replaced, and so is `training.budget`, of whose keys only one may stand. Options
+    `extends` names one YAML or a list of them, relative to the YAML that says it, or preset:NAME; later ones win.
+    Mappings are merged key by key; scalars and lists are replaced, and so is `training.budget`, of whose keys only one may stand. Options
     of a network, loss, optimiser or schedule are dropped where another one is named, or null stands in their place.
     `data.manifest`, `data.root` and `training.init_from` are relative to the YAML that says them, in an override to the
     current folder; the paths of the result are absolute.
@@ -109,7 +112,7 @@ def _bases(path: Path, extends: Entry | None, problems: list[Problem], chain: tu
         expected = f"expected {expectation(schema_at(('extends',)) or {})}, got {_shown(extends.plain)}"
         problems.append(Problem(extends.place, "extends", expected))
         return []
-    bases = [_absolute(path.parent, Path(name)) for name in names]
+    bases = [_base(path.parent, name, extends) for name in names]
     for base in bases:
         if not _is_file(base):
             raise ConfigError(f"{extends.place}: extends: no such file: {base}")
@@ -117,6 +120,38 @@ def _bases(path: Path, extends: Entry | None, problems: list[Problem], chain: tu
             way = " -> ".join(link.name for link in (*chain, base))
             raise ConfigError(f"{extends.place}: extends: a file may not extend itself: {way}")
     return bases
+
+
+def _base(folder: Path, name: str, extends: Entry) -> Path:
+    """Return the file that `extends` names: one that comes with medseg, or one relative to a folder."""
+    if not name.startswith(PRESET):
+        return _absolute(folder, Path(name))
+    preset = name.removeprefix(PRESET)
+    if preset not in PRESETS:
+        raise ConfigError(
+            f"{extends.place}: extends: no preset {preset!r}{_did_you_mean(preset, list(PRESETS))}; there are "
+            f"{', '.join(PRESETS)}"
+        )
+    return packaged(f"presets/{preset}.yaml")
+
+
+def preset_values(preset: str) -> dict[Keys, Any]:
+    """Return what a preset says: path of keys -> value.
+
+    Raises:
+        FileNotFoundError: there is none of that name.
+    """
+    tree = _read(packaged(f"presets/{preset}.yaml"), [])
+    return dict(_leaves(tree, ()))
+
+
+def _leaves(entry: Entry, keys: Keys) -> Iterator[tuple[Keys, Any]]:
+    """Yield each key that is no section, with its value."""
+    for key, child in entry.value.items():
+        if section_at((*keys, key)):
+            yield from _leaves(child, (*keys, key))
+        else:
+            yield (*keys, key), child.plain
 
 
 def _settled(entry: Entry, folder: Path, keys: Keys = ()) -> Entry:

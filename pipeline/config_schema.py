@@ -16,7 +16,8 @@ def json_schema() -> dict[str, Any]:
     paths = [{"type": "string", "format": "path"}, {"type": "array", "items": {"type": "string", "format": "path"}}]
     extends = {
         "anyOf": paths,
-        "description": "One YAML or a list of them that this one changes; relative to this YAML.",
+        "description": "One YAML or a list of them that this one changes: relative to this YAML, or one of "
+        "preset:fast, preset:standard and preset:large, which come with medseg.",
     }
     # What a file lacks may stand in one that it extends.
     data = {"required": schema["$defs"]["DataSection"].pop("required")}

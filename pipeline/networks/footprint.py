@@ -151,7 +151,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._others = {tensor.untyped_storage()._cdata for tensor in others}
         self._live = WeakTensorKeyDictionary()
         self._live[image] = None
-        self.peak_bytes = image.nbytes
+        self.peak_bytes = self._at_most = image.nbytes
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -161,9 +161,16 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self._others:
                 self._live[leaf] = None
-        storages = (tensor.untyped_storage() for tensor in self._live)
-        live = sum({s._cdata: s.nbytes() for s in storages}.values())
+                self._at_most += leaf.untyped_storage().nbytes()
+        rearranged = 0
         if func.overloadpacket is torch.ops.aten.convolution:
-            live += args[0].nbytes + result.nbytes  # both are copied to the layout that its kernels want
-        self.peak_bytes = max(self.peak_bytes, live)
+            rearranged = args[0].nbytes + result.nbytes  # both are copied to the layout that its kernels want
+        if self._at_most + rearranged > self.peak_bytes:  # else there is no new peak, and counting takes long
+            self._at_most = self._counted()
+            self.peak_bytes = max(self.peak_bytes, self._at_most + rearranged)
         return result
+
+    def _counted(self) -> int:
+        """Return the bytes of all tensors that are still in use, each storage once."""
+        storages = (tensor.untyped_storage() for tensor in self._live)
+        return sum({s._cdata: s.nbytes() for s in storages}.values())

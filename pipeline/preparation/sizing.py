@@ -43,9 +43,9 @@ class Memory:
     step_bytes: StepBytes
 
     def holds(self, plan: Plan) -> bool:
-        """Tell whether a step fits; also where nothing can be told."""
+        """Tell whether a step fits."""
         needed = self.step_bytes(plan)
-        return needed is None or needed <= self.usable_bytes
+        return needed is not None and needed <= self.usable_bytes
 
 
 def sized(plan: Plan, fingerprint: Fingerprint, section: PreprocessingSection, memory: Memory | None) -> Plan:
@@ -61,10 +61,14 @@ def sized(plan: Plan, fingerprint: Fingerprint, section: PreprocessingSection, m
         memory: what may be taken; None: nothing is known of it, and only voxels are counted.
     """
     whole = _whole_case(fingerprint, plan.spacing_mm)
+    found, width = plan, WIDTHS[0]
     for width in WIDTHS if memory else WIDTHS[:1]:
         found = _with_patch(plan, fingerprint, section, memory, width)
         if section.patch_size != "auto" or prod(found.patch_size) >= min(prod(whole), SMALL_PATCH):
             break
+    if memory and section.patch_size == "auto" and memory.step_bytes(found) is None:
+        # The network takes no such patch, whatever the memory: training will say why.
+        return sized(plan, fingerprint, section, None)
     found = _with_batch(found, fingerprint, section, memory)
     return _with_network(found, width, _width_reason(width))
 
@@ -88,6 +92,8 @@ def _with_patch(
         bound = f"it holds no more than {PATCH_VOXELS:,} voxels"
         if memory and chosen.patch_size != sizes[0]:
             bound = f"a batch of {batch} fits {memory.name}"
+            if not memory.holds(chosen):
+                bound = f"they are as short as can be, and even so a batch of {batch} does not fit {memory.name}"
         reason += f"; its longest axes shortened until {bound}"
     return _changed(chosen, reason, chosen.patch_size, batch)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.config_loading import PRESET, preset_values
 from pipeline.config_schema import expectation, schema_at, section_at
 from pipeline.config_yaml import Keys, write_yaml
 from pipeline.data.manifest import Manifest, load_manifest
@@ -20,14 +21,16 @@ from pipeline.records import write_text
 log = logging.getLogger(__name__)
 
 LINE_LENGTH = 100
+BUDGET = ("training", "budget")
 
 
-def run(manifest: Path, out: Path) -> Path:
+def run(manifest: Path, out: Path, preset: str | None = None) -> Path:
     """Write a YAML in which every key stands with its meaning, its choices and its default.
 
     Args:
         manifest: of the data set; the YAML names it relative to itself.
         out: the YAML to write.
+        preset: fast, standard or large: what it extends; None: nothing.
 
     Returns:
         The YAML's path.
@@ -42,9 +45,14 @@ def run(manifest: Path, out: Path) -> Path:
     said = {
         ("name",): re.sub(r"[^A-Za-z0-9_.-]|^[^A-Za-z0-9]+", "", out.stem) or dataset.name,
         ("data", "manifest"): Path(os.path.relpath(manifest.resolve(), out.parent.resolve())).as_posix(),
-        ("training", "budget", "epochs"): 100,
     }
-    write_text(out, "\n".join([*_heading(dataset), *_section((), said, _examples(dataset))]) + "\n")
+    examples = _examples(dataset)
+    of_preset = {} if preset is None else preset_values(preset)
+    budget = {keys: value for keys, value in of_preset.items() if keys[:-1] == BUDGET}
+    said |= budget or {(*BUDGET, "epochs"): 100}  # one of its keys must stand
+    extends = [] if preset is None else [f"extends: {PRESET}{preset} # its values are the defaults below", ""]
+    lines = [*_heading(dataset), *extends, *_section((), said, {**examples, **of_preset})]
+    write_text(out, "\n".join(lines) + "\n")
     log.info("wrote %s; next: medseg preprocess %s", out, out)
     return out
 
