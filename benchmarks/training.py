@@ -24,21 +24,24 @@ from pipeline.training.loop import train_step
 
 
 def ours(task: FoldTask, steps: int, folder: Path) -> Callable[[], None]:
-    state, batches = task.new_state(), task.batches()
+    state = task.new_state()
+    batches = task.batches(state.network)
     tracked = RunLog.create(folder, uri=None, workspace=folder, experiment="benchmark", name="benchmark")
 
     def run() -> None:
         for _ in range(steps):
-            train_step(state, batches(state.step), 1e-3, task.settings)
-        tracked.metrics({"train/loss": state.loss_sum.item() / steps}, state.step)
-        state.loss_sum.zero_()
+            train_step(state, batches, 1e-3, task.settings)
+        tracked.metrics({"train/loss": state.sums.loss.item() / steps}, state.step)
+        state.sums.begin_epoch()
 
     return run
 
 
 def bare(task: FoldTask, steps: int) -> Callable[[], None]:
     state = task.new_state()
-    image, target = task.batches()(0)
+    batches = task.batches(state.network)
+    image, target = batches(0)
+    batches.close()
 
     def run() -> None:
         state.objective.train()
