@@ -9,11 +9,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+import torch
 from phantom_experiments import changed, preprocessed
 
 from pipeline.config import Config
 from pipeline.config_loading import dump_config
 from pipeline.errors import PipelineError, TrainingError
+from pipeline.hardware import threads_per_worker
 from pipeline.model import model_digest
 from pipeline.records import exclusively
 from pipeline.stages import cross_validation, evaluate
@@ -92,7 +94,10 @@ def test_folds_side_by_side_are_those_one_after_another(prepared: Config) -> Non
     assert sorted(report.folders) == [0, 1]
     assert "being trained by another process" in report.failures[2]
     cross_validation.run(together, resume=True, device="cpu", jobs=2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads_per_worker(2))  # Sums of other numbers of threads are rounded otherwise.
     cross_validation.run(alone, device="cpu")
+    torch.set_num_threads(threads)
     for fold in range(3):
         folders = [run_folder(config, fold) for config in (together, alone)]
         weights = [(folder / LAST / "weights.safetensors").read_bytes() for folder in folders]

@@ -27,7 +27,7 @@ from pipeline.stages import evaluate
 from pipeline.stages.evaluate import EvaluationReport
 from pipeline.stages.evaluation_cases import choose, models_of
 from pipeline.stages.workspace import Workspace
-from pipeline.tracking import RunLog
+from pipeline.tracking import RunLog, read_state, send_pending
 from pipeline.tracking.log import read_events
 from pipeline.volumes.stored import read_header
 from pipeline.volumes.volume import Volume, read_label
@@ -385,6 +385,29 @@ def test_everything_is_in_mlflow(config: Config) -> None:
     top = {file.path for file in client.list_artifacts(found.info.run_id)}
     assert {"report.html", "distributions.png", "evaluation_fold.json", "evaluation"} <= top
     assert [entry.dataset.name for entry in found.inputs.dataset_inputs] == ["phantoms"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*noload.*:DeprecationWarning")
+def test_a_model_out_of_mlflow_is_evaluated_into_its_own_run(config: Config, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    run_folder = Path(best(config)).parents[1]
+    run = RunLog.create(run_folder, uri=None, workspace=config.workspace, experiment="phantoms", name="tiny fold 0")
+    run.model(Path(best(config)), register_as="phantoms", alias="champion")
+    assert send_pending(run_folder)
+    run_id, elsewhere = str(read_state(run_folder).run_id), tmp_path / "elsewhere"
+    uri = f"sqlite:///{config.workspace / 'mlflow.db'}"
+    report = evaluate.run("models:/phantoms@champion", cases="test", workspace=elsewhere, tracking_uri=uri)
+    assert report.folder.is_relative_to(elsewhere / "evaluations")
+    client = MlflowClient(uri)
+    found = client.get_run(run_id)
+    dice = report.evaluation.summaries[0].metrics["dice"].mean
+    assert found.data.metrics["evaluation/test/dice/left"] == pytest.approx(dice)
+    again = evaluate.run(f"runs:/{run_id}", cases="test", workspace=elsewhere, tracking_uri=uri)
+    assert again.folder == report.folder
+    assert len(client.search_runs([found.info.experiment_id])) == 1
+    assert len(client.get_metric_history(run_id, "evaluation/test/dice/left")) == 2
 
 
 @pytest.mark.gpu

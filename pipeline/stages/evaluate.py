@@ -34,7 +34,7 @@ from pipeline.stages.evaluation_cases import (
     own_manifest,
     read_labelled,
 )
-from pipeline.stages.evaluation_results import track_results, write_results
+from pipeline.stages.evaluation_results import run_of, track_results, write_results
 from pipeline.stages.evaluation_scoring import CaseScorer, keep_table
 from pipeline.stages.workspace import Workspace
 
@@ -128,7 +128,8 @@ def run(
     ]
     evaluation = _evaluate(scorers, chosen_from, config.evaluation, label, of_experiment)
     write_results(evaluation, chosen_from, tasks[0].plan, config.evaluation, folder)
-    track_results(evaluation, tasks, chosen_from, label, folder)
+    run_log = run_of(tasks, folder, places, tracking_uri)
+    track_results(evaluation, tasks, chosen_from, label, folder, run_log)
     return EvaluationReport(evaluation, folder)
 
 
@@ -220,7 +221,7 @@ def _results_folder(tasks: Sequence[Task], workspace: Workspace, label: str) -> 
         return experiment_folder(tasks) / "evaluation" / label
     (task,) = tasks
     if task.run is None:
-        return workspace.root / "evaluations" / _title(tasks).replace(", ", "_").replace(" ", "_") / label
+        return workspace.evaluations / _title(tasks).replace(", ", "_").replace(" ", "_") / label
     # The last model's results stand beside the best one's, not in their place.
     return task.run / "evaluation" / (label if task.models[0].name == "best" else f"{label}_{task.models[0].name}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
@@ -20,7 +21,8 @@ from pipeline.pictures import PICTURE_ORIENTATION, draw_overlay
 from pipeline.preparation.preprocessing import class_indices
 from pipeline.records import atomic_path
 from pipeline.stages.evaluation_cases import LabelledCase, Task, descriptions_of, experiment_folder, read_labelled
-from pipeline.tracking import RunLog, send_pending
+from pipeline.stages.workspace import Workspace
+from pipeline.tracking import RunLog, run_of_fetched, send_pending
 from pipeline.volumes.resampling import resample_image, resample_label
 from pipeline.volumes.volume import Volume, read_label
 
@@ -84,14 +86,34 @@ def _draw(path: Path, labelled: LabelledCase, prediction: Volume, plan: Plan) ->
         figure.savefig(temporary, format="png")
 
 
-def track_results(evaluation: Evaluation, tasks: Sequence[Task], manifest: Manifest, label: str, folder: Path) -> None:
-    """Log the results to the MLflow run that trained the model, or to the parent run of several folds."""
+def run_of(tasks: Sequence[Task], folder: Path, workspace: Workspace, uri: str | None) -> RunLog | None:
+    """Open the run that the results belong to: that which trained the model, or the parent of several folds.
+
+    Args:
+        tasks: models and cases.
+        folder: of the results, from which what belongs to a model out of MLflow is sent.
+        workspace: where fetched models are.
+        uri: server or database that they were fetched from; None: MLFLOW_TRACKING_URI, else the workspace's.
+
+    Returns:
+        None for a model from elsewhere.
+    """
     run_folder = tasks[0].run if len(tasks) == 1 else experiment_folder(tasks)
-    try:
-        run_log = RunLog.open(run_folder) if run_folder else None
-    except ModelError:
-        run_log = None
-    if run_log is None or run_folder is None:
+    if run_folder is not None:
+        with suppress(ModelError):
+            return RunLog.open(run_folder)
+    models = [model for task in tasks for model in task.models]
+    run_id = run_of_fetched(models[0], workspace.fetched) if len(models) == 1 else None
+    if run_id is None:
+        return None
+    return RunLog.attach(folder, uri=uri, workspace=workspace.root, run_id=run_id, name=f"evaluation of {run_id}")
+
+
+def track_results(
+    evaluation: Evaluation, tasks: Sequence[Task], manifest: Manifest, label: str, folder: Path, run_log: RunLog | None
+) -> None:
+    """Log the results to their run in MLflow; None: there is none."""
+    if run_log is None:
         log.info("the model lies in no tracked run: the results are in %s only", folder)
         return
     step = max(description.step for description in descriptions_of(tasks))
@@ -113,7 +135,7 @@ def track_results(evaluation: Evaluation, tasks: Sequence[Task], manifest: Manif
     if (folder / "pictures").is_dir():
         run_log.artifact(folder / "pictures", f"evaluation/{label}/pictures")
     run_log.close()
-    send_pending(run_folder, limit_s=SEND_LIMIT_S)
+    send_pending(run_log.folder, limit_s=SEND_LIMIT_S)
 
 
 def _metrics(evaluation: Evaluation, section: str) -> dict[str, float]:

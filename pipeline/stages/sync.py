@@ -19,7 +19,7 @@ def run(workspace: Path) -> bool:
         PipelineError: the workspace has no runs.
     """
     places = Workspace(workspace)
-    folders = [*tracked_runs(places.runs), *tracked_runs(places.comparisons)]
+    folders = [run for of in (places.runs, places.comparisons, places.evaluations) for run in tracked_runs(of)]
     if not folders:
         raise PipelineError(f"{workspace}: no run was tracked in this workspace; name another with --workspace")
     waiting = [folder for folder in folders if pending(folder)]

@@ -19,7 +19,9 @@ class Workspace:
     stores/NAME-DIGEST/     plan.yaml, fingerprint.json and cases/, shared by all configurations of one data set and
                             preprocessing
     runs/NAME/fold_K/       config, plan, events, checkpoint, models/best, models/last, evaluation
-    comparisons/NAME/       what `medseg compare` found
+    runs/NAME/              evaluation of all folds, out_of_fold/ predictions, postprocessing.json chosen on them
+    comparisons/NAME/       what `medseg compare` and `medseg find-best` found
+    evaluations/NAME/       evaluations of models from elsewhere
     mlflow.db, mlartifacts/ MLflow's database and artifacts, unless a tracking server is named
     fetched/                models fetched from MLflow
     """
@@ -45,6 +47,11 @@ class Workspace:
     def comparisons(self) -> Path:
         """Folder of all comparisons."""
         return self.root / "comparisons"
+
+    @property
+    def evaluations(self) -> Path:
+        """Folder of the evaluations of models that lie in no run folder."""
+        return self.root / "evaluations"
 
     @property
     def fetched(self) -> Path:

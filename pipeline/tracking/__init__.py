@@ -4,7 +4,7 @@ The only importer of mlflow, and only in what sends, serves or fetches: the writ
 """
 
 from pipeline.tracking.environment import environment_tags
-from pipeline.tracking.fetching import fetch_model
+from pipeline.tracking.fetching import fetch_model, run_of_fetched
 from pipeline.tracking.log import (
     RunLog,
     RunState,
@@ -42,6 +42,7 @@ __all__ = [
     "metric_history",
     "pending",
     "read_state",
+    "run_of_fetched",
     "runs_url",
     "send_pending",
     "serve_ui",

@@ -45,6 +45,16 @@ def fetch_model(text: str, uri: str, into: Path) -> Path:
     return folder
 
 
+def run_of_fetched(folder: Path, into: Path) -> str | None:
+    """Return the id of the run that a fetched model is of; None where a folder was not fetched.
+
+    Args:
+        folder: of a model.
+        into: folder of fetched models.
+    """
+    return folder.name.rpartition("-")[0] if folder.resolve().parent == into.resolve() else None
+
+
 def _run_of(client: MlflowClient, text: str) -> str:
     """Return the id of the run that logged a model."""
     kind, _, name = text.partition(":/")

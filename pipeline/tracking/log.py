@@ -144,6 +144,27 @@ class RunLog:
                 return cls(folder)
         return cls.create(folder, uri=uri, workspace=workspace, experiment=experiment, name=name)
 
+    @classmethod
+    def attach(cls, folder: Path, *, uri: str | None, workspace: Path, run_id: str, name: str) -> RunLog:
+        """Log from a folder of its own to a run that MLflow has, such as that of a model which was fetched.
+
+        Args:
+            folder: what is logged waits here, beside what an earlier call has logged to this run.
+            uri: MLflow server or database; none: MLFLOW_TRACKING_URI, else `mlflow.db` in the workspace.
+            workspace: where the default database lives.
+            run_id: of the run in MLflow.
+            name: for people who find the folder.
+        """
+        uri = tracking_uri(uri, workspace)
+        if (folder / STATE).exists():
+            state = read_state(folder)
+            if (state.uri, state.run_id) == (uri, run_id):
+                return cls(folder)
+        run = cls.create(folder, uri=uri, workspace=workspace, experiment="", name=name)
+        with locked(folder):
+            write_state(folder, read_state(folder).changed(run_id=run_id))
+        return run
+
     def params(self, values: Mapping[str, Any]) -> None:
         """Log parameters; nested mappings are flattened to `section.key`."""
         self._append("params", values=dict(flatten(values)))
