@@ -70,7 +70,7 @@ def test_a_wrong_configuration_answers_before_anything_heavy_is_loaded(command: 
     assert done.stdout.splitlines()[-1] == "LOADED 2"
     assert done.stderr.splitlines() == [
         f"error: {wrong}:4:3: training.learning_rat: unknown key, did you mean 'learning_rate'?",
-        f"error: {wrong}:5:3: training.weight_decay: expected a number of at least 0, got 'abc'",
+        f"error: {wrong}:5:3: training.weight_decay: expected a number of at least 0 or null, got 'abc'",
     ]
 
 
