@@ -65,7 +65,7 @@ def batches(number: int) -> tuple[Tensor, Target]:
     share = this_share()
     size = share.batch_size(PATCHES)
     first = share.part(number) * size
-    patches = [torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(first + i)) for i in range(size)]
+    patches = [torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(first + i)) for i in range(size)]
     # Patches of the second process are brighter: a batch norm's statistics are not alike everywhere.
     image = torch.stack([patch + (first + i) % PATCHES // 2 for i, patch in enumerate(patches)])
     # The second class is in one patch of four: sums over the own patches are other sums.
@@ -78,8 +78,8 @@ def training(
 ) -> tuple[list[float], dict[str, Tensor]]:
     """Train a small network for some steps; return the losses and what it has learned."""
     torch.manual_seed(0)
-    task = NetworkTask(1, 3, (8, 8, 8), (1.0, 1.0, 1.0))
-    network = build_network("unet", {"width": 4, "levels": 2, "norm": norm}, task)
+    task = NetworkTask(1, 3, (16, 16, 16), (1.0, 1.0, 1.0))
+    network = build_network("unet", {"width": 4, "levels": 3, "norm": norm}, task)
     if pooled_norms:
         pool_batch_norms(network)
     objective = Objective(network, build_loss("dice_ce", {}), deep_supervision=deep)

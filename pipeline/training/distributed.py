@@ -9,6 +9,7 @@ one process each of them returns what it was given.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -114,6 +115,8 @@ def joined(device: str) -> Iterator[torch.device]:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
         yield chosen
         _sum(torch.zeros(1))  # the first may still be busy: one that leaves before would look lost
+    # What is wrapped holds the group, whose threads would outlive the interpreter.
+    gc.collect()
     # Not after an error: the others may be waiting in a collective, and leaving the group would wait for them.
     dist.destroy_process_group()
 
