@@ -22,6 +22,7 @@ from pipeline.training.diagnosis.finiteness import Fault
 from pipeline.training.diagnosis.replay import Finding, replay
 from pipeline.training.diagnosis.stopwatch import AUGMENTATION, STEPS, WAITING, Stopwatch
 from pipeline.training.diagnosis.watchdog import Watchdog
+from pipeline.training.distributed import gathered_texts
 from pipeline.training.loop import Batch
 from pipeline.training.losses.target import Target
 from pipeline.training.optimisation import Schedule
@@ -48,6 +49,7 @@ class FoldDiagnosis:
         self.batches = batches
         self.clock = clock
         self.spent: dict[str, float] = {}
+        self._first_step = state.step  # a resumed training begins at its checkpoint
         self._number = 0
         self._advised: set[str] = set()
 
@@ -120,14 +122,19 @@ class FoldDiagnosis:
         log.warning("fold %d: not finite at step %d; looking for the cause from the checkpoint on", task.fold, bad_step)
         load_checkpoint(task.checkpoint, self.state, task.facts)
         finding = replay(self.state, self.batch, schedule, task.settings, bad_step)
-        if finding is None:
-            return TrainingError(
-                f"step {bad_step}: loss or gradient was inf or NaN, and finite when the step was done again; among "
-                f"{named(self._cases_of_step(bad_step))}; go on with --resume, or lower training.learning_rate"
-            )
+        # Each process has looked into its own patches: the first that has found something speaks for all.
+        found = next(filter(None, gathered_texts("" if finding is None else self._said(finding))), None)
+        return TrainingError(
+            found
+            or f"step {bad_step}: loss or gradient was inf or NaN, and finite when the step was done again; among "
+            f"{named(self._cases_of_step(bad_step))}; go on with --resume, or lower training.learning_rate"
+        )
+
+    def _said(self, finding: Finding) -> str:
+        """Say what was found."""
         cases = self._cases_of(finding)
-        said = explained(finding, cases, half_precision=task.dtype.itemsize == 2)
-        return TrainingError(f"{said}{self._stored_faults(finding.fault, cases)}")
+        said = explained(finding, cases, half_precision=self.task.dtype.itemsize == 2)
+        return f"{said}{self._stored_faults(finding.fault, cases)}"
 
     def _cases_of(self, finding: Finding) -> list[str]:
         """Return the ids of the cases that a finding concerns."""
@@ -169,18 +176,12 @@ class FoldDiagnosis:
 
     def summarise(self) -> None:
         """Say what came of the training, where its time went in all, and what to change next time."""
-        state, fold = self.state, self.task.fold
-        log.info("fold %d: time went as follows, %s", fold, spoken(self.spent))
-        for sentence in self.advice().values():
-            log.info("fold %d: %s", fold, sentence)
-        log.info(
-            "fold %d: best score %.4f at step %d of %d, after %.1f minutes; model in %s",
-            *(
-                fold,
-                state.best_score,
-                state.best_step,
-                state.step,
-                sum(self.spent.values()) / 60,
-                self.task.folder / BEST,
-            ),
-        )
+        state, minutes = self.state, sum(self.spent.values()) / 60
+        lines = [
+            f"where the time went, {spoken(self.spent)}",
+            *self.advice().values(),
+            f"steps {self._first_step} to {state.step} in {minutes:.1f} minutes; "
+            f"best score {state.best_score:.4f} at step {state.best_step}; model in {self.task.folder / BEST}",
+        ]
+        for line in lines:
+            log.info("fold %d: %s", self.task.fold, line)
