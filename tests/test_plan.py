@@ -30,6 +30,25 @@ def test_reasons_stand_above_their_values_and_lists_on_one_line(path: Path) -> N
     assert max(len(line) for line in text.split("\nreasons:")[0].splitlines()) <= 120
 
 
+def test_a_plan_of_old_keeps_its_digest() -> None:
+    # By it runs are resumed and stores told fresh. Computed before plans knew regions, ignored values and networks.
+    plan = make_plan()
+    assert plan.digest() == "891b342c07f37c603ff9d3226880be159ffc8f600120e2d64c14e5df4a987419"
+    said = ({"regions": {"both": ("left", "right"), "right": ("right",)}}, {"ignore_label": 0})
+    assert len({plan.digest(), *(plan.changed(**one).digest() for one in said)}) == 3
+
+
+def test_regions_are_structures_and_come_back(tmp_path: Path) -> None:
+    plan = make_plan(regions={"both": ("left", "right"), "right": ("right",)}, ignore_label=-1)
+    write_plan(tmp_path / "plan.yaml", plan)
+    assert read_plan(tmp_path / "plan.yaml") == plan
+    assert (plan.output, plan.structures) == ("regions", {"both": (1, 2), "right": (2,)})
+    assert (plan.has_ignored, plan.ignored_class, plan.class_names[3]) == (True, 3, "ignored")
+    plain = make_plan()
+    assert (plain.output, plain.structures) == ("softmax", {"left": (1,), "right": (2,)})
+    assert not plain.has_ignored
+
+
 def test_an_edited_value_is_read(path: Path) -> None:
     path.write_text(path.read_text().replace("patch_size: [16, 16, 8]", "patch_size: [32, 16, 16]"))
     assert read_plan(path).patch_size == (32, 16, 16)
