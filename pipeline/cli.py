@@ -163,6 +163,8 @@ def train(
         if report.failures:
             raise typer.Exit(1)
         return
+    if jobs is not None:
+        raise PipelineError(f"--jobs {jobs}: folds at a time, with --fold all; of one fold leave it out")
     from pipeline.stages import train as stage
 
     stage.run(loaded, fold=fold, resume=resume, device=device)

@@ -1,5 +1,7 @@
 """`medseg train --fold all` on phantoms: folds that fail, folds side by side, and what MLflow has of them."""
 
+import csv
+import json
 import os
 import signal
 import subprocess
@@ -11,19 +13,21 @@ from pathlib import Path
 import pytest
 import torch
 from phantom_experiments import changed, preprocessed
+from test_end_to_end import medseg
 
 from pipeline.config import Config
-from pipeline.config_loading import dump_config
+from pipeline.config_loading import dump_config, packaged
 from pipeline.errors import PipelineError, TrainingError
 from pipeline.hardware import threads_per_worker
 from pipeline.model import model_digest
 from pipeline.records import exclusively
-from pipeline.stages import cross_validation, evaluate
+from pipeline.stages import cross_validation, evaluate, run
 from pipeline.stages.models import BEST, LAST
 from pipeline.stages.train import fold_tasks
 from pipeline.stages.workspace import Workspace
 from pipeline.tracking import read_state
 from pipeline.tracking.log import read_events
+from pipeline.volumes.volume import read_label
 
 SETTINGS = (
     "preprocessing.patch_size=[16,16,16]",
@@ -81,6 +85,13 @@ def test_a_fold_that_fails_is_listed_and_the_others_go_on(prepared: Config) -> N
     again = cross_validation.run(config, resume=True, device="cpu")
     assert (sorted(again.folders), again.failures) == ([0, 1, 2], {})
     assert model_digest(run_folder(config, 0) / BEST) == before  # finished already
+    summary = prepared.workspace / "runs" / "one_by_one" / "evaluation" / "fold" / "summary.json"
+    stamps = []
+    for _ in range(2):
+        run.run(config, fold="all", device="cpu", jobs=1)
+        assert json.loads(summary.read_text())["cross_validation"]["folds"] == [0, 1, 2]
+        stamps.append(summary.stat().st_mtime_ns)
+    assert stamps[0] == stamps[1]  # evaluated already
 
 
 @pytest.mark.slow
@@ -140,3 +151,48 @@ def test_ctrl_c_ends_all_and_resume_goes_on_with_each(prepared: Config, tmp_path
         with exclusively(folder.with_name(f".{folder.name}.lock"), PipelineError("a worker has survived")):
             pass
     assert not folders[2].exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*noload.*:DeprecationWarning")
+def test_real_mri_is_cross_validated_and_segmented_by_the_ensemble(tmp_path: Path, shared_data: Path) -> None:
+    from mlflow import MlflowClient
+
+    content = json.loads((Path(__file__).parents[1] / "data_manifests" / "hippocampus.json").read_text())
+    content["root"] = str(shared_data / "Task04_Hippocampus")
+    by_fold = [[case for case in content["cases"] if case["fold"] == fold][:4] for fold in range(3)]
+    content["cases"] = [case for cases in by_fold for case in cases]
+    (tmp_path / "hippocampus.json").write_text(json.dumps(content))
+    (tmp_path / "few.yaml").write_text(
+        f"extends: {packaged('hippocampus_unet.yaml')}\nname: few\ndata: {{manifest: hippocampus.json}}\n"
+        "training:\n  budget: {steps: 60}\n  steps_per_epoch: 30\n  validation_every_epochs: 2\n"
+        "  augmentation: {enabled: false}\n"
+    )
+    medseg(tmp_path, "preprocess", "few.yaml")
+    assert (
+        "3 of 3 folds are trained"
+        in medseg(tmp_path, "train", "few.yaml", "--fold", "all", "--device", "cpu", "--jobs", 2).stdout
+    )
+    assert "Dice by fold" in medseg(tmp_path, "evaluate", "few.yaml", "--device", "cpu").stdout
+    with (tmp_path / "work/runs/few/out_of_fold/cases.csv").open(newline="") as file:
+        found = {(line["case"], int(line["fold"])) for line in csv.DictReader(file)}
+    assert found == {(case["id"], fold) for fold, cases in enumerate(by_fold) for case in cases}
+    client = MlflowClient(f"sqlite:///{tmp_path / 'work' / 'mlflow.db'}")
+    parent = client.get_run(str(read_state(tmp_path / "work/runs/few").run_id))
+    summary = json.loads((tmp_path / "work/runs/few/evaluation/fold/summary.json").read_text())
+    for name in ("anterior", "posterior", "mean"):
+        dice = summary["classes"][name]["metrics"]["dice"]["mean"]
+        assert dice > 0.3  # what an untrained network stays below
+        assert parent.data.metrics[f"cv/dice/{name}"] == pytest.approx(dice)
+        sd = summary["cross_validation"]["classes"][name]["dice"]["sd"]
+        assert parent.data.metrics[f"cv/dice/{name}_fold_sd"] == pytest.approx(sd)
+    said = medseg(tmp_path, "find-best", "few.yaml", "--device", "cpu").stdout
+    assert "few: the only configuration" in said
+    assert "use: medseg segment INPUT... --model" in said
+    image = shared_data / "Task04_Hippocampus" / by_fold[0][0]["images"]["MRI"]["path"]
+    medseg(tmp_path, "segment", image, "--model", "work/runs/few", "--out", "out", "--device", "cpu")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert len(report["models"]) == 3
+    evidence = json.loads((tmp_path / "work/runs/few/postprocessing.json").read_text())
+    assert report["postprocessing"]["largest_component"] == evidence["largest_component"]
+    assert read_label(tmp_path / "out" / f"{image.name}").array.any()

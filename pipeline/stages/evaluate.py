@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pipeline.config import Config, EvaluationSection
@@ -113,20 +114,17 @@ def run(
     tasks = choose(models, chosen_from, config, cases)
     label = cases if is_own(chosen_from, tasks[0].descriptions[0]) else chosen_from.name
     folder = (out or _results_folder(tasks, places, label)).resolve()
+    scored_as = partial(
+        CaseScorer,
+        manifest=chosen_from,
+        tolerance_mm=config.evaluation.surface_tolerance_mm,
+        device=device,
+        folder=folder,
+        probabilities=probabilities,
+        overwrite=overwrite,
+    )
     of_experiment = isinstance(target, Config) or len(models) > 1
-    scorers = [
-        CaseScorer(
-            task,
-            chosen_from,
-            tolerance_mm=config.evaluation.surface_tolerance_mm,
-            device=device,
-            folder=folder,
-            probabilities=probabilities,
-            overwrite=overwrite,
-        )
-        for task in tasks
-    ]
-    evaluation = _evaluate(scorers, chosen_from, config.evaluation, label, of_experiment)
+    evaluation = _evaluate([*map(scored_as, tasks)], chosen_from, config.evaluation, label, of_experiment)
     write_results(evaluation, chosen_from, tasks[0].plan, config.evaluation, folder)
     run_log = run_of(tasks, folder, places, tracking_uri)
     track_results(evaluation, tasks, chosen_from, label, folder, run_log)

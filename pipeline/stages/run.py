@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from pipeline.config import Config
@@ -11,9 +13,11 @@ from pipeline.inference.postprocessing import common_rules
 from pipeline.model import model_digest
 from pipeline.records import digest_of, write_text
 from pipeline.stages import check, evaluate, preprocess, train
+from pipeline.stages.evaluate import EvaluationReport
 from pipeline.stages.fold_run import train_fold
 from pipeline.stages.fold_task import FoldTask
 from pipeline.stages.models import BEST
+from pipeline.stages.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
@@ -43,26 +47,39 @@ def run(config: Config, *, fold: str = "0", device: str = "auto", jobs: int | No
             f"{config.data.manifest}: the check found errors, named above; mend them, or drop the cases"
         )
     preprocess.run(config, jobs=jobs)
-    return [_train_and_evaluate(task) for task in train.fold_tasks(config, fold, device)]
+    tasks = train.fold_tasks(config, fold, device)
+    for task in tasks:
+        _train_and_evaluate(task)
+    if len(tasks) > 1 and config.task == "segment":
+        folder = Workspace(config.workspace).experiment(config.name)
+        made_from = digest_of([_evaluation_digest(task) for task in tasks])
+        _evaluate_if_stale(folder, made_from, partial(evaluate.run, config, device=device))
+    return [task.folder for task in tasks]
 
 
-def _train_and_evaluate(task: FoldTask) -> Path:
-    """Bring one fold's run folder up to date and return it; what does not segment is not evaluated."""
+def _train_and_evaluate(task: FoldTask) -> None:
+    """Bring one fold's run folder up to date; what does not segment is not evaluated."""
     if task.is_finished:
         log.info("fold %d: trained already, in %s", task.fold, task.folder)
     else:
         train_fold(task, resume=task.is_begun and task.checkpoint.exists())
-    if task.config.task != "segment":
-        return task.folder
-    record, made_from = task.folder / "evaluation" / "fold" / MADE_FROM, _evaluation_digest(task)
+    if task.config.task == "segment":
+        _evaluate_if_stale(task.folder, _evaluation_digest(task), partial(_evaluate_best, task))
+
+
+def _evaluate_best(task: FoldTask) -> EvaluationReport:
+    """Evaluate a fold's best model on the cases that it has not seen."""
+    best, config = str(task.folder / BEST), task.config
+    return evaluate.run(best, config=config, device=str(task.device), workspace=config.workspace)
+
+
+def _evaluate_if_stale(folder: Path, made_from: str, evaluated: Callable[[], EvaluationReport]) -> None:
+    """Evaluate the models of a folder, a run's or an experiment's, unless that was made from the very same."""
+    record = folder / "evaluation" / "fold" / MADE_FROM
     if record.exists() and record.read_text(encoding="utf-8").strip() == made_from:
-        log.info("fold %d: evaluated already, in %s", task.fold, record.parent)
-    else:
-        best = str(task.folder / BEST)
-        report = evaluate.run(best, config=task.config, device=str(task.device), workspace=task.config.workspace)
-        if not report.failures:
-            write_text(record, made_from + "\n")
-    return task.folder
+        log.info("evaluated already, in %s", record.parent)
+    elif not evaluated().failures:
+        write_text(record, made_from + "\n")
 
 
 def _evaluation_digest(task: FoldTask) -> str:
