@@ -96,7 +96,7 @@ def main() -> None:
             print(line("nnU-Net", theirs))
             share = {key: mine.answer[key] / value for key, value in theirs.answer.items()}
             print(
-                f"  medseg takes {share['seconds']:.2f} of the time (wanted {TIME}), {share['cpu_s']:.2f} of the CPU's, "
+                f"  medseg takes {share['seconds']:.2f} of the time (wanted {TIME}), {share['cpu_s']:.2f} of the CPU, "
                 f"and {share['peak_mb']:.2f} of the memory (wanted {MEMORY}); {difference_hu(folder)}"
             )
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.errors import TrainingError
+from pipeline.pictures import Patch, draw_learning_curves, draw_patches
 from pipeline.stages import train
 from pipeline.stages.fold_diagnosis import FoldDiagnosis
 from pipeline.stages.fold_hooks import FoldHooks
@@ -76,8 +77,8 @@ def test_a_run_says_where_its_time_went_and_what_came_of_it(prepared: Config, ca
         assert values["train/gradient_norm"] > 0
     for phase in ("starting", "forward and backward", "validation"):
         assert phase in diagnosis.spent
-    assert caplog.messages[-2].startswith("fold 0: time went as follows")
-    assert re.search(r"best score 0\.\d+ at step 4 of 4, after \d+\.\d minutes; model in ", caplog.messages[-1])
+    assert caplog.messages[-2].startswith("fold 0: where the time went")
+    assert re.match(r"fold 0: steps 0 to 4 in \d+\.\d minutes; best score 0\.\d+ at step 4; ", caplog.messages[-1])
     assert caplog.messages[-1].endswith(str(task.folder / "models/best"))
 
 
@@ -101,7 +102,30 @@ def test_the_first_patches_are_pictured_whoever_reads_them_and_drawn_again_in_tr
         assert picture["path"] == artifact["path"] == "pictures/augmented_patches.png"
         pictures.append((task.folder / str(picture["path"])).read_bytes())
     assert pictures[0] == pictures[1]
-    assert len(pictures[0]) > 5000
+
+
+def test_patches_are_drawn_with_their_cases_and_outlines() -> None:
+    classes = np.zeros((6, 5, 4), np.int64)
+    classes[1:3, 1:3, 3] = 2
+    image = np.arange(120.0).reshape(6, 5, 4)
+    patches = [Patch("a", image, classes), Patch("b", image * np.nan, classes * 0), Patch("c", image, None)]
+    figure = draw_patches(patches, (1.0, 1.0, 2.0), ("background", "x", "y", "ignored"), columns=2)
+    panels = figure.axes
+    assert [panel.get_title() for panel in panels] == ["a", "b", "c", ""]
+    # Across the thickest voxels, the slice that holds the structure; rows run upwards.
+    drawn = panels[0].images[0].get_array()
+    assert drawn is not None
+    assert np.array_equal(drawn, image[:, :, 3].T)
+    assert [bool(panel.collections) for panel in panels] == [True, False, False, False]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["y"]
+
+
+def test_learning_curves_show_the_norm_of_the_gradient() -> None:
+    curves = {"train/loss": [(1, 2.0)], "train/gradient_norm": [(1, 0.5), (2, 0.4)], "time/epoch_s": [(1, 9.0)]}
+    loss, norm, validation = draw_learning_curves(curves).axes
+    assert list(loss.lines[0].get_ydata()) == [2.0]
+    assert list(norm.lines[0].get_ydata()) == [0.5, 0.4]
+    assert not validation.lines
 
 
 def test_a_poisoned_case_is_named_with_the_voxels_in_the_store(prepared: Config) -> None:
