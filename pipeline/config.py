@@ -235,7 +235,7 @@ class TrainingSection(Section):
     0.05."""
     gradient_clip: Positive | None = 12.0
     """Largest norm of the gradient; null: no clipping."""
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = 0.99
     """Validate and keep a running mean of the weights with this decay, a batch norm's statistics included; null: the
     weights as they are."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

@@ -183,7 +183,9 @@ def test_a_gradient_that_is_not_finite_is_found_where_the_loss_is_not_to_blame()
     assert all(math.isfinite(metrics["train/gradient_norm"]) for _, metrics in hooks.epochs)
 
 
-def test_a_step_that_overflows_in_half_precision_is_left_out_and_is_no_failure() -> None:
+def test_a_step_that_overflows_in_half_precision_is_left_out_and_is_no_failure(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     state = new_state(4, ema=False)
     state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     overflow(state, range(4))
@@ -193,6 +195,7 @@ def test_a_step_that_overflows_in_half_precision_is_left_out_and_is_no_failure()
     assert state.scaler.get_scale() == 2.0**6  # halved at each step
     assert all(torch.equal(a, b) for a, b in zip(before, state.network.parameters(), strict=True))
     assert "train/gradient_norm" not in hooks.epochs[0][1]
+    assert "no step of the epoch counted" in caplog.text
     assert hooks.checkpoints == [4]
 
 

@@ -221,7 +221,9 @@ def _epoch_metrics(state: TrainState, settings: LoopSettings, seconds: float, sc
         "train/learning_rate": schedule(state.step - 1, state.total_steps),
         "train/steps_per_s": steps / seconds,
     }
-    if norms:  # none where fp16 overflowed at each step
+    if norms:
         metrics["train/gradient_norm"] = sums.gradient_norm.item() / norms
+    else:
+        log.warning("no step of the epoch counted: fp16 overflowed at each; set training.precision to bf16 or fp32")
     sums.begin_epoch()
     return metrics
