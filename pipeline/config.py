@@ -181,7 +181,8 @@ class TrainingSection(Section):
 
     init_from: str | None = None
     """Model whose weights it begins with: a folder relative to this YAML, runs:/ID or models:/NAME@ALIAS; {fold} in it
-    stands for the fold. Of a model of another task only the encoder is taken. null: random weights."""
+    stands for the fold. Other classes and channels are taken by their names; of a model of another task only the
+    encoder is. null: random weights."""
 
     budget: BudgetSection = BudgetSection(epochs=100)
     """How long."""

@@ -78,8 +78,7 @@ inference:
         "x.yaml:2:1: nework: unknown key, did you mean 'network'?",
         "x.yaml:6:3: training.learning_rat: unknown key, did you mean 'learning_rate'?",
         "x.yaml:7:3: training.learning_rate: expected a number above 0 or null, got 'abc'",
-        "x.yaml:8:3: training.precision: expected one of auto, fp32, bf16, fp16, got 'fp23', "
-        "did you mean 'fp32'?",
+        "x.yaml:8:3: training.precision: expected one of auto, fp32, bf16, fp16, got 'fp23', did you mean 'fp32'?",
         "x.yaml:9:3: training.budget: give exactly one of steps, epochs, minutes",
         "x.yaml:11:5: training.augmentation.scale: expected the smaller number first, got [1.2, 0.8]",
         "x.yaml:12:5: training.augmentation.gamma: expected a list of 2, each a number above 0, got [1]",
