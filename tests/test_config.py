@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from pipeline.cli import _option_checks
 from pipeline.config import (
     AugmentationSection,
     BudgetSection,
@@ -18,7 +19,7 @@ from pipeline.config import (
     Section,
     TrainingSection,
 )
-from pipeline.config_loading import load_config, packaged
+from pipeline.config_loading import PRESETS, load_config, packaged
 from pipeline.config_schema import expectation, json_schema, keys_named, schema_at, section_at
 from pipeline.data.manifest import Case, ImageFile, Manifest, save_manifest
 from pipeline.errors import ConfigError, ManifestError
@@ -188,6 +189,35 @@ def test_a_new_configuration_replaces_nothing(manifest: Path, tmp_path: Path) ->
     assert out.read_text() == "name: mine\n"
     with pytest.raises(ManifestError, match="cannot be read"):
         new_config.run(tmp_path / "none.json", tmp_path / "other.yaml")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_extended_from_anywhere(preset: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(f"extends: preset:{preset}\nname: mine\ndata: {{manifest: m.json}}\nseed: 7\n")
+    config = load_config(tmp_path / "mine.yaml", (), _option_checks)
+    assert (config.seed, config.data.manifest) == (7, tmp_path / "m.json")
+    expected = {"fast": ("unet", "auto"), "standard": ("unet", 8), "large": ("residual_encoder_unet", 24)}
+    assert (config.network.name, config.preprocessing.memory_gb) == expected[preset]
+    assert config.training.ema_decay is not None
+    assert len({path.stem for path in (REPOSITORY / "configs" / "presets").glob("*.yaml")} ^ set(PRESETS)) == 0
+
+
+def test_an_unknown_preset_is_named_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("name: mine\nextends: preset:fats\ndata: {manifest: m.json}\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml:2:1: extends: no preset 'fats', did you mean 'fast'\?"):
+        load_config(tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_new_configuration_of_a_preset_loads_as_the_preset(preset: str, manifest: Path, tmp_path: Path) -> None:
+    out = new_config.run(manifest, tmp_path / "lungs.yaml", preset)
+    extending = tmp_path / "short.yaml"
+    extending.write_text(f"extends: preset:{preset}\nname: lungs\ndata: {{manifest: {manifest}}}\n")
+    assert load_config(out) == load_config(extending)
+    # The lines that are switched off show the preset's values.
+    off = re.compile(r"^( *)#(memory_gb|options|ema_decay|learning_rate): ", re.MULTILINE)
+    out.write_text(off.sub(r"\1\2: ", out.read_text()))
+    assert load_config(out) == load_config(extending)
 
 
 def test_a_configuration_is_frozen() -> None:

@@ -135,6 +135,9 @@ _MULTIPLYING = {
 }
 
 
+_CONVOLUTIONS = (torch.ops.aten.convolution, torch.ops.aten.convolution_backward)
+
+
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all tensors made within it that are still in use.
 
@@ -163,8 +166,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._live[leaf] = None
                 self._at_most += leaf.untyped_storage().nbytes()
         rearranged = 0
-        if func.overloadpacket is torch.ops.aten.convolution:
-            rearranged = args[0].nbytes + result.nbytes  # both are copied to the layout that its kernels want
+        if func.overloadpacket in _CONVOLUTIONS:  # what they take and give is copied to the layout of their kernels
+            images = [args[0], *args[1:2]] if func.overloadpacket is _CONVOLUTIONS[1] else args[:1]
+            rearranged = sum(leaf.nbytes for leaf in tree_leaves([images, result]) if isinstance(leaf, Tensor))
         if self._at_most + rearranged > self.peak_bytes:  # else there is no new peak, and counting takes long
             self._at_most = self._counted()
             self.peak_bytes = max(self.peak_bytes, self._at_most + rearranged)

@@ -1,0 +1,152 @@
+"""`medseg plan` and `medseg train --dry-run` on phantoms and on cases that are nowhere."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pipeline.cli import app
+from pipeline.config import BudgetSection, Config, DataSection, NetworkSection, PreprocessingSection, TrainingSection
+from pipeline.data.manifest import Case, ImageFile, Manifest, save_manifest
+from pipeline.data.phantoms import write_phantom_dataset
+from pipeline.data.plan import read_plan
+from pipeline.errors import ConfigError
+from pipeline.stages import dry_run, plan, preprocess
+from pipeline.stages import manifest as manifest_stage
+from pipeline.stages.workspace import Workspace
+
+
+@pytest.fixture(scope="module")
+def phantom_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("phantoms")
+    source = write_phantom_dataset(folder / "set", cases=4, channels=2, layout="folder")
+    manifest_stage.run(source, folder / "phantoms.json", folds=2)
+    return folder / "phantoms.json"
+
+
+def config_of(manifest: Path, workspace: Path, memory: float | str = "auto", **budget: float) -> Config:
+    return Config(
+        name="experiment",
+        workspace=workspace,
+        data=DataSection(manifest=manifest),
+        preprocessing=PreprocessingSection(patch_size=(16, 16, 16), batch_size=2, memory_gb=memory),  # type: ignore[arg-type]
+        network=NetworkSection(options={"width": 4}),
+        training=TrainingSection(budget=BudgetSection.model_validate(budget or {"steps": 3600})),
+    )
+
+
+def test_a_plan_says_what_training_takes(phantom_set: Path, tmp_path: Path) -> None:
+    config = config_of(phantom_set, tmp_path)
+    report = plan.run(config, device="cpu")
+    expected = report.expected
+    assert report.plan == read_plan(report.folder / "plan.yaml")
+    written = json.loads((report.folder / "expected.json").read_text())["expected"]
+    assert written["step_s"] == expected.step_s
+    assert expected.step_s is not None
+    assert expected.fold_hours is not None
+    assert expected.fold_hours > expected.step_s
+    assert expected.all_hours == 2 * expected.fold_hours
+    text = " ".join(report.as_text().split())
+    for words in ("patch_size 16x16x16 voxels set in the configuration", "of the store at most", "for all folds"):
+        assert words in text
+    # Training goes on from there: the plan is kept, and the store holds no more than was said.
+    made = preprocess.run(config)
+    assert made.plan == report.plan
+    stored = sum(path.stat().st_size for path in (made.folder / "cases").rglob("*.b2nd"))
+    assert 0 < stored <= expected.disk_bytes
+
+
+def test_a_gpu_that_is_not_here_is_planned_for_and_not_measured(phantom_set: Path, tmp_path: Path) -> None:
+    report = plan.run(config_of(phantom_set, tmp_path, 24, minutes=30))
+    assert report.expected.training_bytes > report.expected.computed_bytes
+    if report.expected.device is None:
+        assert (report.expected.step_s, report.expected.fold_hours) == (None, None)
+        assert "not measured" in report.as_text()
+
+
+def test_a_plan_stays_until_its_facts_change(phantom_set: Path, tmp_path: Path) -> None:
+    config = config_of(phantom_set, tmp_path)
+    before = preprocess.run(config).plan
+    other = config.changed(network=config.network.changed(options={"width": 4, "levels": 2}))
+    assert preprocess.run(other).plan == before
+    folder = Workspace(tmp_path).store(config, "phantoms")
+    (folder / "fingerprint.json").unlink()  # as of a run that was killed before it was written
+    assert preprocess.run(config).plan == before
+    assert (folder / "fingerprint.json").exists()
+
+
+def test_the_memory_is_part_of_what_a_store_is_named_by() -> None:
+    auto, said = PreprocessingSection(), PreprocessingSection(memory_gb=8)
+    assert auto.digest() != said.digest()
+    assert "memory_gb" not in auto.model_dump()  # stores of before keep their names
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path) -> Path:
+    """A manifest of 300 cases whose images are nowhere, one in ten without a label."""
+    cases = tuple(
+        Case(
+            id=f"case_{n:03}",
+            patient=f"p{n}",
+            images={"CT": ImageFile(path=f"{n}.nii.gz")},
+            label=None if n % 10 == 0 else ImageFile(path=f"{n}_label.nii.gz"),
+            fold=n % 3 if n < 270 else None,
+        )
+        for n in range(300)
+    )
+    labels = {"background": 0, "organ": 1}
+    manifest = Manifest(name="many", root=tmp_path / "no_images", channels={"CT": "CT"}, labels=labels, cases=cases)
+    save_manifest(manifest, tmp_path / "many.json")
+    return tmp_path / "many.json"
+
+
+def test_a_dry_run_says_what_would_be_trained_and_what_is_missing(nowhere: Path, tmp_path: Path) -> None:
+    found = dry_run.run(config_of(nowhere, tmp_path / "work"), fold="all")
+    assert "300 cases, 30 held out, 3 folds" in found.facts["data"]
+    assert found.facts["budget"] == "3,600 steps a fold, validated every 1,000"
+    assert "decided by `medseg preprocess`" in found.facts["network"]
+    assert [line.partition(";")[0] for line in found.folds] == [
+        f"fold {n}: 162 cases to train on, 81 to validate on" for n in range(3)
+    ]
+    images, prepared = found.missing
+    assert "no_images is no folder" in images
+    assert "243 of 243 prepared cases" in prepared
+    assert "case_001, case_002, case_003, case_004, case_005, ..." in prepared
+    assert "medseg preprocess" in prepared
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_dry_run_before_a_training_misses_nothing(phantom_set: Path, tmp_path: Path) -> None:
+    config = config_of(phantom_set, tmp_path, minutes=5)
+    preprocess.run(config)
+    found = dry_run.run(config)
+    assert found.missing == ()
+    assert "nothing is missing" in found.as_text()
+    assert "16x16x16 voxels" in found.facts["patch"]
+    assert "parameters" in found.facts["network"]
+    assert len(found.folds) == 1
+    assert str(tmp_path / "runs" / "experiment" / "fold_0") in found.folds[0]
+    assert "(new)" in found.folds[0]
+    run = tmp_path / "runs" / "experiment" / "fold_0"
+    run.mkdir(parents=True)
+    (run / "checkpoint.safetensors").touch()
+    assert "--resume goes on" in dry_run.run(config).folds[0]
+    with pytest.raises(ConfigError, match="--fold 7: the manifest has folds 0, 1"):
+        dry_run.run(config, fold="7")
+    unfit = config.changed(network=config.network.changed(options={"levels": 9}))
+    with pytest.raises(ConfigError, match="levels: 9"):
+        dry_run.run(unfit)
+
+
+def test_the_commands_answer(nowhere: Path, phantom_set: Path, tmp_path: Path) -> None:
+    yaml = tmp_path / "many.yaml"
+    yaml.write_text("extends: preset:standard\nname: many\ndata: {manifest: many.json}\n")
+    answer = CliRunner().invoke(app, ["train", str(yaml), "--dry-run", "--workspace", str(tmp_path / "work")])
+    assert answer.exit_code == 0, answer.output
+    assert "missing: 243 of 243" in answer.output
+    yaml.write_text(f"name: a\ndata: {{manifest: {phantom_set}}}\npreprocessing: {{patch_size: [16, 16, 16]}}\n")
+    arguments = ["plan", str(yaml), "--gpu-memory", "8", "--set", "network.options={width: 4}"]
+    answer = CliRunner().invoke(app, [*arguments, "--workspace", str(tmp_path / "work")])
+    assert answer.exit_code == 0, answer.output
+    assert "as many as fit a GPU of 8 GB" in answer.output
