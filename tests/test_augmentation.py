@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pipeline.config import AugmentationSection
 from pipeline.training.sampling.augmentation import Augmentation
+from pipeline.training.sampling.changes import _together
 from pipeline.training.sampling.deformation import largest_share, rotations, spline_weights
 from pipeline.training.sampling.intensity import Intensity, blurred
 
@@ -129,6 +130,29 @@ def test_image_and_label_move_together(num_classes: int) -> None:
     assert (target[background] == 0).float().mean() > 0.99
 
 
+def test_ignored_voxels_are_deformed_as_one_more_class() -> None:
+    # Class 3 of 4 is what lies right of the middle: it moves with what the image shows there.
+    moving = augmentation(affine_probability=1.0, elastic_probability=1.0, rotation_degrees=20.0)
+    label = torch.zeros(4, *moving.read_size, dtype=torch.uint8)
+    label[:, moving.read_size[0] // 2 :] = 3
+    changed, target = apply(moving, label[:, None].float(), label, 0)
+    assert set(target.unique().tolist()) == {0, 3}
+    # What the grid finds beyond what was read is background, and nothing else.
+    clear = (changed[:, 0] < 0.1) | (changed[:, 0] > 2.9)
+    assert clear.float().mean() > 0.8
+    assert torch.equal(target[clear] == 3, changed[:, 0][clear] > 1.5)
+
+
+def test_what_is_drawn_is_moved_as_one_and_comes_apart_again() -> None:
+    moving = augmentation(**{**ALL, "flip_axes": ("x", "y", "z")})
+    changes = moving.draw(range(3, 6)).changes
+    parts = [change.rows for change in changes.values()] + [change.values for change in changes.values()]
+    assert {part.dtype for part in parts} == {torch.int64, torch.float32}
+    assert any(part.numel() == 0 for part in parts)  # a flip has rows, and no numbers
+    moved = _together(parts, torch.device("cpu"))
+    assert all(torch.equal(part, other) and part.dtype == other.dtype for part, other in zip(parts, moved, strict=True))
+
+
 def test_every_patch_of_a_batch_is_drawn_anew() -> None:
     moving = augmentation(affine_probability=1.0)
     image, label = batch(moving.read_size)
@@ -204,6 +228,13 @@ def test_a_constant_image_survives_everything() -> None:
     image = torch.full((2, 1, *everything.read_size), 5.0)
     changed, _ = apply(everything, image, torch.zeros(2, *everything.read_size, dtype=torch.uint8), 0)
     assert changed.isfinite().all()
+
+
+def test_the_largest_share_by_hand() -> None:
+    shares = torch.tensor([[0.2, 0.3], [0.4, 0.4], [0.3, 0.3], [0.25, 0.5], [0.5, 0.0]])  # of classes 1 and 2
+    # 0.5 is left for the background; 0.2, and the first of equals; 0.4; 0.25; 0.5, which the background has too.
+    expected = [0, 1, 0, 2, 0]
+    assert largest_share(shares[:, :, None, None, None])[:, 0, 0, 0].tolist() == expected
 
 
 def test_rotation_by_hand() -> None:

@@ -103,6 +103,12 @@ def test_the_rim_lies_around_the_patch() -> None:
     assert (image[:, :2] == 0).all()
     assert (image[:, 6:] == 0).all()
     assert (image[:, 2:6] > 0).all()
+    # Also beyond a volume that holds nothing but a class, the label is background.
+    full = HeldCase(case.image, np.full((4, 6, 6), 2, np.uint8), {})
+    _, label = sampler([full], read_size=(8, 4, 4)).patch(0)
+    assert (label[2:6] == 2).all()
+    assert not label[:2].any()
+    assert not label[6:].any()
 
 
 def test_patches_are_read_as_many_at_once_as_wanted() -> None:

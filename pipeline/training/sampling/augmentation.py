@@ -2,8 +2,8 @@
 
 Rotation, scaling, shift and elastic deformation are composed into one sampling grid per patch, and image and label are
 interpolated once. What is drawn is keyed by (seed, number of the patch), so that a patch does not depend on the batch,
-the process, the thread or a restart. It is drawn on the host, moved to the device by one copy, and applied there to
-many patches at once; nothing waits for the device.
+the process, the thread or a restart; to the last bit on a CPU. It is drawn on the host, moved to the device by one
+copy, and applied there to many patches at once; nothing waits for the device.
 """
 
 from __future__ import annotations

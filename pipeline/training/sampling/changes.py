@@ -87,7 +87,7 @@ def change_rows(batch: Tensor, changes: Changes, name: str, function: Callable[[
 
 def _together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Return tensors of the host on a device, moved as one; those of larger numbers first."""
-    content = torch.cat([tensor.contiguous().view(torch.uint8).flatten() for tensor in tensors])
+    content = torch.cat([tensor.flatten().view(torch.uint8) for tensor in tensors])
     if device.type == "cuda":
         content = content.pin_memory()
     parts = torch.split(content.to(device, non_blocking=True), [tensor.nbytes for tensor in tensors])
