@@ -13,17 +13,15 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from pipeline import cli_options as options
+from pipeline.cli_aids import aids
+from pipeline.cli_loading import load
 from pipeline.errors import PipelineError
 from pipeline.progress import lines_only
-
-if TYPE_CHECKING:
-    from pipeline.config import Config
-    from pipeline.config_loading import OptionChecks
 
 # As shells report Ctrl-C.
 INTERRUPTED = 130
@@ -108,7 +106,7 @@ def preprocess(
     replan: options.Replan = False,
 ) -> None:
     """Measure the development cases, plan, and fill the store; fresh cases are skipped."""
-    loaded = _load(config, options.with_memory(overrides, gpu_memory), workspace)
+    loaded = load(config, options.with_memory(overrides, gpu_memory), workspace)
     from pipeline.stages import preprocess as stage
 
     stage.run(loaded, jobs=jobs, replan=replan)
@@ -125,7 +123,7 @@ def plan(
     jobs: options.Jobs = None,
 ) -> None:
     """Plan, and say what training will take: memory, disk, hours."""
-    loaded = _load(config, options.with_memory(overrides, gpu_memory), workspace)
+    loaded = load(config, options.with_memory(overrides, gpu_memory), workspace)
     from pipeline.stages import plan as stage
 
     typer.echo(stage.run(loaded, device=device, jobs=jobs, replan=replan).as_text())
@@ -144,7 +142,7 @@ def train(
     workspace: options.Workspace = None,
 ) -> None:
     """Train on all folds but one and validate on that one."""
-    loaded = _load(config, overrides, workspace)
+    loaded = load(config, overrides, workspace)
     if dry_run:
         from pipeline.stages import dry_run as dry
 
@@ -192,7 +190,7 @@ def evaluate(
     tracking_uri: options.TrackingUri = None,
 ) -> None:
     """Segment labelled cases and score them on their native grids."""
-    loaded = _load(Path(target), overrides, workspace) if target.endswith((".yaml", ".yml")) else None
+    loaded = load(Path(target), overrides, workspace) if target.endswith((".yaml", ".yml")) else None
     from pipeline.stages import evaluate as stage
 
     report = stage.run(
@@ -283,7 +281,7 @@ def run(
     jobs: options.Jobs = None,
 ) -> None:
     """Run every stage that is stale, in order: check, preprocess, train, evaluate."""
-    loaded = _load(config, overrides, workspace)
+    loaded = load(config, overrides, workspace)
     from pipeline.stages import run as stage
 
     stage.run(loaded, fold=fold, device=device, jobs=jobs)
@@ -334,136 +332,13 @@ def find_best(
     workspace: options.Workspace = None,
 ) -> None:
     """Say which trained configuration to use, and which postprocessing helps it, by out-of-fold predictions."""
-    loaded = [_load(config, None, workspace) for config in configs]
+    loaded = [load(config, None, workspace) for config in configs]
     from pipeline.stages import find_best as stage
 
     typer.echo(stage.run(loaded, postprocessing=postprocessing, device=device, out=out).as_text())
 
 
-@app.command()
-def ui(
-    config: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG]", help="The experiment's YAML; without one, ./work.")
-    ] = None,
-    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 5000,
-    overrides: options.Overrides = None,
-    workspace: options.Workspace = None,
-) -> None:
-    """Open the MLflow UI on 127.0.0.1."""
-    loaded = _load(config, overrides, workspace) if config else None
-    from pipeline.stages import ui as stage
-
-    stage.run(loaded, workspace=workspace, port=port)
-
-
-@app.command()
-def sync(
-    workspace: Annotated[Path, typer.Option("--workspace", help="Its runs are looked at.")] = Path("work"),
-) -> None:
-    """Send to MLflow what could not be sent while it was out of reach."""
-    from pipeline.stages import sync as stage
-
-    if not stage.run(workspace):
-        raise typer.Exit(1)
-
-
-@app.command()
-def demo(
-    workspace: Annotated[Path, typer.Option("--workspace", help="Everything lands here.")] = Path("work/demo"),
-) -> None:
-    """Go the whole way on phantoms that medseg generates: manifest to label maps of new volumes, in minutes."""
-    from pipeline.stages import demo as stage
-
-    stage.run(workspace)
-
-
-@app.command()
-def networks(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One of them: its options.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
-) -> None:
-    """List the networks that a configuration can name, or the options of one."""
-    from pipeline.stages import networks as stage
-
-    if name is None:
-        entries = stage.run()
-        typer.echo(json.dumps(stage.as_json(entries), indent=2) if as_json else stage.entries_text(entries))
-    else:
-        documentation, options = stage.options_of(name)
-        text = stage.options_text(name, documentation, options)
-        typer.echo(json.dumps(stage.as_json(options), indent=2) if as_json else text)
-
-
-@app.command()
-def describe(
-    config: options.ConfigPath,
-    overrides: options.Overrides = None,
-    workspace: options.Workspace = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON, every layer with it.")] = False,
-) -> None:
-    """Explain a configuration's network: levels, parameters, receptive field, legal sizes, memory."""
-    loaded = _load(config, overrides, workspace)
-    from pipeline.stages import describe as stage
-
-    explanation = stage.run(loaded)
-    typer.echo(json.dumps(explanation.as_json(), indent=2) if as_json else explanation.as_text())
-
-
-@app.command("new-config")
-def new_config(
-    manifest: Annotated[Path, typer.Argument(metavar="MANIFEST", help="The manifest of your data.")],
-    out: Annotated[Path, typer.Option("--out", help="The YAML to write, configs/NAME.yaml.")],
-    preset: options.Preset = None,
-) -> None:
-    """Write a commented YAML to start from for one's own data."""
-    from pipeline.stages import new_config as stage
-
-    stage.run(manifest, out, preset)
-
-
-@app.command()
-def schema(
-    out: Annotated[Path | None, typer.Option("--out", help="File to write; default: standard output.")] = None,
-) -> None:
-    """Write the JSON Schema of the YAML, for editors."""
-    from pipeline.stages import schema as stage
-
-    text = stage.run(out)
-    if out is None:
-        typer.echo(text)
-
-
-@app.command()
-def clean(
-    workspace: Annotated[Path, typer.Option("--workspace", help="Its stores and runs are looked at.")] = Path("work"),
-    yes: Annotated[bool, typer.Option("--yes", help="Do it; without it, only say what would go.")] = False,
-) -> None:
-    """Remove stale store entries, unfinished writes and old checkpoints; says what before it does it."""
-    from pipeline.stages import clean as stage
-
-    stage.run(workspace, confirmed=yes)
-
-
-def _load(path: Path, overrides: list[str] | None, workspace: Path | None) -> Config:
-    """Read a configuration with its command-line overrides; a network's and a loss's options are checked with it."""
-    from pipeline.config_loading import load_config
-
-    config = load_config(path, overrides or [], _option_checks)
-    return config if workspace is None else config.changed(workspace=workspace.absolute())
-
-
-def _option_checks() -> OptionChecks:
-    """Return who knows the options of what stands in tables; costs the import of torch."""
-    from pipeline.networks import check_options as of_network
-    from pipeline.training.losses import check_options as of_loss
-    from pipeline.training.optimisation import check_optimiser, check_schedule
-
-    return {
-        "network.name": of_network,
-        "training.loss": of_loss,
-        "training.optimiser": check_optimiser,
-        "training.schedule": check_schedule,
-    }
+app.add_typer(aids)
 
 
 def main() -> None:

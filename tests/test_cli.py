@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cli
+from pipeline import cli_loading
 
 REPOSITORY = Path(__file__).parents[1]
 HEAVY = ("torch", "monai", "mlflow", "SimpleITK", "nibabel", "scipy", "matplotlib")
@@ -124,6 +124,6 @@ def test_the_workspace_of_the_command_line_wins(tmp_path: Path, monkeypatch: pyt
     path = tmp_path / "a.yaml"
     path.write_text("name: a\ndata: {manifest: m.json}\nworkspace: said\n")
     monkeypatch.chdir(tmp_path)
-    assert cli._load(path, ["seed=4"], None).workspace == tmp_path / "said"
-    assert cli._load(path, None, Path("other")).workspace == tmp_path / "other"
-    assert cli._load(path, ["seed=4"], None).seed == 4
+    assert cli_loading.load(path, ["seed=4"], None).workspace == tmp_path / "said"
+    assert cli_loading.load(path, None, Path("other")).workspace == tmp_path / "other"
+    assert cli_loading.load(path, ["seed=4"], None).seed == 4

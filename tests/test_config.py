@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from pipeline.cli import _option_checks
+from pipeline.cli_loading import option_checks
 from pipeline.config import (
     AugmentationSection,
     BudgetSection,
@@ -194,7 +194,7 @@ def test_a_new_configuration_replaces_nothing(manifest: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_is_extended_from_anywhere(preset: str, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(f"extends: preset:{preset}\nname: mine\ndata: {{manifest: m.json}}\nseed: 7\n")
-    config = load_config(tmp_path / "mine.yaml", (), _option_checks)
+    config = load_config(tmp_path / "mine.yaml", (), option_checks)
     assert (config.seed, config.data.manifest) == (7, tmp_path / "m.json")
     expected = {"fast": ("unet", "auto"), "standard": ("unet", 8), "large": ("residual_encoder_unet", 24)}
     assert (config.network.name, config.preprocessing.memory_gb) == expected[preset]
