@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cli_loading
+from pipeline import cli, cli_aids, cli_loading
 
 REPOSITORY = Path(__file__).parents[1]
 HEAVY = ("torch", "monai", "mlflow", "SimpleITK", "nibabel", "scipy", "matplotlib")
@@ -38,7 +38,8 @@ def medseg(*arguments: str, script: str = "from pipeline.cli import main; main()
 
 
 def commands() -> list[str]:
-    return [command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback]
+    every = [*cli.app.registered_commands, *cli_aids.aids.registered_commands]
+    return [command.name or command.callback.__name__ for command in every if command.callback]
 
 
 @pytest.fixture
