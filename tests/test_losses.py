@@ -181,7 +181,7 @@ def test_merged_log_probabilities_are_those_of_the_sum() -> None:
     # Far below what a probability can hold, its logarithm is still right.
     low = torch.tensor([-200.0, 0.0, -201.0]).view(1, 3, 1, 1, 1)
     one = truth_of(Target(torch.zeros(1, 1, 1, 1, dtype=torch.long), annotated((1,))), CLASSES)
-    assert one.of_truth(one.scores(low)).item() == pytest.approx(-200 + math.log1p(math.exp(-1)))
+    assert one.sums(one.scores(low))[0].item() == pytest.approx(-200 + math.log1p(math.exp(-1)))
 
 
 TWO_VOXELS = torch.tensor([0, 1]).view(1, 2, 1, 1)

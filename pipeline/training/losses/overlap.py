@@ -233,9 +233,8 @@ def overlap_sums(found: Judged, *, batch: bool, background: bool) -> OverlapSums
     """
     truth = found.truth
     overlap = truth.reference_sums(found.of_truth.exp())
-    predicted = (found.probabilities * truth.known).sum((2, 3, 4))
     reference = truth.reference_sums(truth.known)
-    sums = torch.stack([overlap, predicted, reference])[..., slice(None) if background else truth.foreground]
+    sums = torch.stack([overlap, found.predicted, reference])[..., slice(None) if background else truth.foreground]
     return OverlapSums(*(pooled(sums.sum(1)) if batch else sums).unbind())
 
 

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,9 +54,12 @@ class Truth(ABC):
         """Return (N, K, X, Y, Z); 0 for classes that are merged into the background."""
 
     @abstractmethod
-    def of_truth(self, scores: Tensor) -> Tensor:
-        """Return the log-probability of what is true, shaped as `known`; of voxels that are not known, anything
-        finite.
+    def sums(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what nearly every loss is made of.
+
+        Returns:
+            The log-probability of what is true, shaped as `known`, of voxels that are not known anything finite; and
+            the sum of each output's probability over each patch's known voxels, (N, K).
         """
 
     @abstractmethod
@@ -88,10 +92,20 @@ class Judged:
         """Of each output, (N, K, X, Y, Z)."""
         return self.truth.probabilities(self.scores)
 
-    @cached_property
+    @property
     def of_truth(self) -> Tensor:
         """Log-probability of what is true, shaped as `Truth.known`."""
-        return self.truth.of_truth(self.scores)
+        return self._sums[0]
+
+    @property
+    def predicted(self) -> Tensor:
+        """Sum of each output's probability over each patch's known voxels, (N, K)."""
+        return self._sums[1]
+
+    @cached_property
+    def _sums(self) -> tuple[Tensor, Tensor]:
+        """Both, from one pass."""
+        return self.truth.sums(self.scores)
 
 
 def judged(logits: Tensor, truth: Truth) -> Judged:
@@ -137,9 +151,10 @@ class ClassTruth(Truth):
         """Return the probabilities of classes."""
         return scores.exp()
 
-    def of_truth(self, scores: Tensor) -> Tensor:
-        """Return the log-probability of each voxel's class, (N, 1, X, Y, Z)."""
-        return scores.gather(1, self.classes[:, None])
+    def sums(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the log-probability of each voxel's class, (N, 1, X, Y, Z), and the classes' sums (N, K)."""
+        of_truth, predicted = _ClassSums.apply(scores, self.classes, self.known)  # type: ignore[no-untyped-call]
+        return of_truth, predicted
 
     def of_any(self, scores: Tensor) -> Tensor:
         """Return the mean log-probability over the classes that a voxel can have, (N, 1, X, Y, Z)."""
@@ -190,9 +205,10 @@ class RegionTruth(Truth):
         """Return the probability of each region."""
         return scores.sigmoid()
 
-    def of_truth(self, scores: Tensor) -> Tensor:
-        """Return the log-probability of being in a region, or of not being in it, (N, K, X, Y, Z)."""
-        return F.logsigmoid(torch.where(self.masks, scores, -scores))
+    def sums(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the log-probability of being in a region, or of not being in it, (N, K, X, Y, Z), and sums (N, K)."""
+        of_truth = F.logsigmoid(torch.where(self.masks, scores, -scores))
+        return of_truth, (scores.sigmoid() * self.known).sum((2, 3, 4))
 
     def of_any(self, scores: Tensor) -> Tensor:
         """Return the mean log-probability of being in and of not being in each region, (N, K, X, Y, Z)."""
@@ -205,6 +221,25 @@ class RegionTruth(Truth):
     def weights(self, of_outputs: Tensor) -> Tensor:
         """Return the weight of each region, (K, 1, 1, 1)."""
         return of_outputs[:, None, None, None]
+
+
+class _ClassSums(torch.autograd.Function):
+    """`ClassTruth.sums`, whose gradient is written into one tensor: with many classes each one counts."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, classes: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (N, 1, X, Y, Z) and (N, K) of log-probabilities (N, K, X, Y, Z)."""
+        probabilities = scores.exp().mul_(known)
+        ctx.save_for_backward(probabilities, classes)
+        return scores.gather(1, classes[:, None]), probabilities.sum((2, 3, 4))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """Return the gradient of the log-probabilities."""
+        of_truth, predicted = gradients
+        probabilities, classes = ctx.saved_tensors
+        gradient = probabilities * predicted[:, :, None, None, None]
+        return gradient.scatter_add_(1, classes[:, None], of_truth), None, None
 
 
 def truth_of(target: Target, outputs: int, *, regions: Regions | None = None, progress: float = 1.0) -> Truth:

@@ -1,0 +1,203 @@
+"""Minutes of training to a Dice, on a fold of the hippocampus: medseg, nnU-Net and MONAI's DynUNet, each by its own
+recipe, its schedule ending with each of several budgets.
+
+    python benchmarks/time_to_dice.py --peer-python PEERS/bin/python --out OUT [--fold 0] [--minutes 10 25 60]
+
+Same cases, same machine, one party after another. Minutes are those of training steps, batches and augmentation
+included; start-up, preprocessing and validation are not in them. Dice is the mean over both structures and the fold's
+cases, on their native grids, by medseg's scoring of each party's own predictions. The peers have the allocator's
+settings that medseg gives itself. OUT/fold_K/points.json holds what is measured, a run as it lands; what is there is
+not measured again. OUT/fold_K/time_to_dice.svg draws it.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from side_by_side import MEDSEG, PEERS
+
+from pipeline.config_loading import load_config
+from pipeline.data.manifest import Case, Manifest, load_manifest
+from pipeline.evaluation.metrics import score_case
+from pipeline.evaluation.structures import Structures
+from pipeline.volumes.volume import read_label
+
+OURS, SCRIPTS = "medseg", {"nnunet": "nnunet_training.py", "dynunet": "dynunet_training.py"}
+SNAPSHOTS = 8  # of each run
+WANTED = (0.85, 0.88, 0.89)
+
+# Of medseg on two cores, to validate about as often as the peers keep weights.
+EPOCH_MINUTES = 0.5
+
+# What `hardware.keep_freed_memory` does from within: memory once had is not given back to the kernel at each step.
+ALLOCATOR = {
+    "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=2147483647:glibc.malloc.top_pad=67108864"
+    ":glibc.malloc.hugetlb=1"
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A party's Dice of each structure after so many minutes and steps of a budget."""
+
+    party: str
+    budget: float
+    minutes: float
+    steps: int
+    dice: dict[str, float]
+
+    @property
+    def mean(self) -> float:
+        """Mean over the structures."""
+        return float(np.mean(list(self.dice.values())))
+
+
+def run_medseg(config: Path, fold: int, budget: float, folder: Path, count: int) -> list[Point]:
+    """Train by the command line, and read from the run's events when which Dice was reached."""
+    name = f"time_to_dice_{budget:g}"
+    often = max(1, round(budget / EPOCH_MINUTES / count))
+    changes = [f"name={name}", f"training.budget={{minutes: {budget}}}", f"training.validation_every_epochs={often}"]
+    common = [config, "--workspace", folder / OURS, *(part for change in changes for part in ("--set", change))]
+    for command in (("preprocess", *common), ("train", *common, "--fold", fold)):
+        subprocess.run([str(part) for part in (*MEDSEG, *command)], check=True)
+    return points_of_events(folder / OURS / "runs" / name / f"fold_{fold}" / "events.jsonl", budget)
+
+
+def points_of_events(path: Path, budget: float) -> list[Point]:
+    """Return a point for each validation; minutes are the steps' own, whatever lay between them."""
+    points, seconds, last = [], 0.0, 0
+    for line in path.read_text().splitlines():
+        event = json.loads(line)
+        values = event.get("values", {})
+        if event["kind"] != "metrics" or "train/steps_per_s" not in values:
+            continue
+        seconds += (event["step"] - last) / values["train/steps_per_s"]
+        last = event["step"]
+        dice = {name.removeprefix("val/dice/"): v for name, v in values.items() if name.startswith("val/dice/")}
+        if dice:
+            points.append(Point(OURS, budget, seconds / 60, last, dice))
+    return points
+
+
+def run_peer(party: str, python: Path, manifest: Manifest, fold: int, budget: float, folder: Path) -> list[Point]:
+    """Train and predict in the peers' environment, and score what was predicted."""
+    out = folder / f"{party}_{budget:g}"
+    shutil.rmtree(out, ignore_errors=True)
+    command = [python, PEERS / SCRIPTS[party], folder, budget, SNAPSHOTS, out]
+    subprocess.run([str(part) for part in command], check=True, env={**os.environ, **ALLOCATOR})
+    return [
+        Point(party, budget, kept["minutes"], kept["steps"], mean_dice(manifest, fold, Path(kept["folder"])))
+        for kept in json.loads((out / "snapshots.json").read_text())
+    ]
+
+
+def mean_dice(manifest: Manifest, fold: int, predicted: Path) -> dict[str, float]:
+    """Return the mean Dice of each structure over the fold's cases; one that is missed counts as 0."""
+    structures = Structures({name: (index,) for index, name in enumerate(manifest.labels) if index})
+    rows = [_dice(manifest, case, predicted, structures) for case in manifest.validation_cases(fold)]
+    return dict(zip(structures.classes, np.mean(rows, axis=0).tolist(), strict=True))
+
+
+def _dice(manifest: Manifest, case: Case, predicted: Path, structures: Structures) -> list[float]:
+    """Return a case's Dice of each structure."""
+    reference, found = (read_label(path) for path in (manifest.path_of(case.label), predicted / f"{case.id}.nii.gz"))
+    if not reference.geometry.matches(found.geometry):
+        raise SystemExit(f"{case.id}: the prediction has another grid")
+    # The label files' values are the class indices, 0, 1 and 2, in this data set.
+    rows = score_case(found.array, reference.array, found.geometry.spacing_mm, structures, 1.0, metrics=("dice",))
+    return [row.values.get("dice", 0.0) for row in rows]
+
+
+def write_cases(manifest: Manifest, fold: int, folder: Path) -> None:
+    """Write down the fold's cases for the peers."""
+
+    def paths(cases: tuple[Case, ...]) -> list[dict[str, str]]:
+        return [
+            {
+                "id": case.id,
+                "image": str(manifest.path_of(*case.images.values()).resolve()),
+                "label": str(manifest.path_of(case.label).resolve()),
+            }
+            for case in cases
+        ]
+
+    cases = {"training": paths(manifest.training_cases(fold)), "validation": paths(manifest.validation_cases(fold))}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cases.json").write_text(json.dumps({**cases, "labels": manifest.labels}, indent=1))
+
+
+def minutes_to(points: list[Point], wanted: float) -> float | None:
+    """Return the fewest minutes in which any of a party's runs had the Dice; between two points, by a straight line."""
+    found = []
+    for budget in {point.budget for point in points}:
+        run = sorted((point for point in points if point.budget == budget), key=lambda point: point.minutes)
+        reached = next((n for n, point in enumerate(run) if point.mean >= wanted), None)
+        if reached is None:
+            continue
+        before, after = run[reached - 1] if reached else None, run[reached]
+        share = (wanted - before.mean) / (after.mean - before.mean) if before else 1.0
+        found.append(before.minutes + share * (after.minutes - before.minutes) if before else after.minutes)
+    return min(found, default=None)
+
+
+def report(points: list[Point], folder: Path) -> None:
+    """Print the table, and draw the curves."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="minutes of training", ylabel="mean Dice", xscale="log", ylim=(0.5, 0.92))
+    print(f"{'':10}" + "".join(f"{f'min to {wanted}':>12}" for wanted in WANTED) + f"{'best':>9}")
+    for color, party in zip(("tab:blue", "tab:orange", "tab:green"), (OURS, *SCRIPTS), strict=True):
+        own = [point for point in points if point.party == party]
+        if not own:
+            continue
+        cells = [minutes_to(own, wanted) for wanted in WANTED]
+        shown = "".join(f"{'-' if cell is None else f'{cell:.1f}':>12}" for cell in cells)
+        print(f"{party:10}{shown}{max(point.mean for point in own):9.4f}")
+        for budget in sorted({point.budget for point in own}):
+            run = sorted((p for p in own if p.budget == budget), key=lambda point: point.minutes)
+            axes.plot([p.minutes for p in run], [p.mean for p in run], "o-", color=color, ms=3)
+        axes.plot([], [], "o-", color=color, label=party)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(folder / "time_to_dice.svg")
+
+
+def read_points(path: Path) -> list[Point]:
+    """Return what is measured already."""
+    return [Point(**point) for point in json.loads(path.read_text())] if path.exists() else []
+
+
+def main() -> None:
+    root = Path(__file__).resolve().parents[1]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer-python", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--config", type=Path, default=root / "configs" / "hippocampus_unet.yaml")
+    parser.add_argument("--fold", type=int, default=0)
+    parser.add_argument("--minutes", type=float, nargs="+", default=[10, 25, 60])
+    parser.add_argument("--only", choices=[OURS, *SCRIPTS], nargs="+", default=[OURS, *SCRIPTS])
+    chosen = parser.parse_args()
+    manifest = load_manifest(load_config(chosen.config).data.manifest)
+    folder = chosen.out.resolve() / f"fold_{chosen.fold}"
+    write_cases(manifest, chosen.fold, folder)
+    points = read_points(folder / "points.json")
+    for budget, party in product(chosen.minutes, chosen.only):
+        if any((point.party, point.budget) == (party, budget) for point in points):
+            continue
+        if party == OURS:
+            points += run_medseg(chosen.config.resolve(), chosen.fold, budget, folder, SNAPSHOTS)
+        else:
+            points += run_peer(party, chosen.peer_python.absolute(), manifest, chosen.fold, budget, folder)
+        (folder / "points.json").write_text(json.dumps([asdict(point) for point in points], indent=1))
+        report(points, folder)
+    report(points, folder)
+
+
+if __name__ == "__main__":
+    main()
