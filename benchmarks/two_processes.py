@@ -66,7 +66,8 @@ def run(processes: int, steps: int, batch: int) -> float:
     with socket.socket() as free:
         free.bind((LOOPBACK, 0))
         port = free.getsockname()[1]
-    group = {"WORLD_SIZE": processes, "MASTER_ADDR": LOOPBACK, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    group: dict[str, object] = {"WORLD_SIZE": processes, "MASTER_ADDR": LOOPBACK, "MASTER_PORT": port}
+    group |= {"OMP_NUM_THREADS": 1, "TORCH_CPP_LOG_LEVEL": "ERROR"}  # the latter as `medseg` sets it
     if sys.platform == "linux":
         group["GLOO_SOCKET_IFNAME"] = "lo"
     workers = [
