@@ -2,11 +2,11 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -79,8 +79,18 @@ def ended(process: subprocess.Popen[str], seconds: float = 300) -> tuple[int, st
         said = process.communicate(timeout=seconds)[1]
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            kill_all(process)
     return process.returncode, said
+
+
+def kill_all(launcher: subprocess.Popen[str]) -> None:
+    """Kill a launcher and what it has started, each of which has a session of its own."""
+    every = [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)]
+    for process in every:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(every[1:], timeout=60)
+    launcher.communicate()
 
 
 def train(config: Path, name: str, *more: str, processes: int = 2) -> None:
@@ -146,8 +156,7 @@ def test_killed_and_resumed_is_undisturbed(config: Path, whole: Path) -> None:
     assert code != 0, said
     launcher = start(*torchrun(2), *command(config, "killed", "--resume"))
     wait_for(folder, '"step": 12', launcher)
-    os.killpg(launcher.pid, signal.SIGKILL)
-    launcher.wait()
+    kill_all(launcher)
     assert not (folder / "models" / "last").exists()
     train(config, "killed", "--resume")
     assert same(folder, whole)
@@ -157,8 +166,7 @@ def test_resumed_by_one_process_it_ends_as_well(config: Path, whole: Path) -> No
     folder = run_folder(config, "fewer")
     launcher = start(*torchrun(2), *command(config, "fewer"))
     wait_for(folder, '"step": 6', launcher)
-    os.killpg(launcher.pid, signal.SIGKILL)
-    launcher.wait()
+    kill_all(launcher)
     train(config, "fewer", "--resume", processes=1)
     assert not same(folder, whole)
     ours, theirs = weights(folder), weights(whole)
