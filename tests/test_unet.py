@@ -13,8 +13,8 @@ from pipeline.networks import NetworkTask, build_network, check_options
 from pipeline.networks.blocks import ResidualUnit, trim
 from pipeline.networks.contract import Size, as_size, centre_crop
 from pipeline.networks.topology import Levels
-from pipeline.pyramid import topology
 from pipeline.networks.unet import Design, UNet, simple_unet, unet
+from pipeline.pyramid import topology
 
 PLANE = NetworkTask(1, 2, patch_size=(388, 388, 1), spacing_mm=(1.0, 1.0, 1.0), flat_axis=2)
 RONNEBERGER: dict[str, Any] = {
