@@ -42,8 +42,9 @@ def load_config(
     """Read a configuration, what it extends, and its overrides.
 
     `extends` names one YAML or a list of them, relative to the YAML that says it, or preset:NAME; later ones win.
-    Mappings are merged key by key; scalars and lists are replaced, and so is `training.budget`, of whose keys only one may stand. Options
-    of a network, loss, optimiser or schedule are dropped where another one is named, or null stands in their place.
+    Mappings are merged key by key; scalars and lists are replaced, and so is `training.budget`, of whose keys only one
+    may stand. Options of a network, loss, optimiser or schedule are dropped where another one is named, or null stands
+    in their place.
     `data.manifest`, `data.root` and `training.init_from` are relative to the YAML that says them, in an override to the
     current folder; the paths of the result are absolute.
 
