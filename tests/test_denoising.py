@@ -19,8 +19,8 @@ from pipeline.predictor import Predictor
 from pipeline.stages import evaluate, manifest, preprocess, run, train
 from pipeline.stages.denoising_task import DenoisingTask, DenoisingValidation
 from pipeline.tracking import metric_history
-from pipeline.training.sampling.denoising import NoisyBatches, WithoutLabel, noisy_volume, psnr_db
 from pipeline.training.sampling.cases import HeldCase
+from pipeline.training.sampling.denoising import NoisyBatches, WithoutLabel, noisy_volume, psnr_db
 from pipeline.training.sampling.patches import PatchSampler
 
 SETTINGS = (
