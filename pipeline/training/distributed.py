@@ -111,14 +111,24 @@ def joined(device: str) -> Iterator[torch.device]:
         yield pick_device(device)
         return
     chosen = _device_of_this(device)
-    with _lost_peers_named():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
-        yield chosen
-        _sum(torch.zeros(1))  # the first may still be busy: one that leaves before would look lost
-    # What is wrapped holds the group, whose threads would outlive the interpreter.
+    ended_well = False
+    try:
+        with _lost_peers_named():
+            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
+            yield chosen
+            _sum(torch.zeros(1))  # the first may still be busy: one that leaves before would look lost
+        ended_well = True
+    finally:
+        # After an error the others may be in a collective, and NCCL would wait for them.
+        if ended_well or chosen.type == "cpu":
+            _leave()
+
+
+def _leave() -> None:
+    """Leave the group: its threads must not outlive the interpreter, and what is wrapped to train holds it."""
     gc.collect()
-    # Not after an error: the others may be waiting in a collective, and leaving the group would wait for them.
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _device_of_this(name: str) -> torch.device:
