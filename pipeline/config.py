@@ -196,6 +196,9 @@ class TrainingSection(Section):
     activation_checkpointing: bool = False
     """Keep only what goes into each block of layers, and compute the rest again on the way back: less memory, about a
     third more time, the same gradients."""
+    deterministic: bool = False
+    """The same weights to the last bit each time, on one kind of device, torch and number of CPU threads, whatever
+    `workers` is and however often the training is resumed; refused where an operator is not. A little slower."""
     compile: bool = False
     """Train through torch.compile, which takes a minute or more at the start; where it fails or gives another loss,
     training goes on without, with a warning."""
@@ -258,6 +261,16 @@ class TrainingSection(Section):
     def _recomputes_once(self) -> TrainingSection:
         if self.compile and self.activation_checkpointing:
             raise ValueError("compile cannot take activation_checkpointing in; set one of them false")
+        return self
+
+    @model_validator(mode="after")
+    def _repeats_itself(self) -> TrainingSection:
+        if self.deterministic and self.compile:
+            raise ValueError("deterministic cannot answer for what compile makes of operators; set one of them false")
+        if self.deterministic and self.budget.minutes is not None:
+            raise ValueError(
+                "deterministic needs a budget in steps or epochs: how many steps fit into minutes is the machine's"
+            )
         return self
 
 

@@ -37,6 +37,10 @@ class TrainingError(PipelineError):
     """Training cannot begin, go on or be resumed."""
 
 
+class TrainingEnded(PipelineError):
+    """A training was ended before its time by whoever listened to its scores."""
+
+
 class EvaluationError(PipelineError):
     """Results of evaluations cannot be read, or cannot be compared with each other."""
 

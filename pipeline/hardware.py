@@ -6,6 +6,7 @@ import ctypes
 import gc
 import logging
 import os
+import platform
 import re
 import sys
 import time
@@ -24,6 +25,9 @@ log = logging.getLogger(__name__)
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Compiled = TypeVar("Compiled", bound=torch.nn.Module)
+
+# cuBLAS adds in one order with either of two workspaces (its manual, "Results reproducibility"); this is the faster.
+_CUBLAS_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # How far a compiled network's logits may be off, as a share of the largest: operations fused round differently.
 COMPILED_ERROR = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -304,6 +308,40 @@ def _left_in_group(folder: Path, limit: str, used: str, cached: str) -> Iterator
         gives_way = re.search(rf"^{cached} (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
         left = int((folder / limit).read_text()) - int((folder / used).read_text())
         yield left + (int(gives_way[1]) if gives_way else 0)
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Have torch take only operators that give the same bits each time, for a while; else it is left as it is.
+
+    An operator without such an implementation raises a RuntimeError that names it.
+    """
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    os.environ.setdefault(*_CUBLAS_WORKSPACE)
+    torch.backends.cudnn.benchmark = False  # it chooses kernels by their time
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+
+
+def arithmetic_facts(device: torch.device) -> dict[str, Any]:
+    """Return what the last bits of a result depend on besides what is computed.
+
+    On a CPU the number of threads decides how a sum is divided, and what the processor can do decides the kernels.
+    """
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device), "version of torch": str(torch.__version__)}
+    return {
+        "device": f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}",
+        "number of threads": torch.get_num_threads(),
+        "version of torch": str(torch.__version__),
+    }
 
 
 def threads_per_worker(workers: int) -> int:

@@ -11,6 +11,7 @@ MODEL/weights.safetensors   the network's weights
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 import yaml
 from pydantic import ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_model as save_weights
 
@@ -140,6 +141,20 @@ def load_model(folder: Path, device: torch.device) -> Model:
 def model_digest(folder: Path) -> str:
     """Return a digest of all in a model's folder that its label maps depend on, but for rules chosen afterwards."""
     return digest_of({name: file_digest(folder / name) for name in (WEIGHTS, DESCRIPTION, PLAN)})
+
+
+def weights_sha256(path: Path) -> str:
+    """Return the SHA-256 hex digest of a file of weights: of its tensors' names, types, shapes and bytes.
+
+    Not of the file: what else stands in its header may come in any order.
+    """
+    digest = hashlib.sha256()
+    with safe_open(path, framework="pt") as file:
+        for name in sorted(file.keys()):
+            tensor = file.get_tensor(name)
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def read_description(path: Path) -> ModelDescription:

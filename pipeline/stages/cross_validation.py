@@ -20,7 +20,8 @@ from pipeline.config import Config
 from pipeline.errors import PipelineError
 from pipeline.hardware import pick_device, threads_per_worker
 from pipeline.stages import fold_worker
-from pipeline.stages.fold_run import experiment_run, train_fold
+from pipeline.stages.fold_record import experiment_run
+from pipeline.stages.fold_run import train_fold
 from pipeline.stages.fold_task import FoldTask
 from pipeline.stages.fold_worker import FoldOrder
 from pipeline.stages.train import fold_tasks, refuse_nothing_to_resume

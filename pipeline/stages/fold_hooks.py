@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +25,13 @@ from pipeline.training.state import TrainState, averaged_weights
 
 log = logging.getLogger(__name__)
 
+# Is told at each validation which part of the training is done, 0 to 1, and the scores by name.
+Listener = Callable[[float, dict[str, float]], None]
+
+
+def unheard_scores(done: float, scores: dict[str, float]) -> None:
+    """Listen to no scores."""
+
 
 class FoldHooks:
     """The loop's hooks: validation through the shipping road, models, checkpoints, tracking.
@@ -32,11 +40,19 @@ class FoldHooks:
     stands behind `is_first` only reads and writes, and talks to no other process.
     """
 
-    def __init__(self, task: FoldTask, state: TrainState, tracked: RunLog, diagnosis: FoldDiagnosis) -> None:
+    def __init__(
+        self,
+        task: FoldTask,
+        state: TrainState,
+        tracked: RunLog,
+        diagnosis: FoldDiagnosis,
+        listener: Listener = unheard_scores,
+    ) -> None:
         self.share = this_share()
         self.task = task
         self.tracked = tracked
         self.diagnosis = diagnosis
+        self.listener = listener
         self.validation = task.validation(state.network)
 
     def validate(self, state: TrainState) -> dict[str, float]:
@@ -87,13 +103,16 @@ class FoldHooks:
     def checkpoint(self, state: TrainState) -> None:
         """Write the checkpoint: the first process's state, which is everyone's."""
         if self.share.is_first:
-            save_checkpoint(self.task.checkpoint, state, self.task.facts)
+            save_checkpoint(self.task.checkpoint, state, self.task.facts_to_resume)
 
     def epoch_ended(self, state: TrainState, metrics: dict[str, float]) -> None:
-        """Log the epoch's metrics, a line and an event; and where its time went."""
+        """Log the epoch's metrics, a line and an event; and where its time went. Then tell who listens to scores."""
         shown = "  ".join(f"{name.removeprefix('train/')} {value:.4g}" for name, value in metrics.items())
         log.info("fold %d  step %d of %d  %s", self.task.fold, state.step, state.total_steps, shown)
         self.tracked.metrics({**metrics, **self.diagnosis.epoch_times()}, state.step)
+        scores = {name.removeprefix("val/"): value for name, value in metrics.items() if name.startswith("val/")}
+        if scores:
+            self.listener(state.step / state.total_steps, scores)
 
     def not_finite(self, state: TrainState, step: int) -> TrainingError:
         """Look for the case and the layer."""

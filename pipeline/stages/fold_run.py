@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 
 from pipeline.confidence.calibration import save_calibration
-from pipeline.data.plan import write_plan
-from pipeline.errors import TrainingError
-from pipeline.hardware import compiled_to_train, keep_freed_memory
+from pipeline.errors import TrainingEnded, TrainingError
+from pipeline.hardware import compiled_to_train, deterministic, keep_freed_memory
+from pipeline.model import WEIGHTS, weights_sha256
 from pipeline.pictures import draw_learning_curves
 from pipeline.progress import counter
-from pipeline.records import atomic_path, exclusively, write_json, write_text
+from pipeline.records import atomic_path, exclusively
+from pipeline.stages.fold_determinism import refuse_nondeterministic
 from pipeline.stages.fold_diagnosis import FoldDiagnosis
-from pipeline.stages.fold_hooks import FoldHooks, shareable
-from pipeline.stages.fold_task import FACTS, FoldTask
-from pipeline.stages.initialisation import Initialisation, initialise
+from pipeline.stages.fold_hooks import FoldHooks, Listener, unheard_scores
+from pipeline.stages.fold_record import WEIGHTS_TAG, new_run
+from pipeline.stages.fold_task import FoldTask
+from pipeline.stages.initialisation import initialise
 from pipeline.stages.models import BEST, LAST
-from pipeline.stages.workspace import EARLIER, Workspace
-from pipeline.tracking import RunLog, SilentLog, environment_tags, metric_history, start_follower
+from pipeline.tracking import RunLog, SilentLog, metric_history, start_follower
 from pipeline.training.budget import Costs, seconds_per_step, steps_within
 from pipeline.training.checkpoints import load_checkpoint, save_checkpoint
 from pipeline.training.diagnosis.stopwatch import FINISHING, STARTING, Stopwatch
@@ -39,42 +38,51 @@ TRACKING_WAIT_S = 15.0
 PROBE_CASES = 3
 
 
-def train_fold(task: FoldTask, *, resume: bool) -> None:
+def train_fold(task: FoldTask, *, resume: bool, listener: Listener = unheard_scores) -> None:
     """Train one fold to the end of its budget, from its checkpoint or anew.
 
     Processes that train it together all come by here. The first alone holds the run folder and writes into it; what
     stands behind `is_first` talks to no other process.
 
+    Args:
+        task: the fold.
+        resume: from its checkpoint.
+        listener: is told the scores of each validation, and may end the training by raising TrainingEnded.
+
     Raises:
-        TrainingError: the checkpoint is of another configuration, the loss is not finite, or another process
-            trains here.
+        TrainingError: the checkpoint is of another configuration, the loss is not finite, another process trains here,
+            or the training was to be deterministic and an operator is not.
+        TrainingEnded: by the listener.
         ConfigError: nothing fits of the model that `training.init_from` names.
     """
     keep_freed_memory()
     _warn_of_unpaired_sides(task)
     busy = TrainingError(f"{task.folder}: is being trained by another process; wait until it is done")
     lock = task.folder.with_name(f".{task.folder.name}.lock")
-    with exclusively(lock, busy) if this_share().is_first else nullcontext():
-        _train_locked(task, resume=resume)
+    held = exclusively(lock, busy) if this_share().is_first else nullcontext()
+    with held, deterministic(task.config.training.deterministic):
+        _train_locked(task, resume=resume, listener=listener)
 
 
-def _train_locked(task: FoldTask, *, resume: bool) -> None:
+def _train_locked(task: FoldTask, *, resume: bool, listener: Listener) -> None:
     """Train one fold while no other process does."""
     began, share = time.monotonic(), this_share()
     state = task.new_state()
     clock = Stopwatch(task.device)
     batches = task.batches(state.network, clock)
+    if task.config.training.deterministic:
+        refuse_nondeterministic(task, batches)
     _wrap_step(task, state, batches)
     if resume:
-        load_checkpoint(task.checkpoint, state, task.facts)
+        load_checkpoint(task.checkpoint, state, task.facts_to_resume)
         agree({"checkpoint": (state.step, state.total_steps, state.best_step)})
         tracked = RunLog.resume(task.folder) if share.is_first else SilentLog(task.folder)
         log.info("fold %d: going on at step %d of %d", task.fold, state.step, state.total_steps)
     else:
         taken = initialise(task, state)  # before anything is moved or written: it may refuse
-        tracked = _new_run(task, taken) if share.is_first else SilentLog(task.folder)
+        tracked = new_run(task, taken) if share.is_first else SilentLog(task.folder)
     diagnosis = FoldDiagnosis(task, state, batches, clock)
-    hooks = FoldHooks(task, state, tracked, diagnosis)
+    hooks = FoldHooks(task, state, tracked, diagnosis, listener)
     try:
         with diagnosis.watchdog(tracked):
             if not resume:
@@ -90,7 +98,7 @@ def _train_locked(task: FoldTask, *, resume: bool) -> None:
             _finish(hooks, state)
         diagnosis.count_to(FINISHING)
     except BaseException as error:
-        tracked.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        tracked.finish("KILLED" if isinstance(error, KeyboardInterrupt | TrainingEnded) else "FAILED")
         raise
     finally:
         batches.close()
@@ -164,7 +172,7 @@ def _probe(hooks: FoldHooks, batches: Batches) -> Costs:
     start = time.monotonic()
     if this_share().is_first:
         unused = task.folder / "probe.safetensors"
-        save_checkpoint(unused, state, task.facts)
+        save_checkpoint(unused, state, task.facts_to_resume)
         unused.unlink()
     epoch_end_s, validation_s = from_first(time.monotonic() - start), from_first(validation_s)
     # The first process alone calibrates, on the cases that all of them have validated.
@@ -190,59 +198,6 @@ def _counted(batches: Batches, advance: Callable[[], None], accumulate: int) -> 
     return batch
 
 
-def _set_aside(folder: Path) -> None:
-    """Rename an earlier run's folder: hours of training are not overwritten by a command typed twice."""
-    if not folder.exists():
-        return
-    names = (folder.with_name(f"{EARLIER}{number}_{folder.name}") for number in itertools.count(1))
-    aside = next(name for name in names if not name.exists())
-    folder.rename(aside)
-    log.info("the earlier run is kept as %s (`medseg train --resume` would have gone on with it)", aside)
-
-
-def _new_run(task: FoldTask, taken: Initialisation | None) -> RunLog:
-    """Make the run folder, write down what is trained on what, and begin the run in MLflow."""
-    config, folder = task.config, task.folder
-    _set_aside(folder)
-    write_text(folder / "config.yaml", shareable(config))
-    write_plan(folder / "plan.yaml", task.plan)
-    write_json(folder / "fingerprint.json", task.fingerprint.model_dump(mode="json"))
-    write_json(folder / FACTS, task.facts)
-    parent = experiment_run(task)
-    parent.close()
-    tracked = RunLog.create(
-        folder,
-        uri=config.tracking.uri,
-        workspace=config.workspace,
-        experiment=config.tracking.experiment or task.manifest.name,
-        name=f"{config.name} fold {task.fold}",
-        parent=parent.folder,
-        tags={**environment_tags(), "medseg.manifest_digest": task.manifest.digest()},
-    )
-    tracked.params(config.model_dump(mode="json", exclude={"tracking", "workspace"}))
-    tracked.params({"fold": task.fold, "plan": task.plan.model_dump(mode="json", exclude={"reasons"})})
-    for context, cases in (("training", task.training_cases), ("validation", task.validation_cases)):
-        ids = [case.id for case in cases]
-        tracked.dataset(task.manifest.name, task.manifest.digest(), task.manifest.source, ids, context)
-    for name in ("config.yaml", "plan.yaml", "fingerprint.json"):
-        tracked.artifact(folder / name)
-    if taken is not None:
-        taken.record(folder, tracked)
-    return tracked
-
-
-def experiment_run(task: FoldTask) -> RunLog:
-    """Open the run in MLflow whose children the runs of the experiment's folds are, or begin it."""
-    config = task.config
-    return RunLog.ensure_parent(
-        Workspace(config.workspace).experiment(config.name),
-        uri=config.tracking.uri,
-        workspace=config.workspace,
-        experiment=config.tracking.experiment or task.manifest.name,
-        name=config.name,
-    )
-
-
 def _finish(hooks: FoldHooks, state: TrainState) -> None:
     """Draw the learning curves, hand the best model to tracking, and write the last one."""
     task, tracked = hooks.task, hooks.tracked
@@ -255,6 +210,9 @@ def _finish(hooks: FoldHooks, state: TrainState) -> None:
     tracked.model(task.folder / BEST, task.config.tracking.register_as, task.config.tracking.alias)
     # Last of all: where it is, the training is over.
     hooks.save_model(state, LAST, {})
+    digests = {name.name: weights_sha256(task.folder / name / WEIGHTS) for name in (BEST, LAST)}
+    tracked.tags({WEIGHTS_TAG + name: digest for name, digest in digests.items()})
+    log.info("fold %d: SHA-256 of the weights, %s", task.fold, ", ".join(f"{n} {d}" for n, d in digests.items()))
 
 
 def _calibrate(task: FoldTask, tracked: RunLog, step: int) -> None:

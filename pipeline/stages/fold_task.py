@@ -18,7 +18,7 @@ from pipeline.data.manifest import Case, Manifest
 from pipeline.data.plan import Fingerprint, Plan, read_plan
 from pipeline.data.store import CaseStore
 from pipeline.errors import ConfigError, ModelError, StoreError
-from pipeline.hardware import autocast, pick_dtype, place
+from pipeline.hardware import arithmetic_facts, autocast, pick_dtype, place
 from pipeline.model import model_digest
 from pipeline.networks import Network
 from pipeline.networks.fitting import fitted_plan, network_for, outputs_of
@@ -28,6 +28,7 @@ from pipeline.records import digest_of
 from pipeline.stages.calibrating import PASS_COST, TEMPERATURE_CASES, calibration_of
 from pipeline.stages.models import LAST, resolve_model
 from pipeline.stages.preprocess import CASES, KEYS, sources_digest
+from pipeline.stages.settling import plan_path
 from pipeline.stages.validation import DiceValidation, Validation
 from pipeline.stages.workspace import Workspace
 from pipeline.training.batch_norm import pool_batch_norms
@@ -92,7 +93,7 @@ class FoldTask:
         task = cls(
             config,
             manifest,
-            read_plan(folder / "plan.yaml"),
+            read_plan(plan_path(folder, config)),
             fingerprint,
             store,
             workspace.run(config.name, fold),
@@ -115,13 +116,18 @@ class FoldTask:
         if made_from["sources"] != sources_digest(self.manifest, self.plan):
             raise StoreError(f"{record.parent}: manifest or plan has changed since; run `medseg preprocess`")
         keys = made_from["cases"]
-        wanted = [case.id for case in (*self.training_cases, *self.validation_cases)]
-        stale = [case_id for case_id in wanted if self.store.key_of(case_id) != keys.get(case_id, "none")]
+        wanted = self.keys
+        stale = [case_id for case_id, key in wanted.items() if key != keys.get(case_id, "none")]
         if stale:
             raise StoreError(
                 f"{self.store.folder}: {len(stale)} of {len(wanted)} cases are missing or stale, "
                 f"{', '.join(stale[:5])} first; run `medseg preprocess`"
             )
+
+    @property
+    def keys(self) -> dict[str, str | None]:
+        """Digest of what each prepared case was made from, by the case's id."""
+        return {case.id: self.store.key_of(case.id) for case in (*self.training_cases, *self.validation_cases)}
 
     @property
     def training_cases(self) -> tuple[Case, ...]:
@@ -171,7 +177,7 @@ class FoldTask:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """What a resumed run must share with the run that began; written beside it and into its checkpoint."""
+        """What was trained on what; written beside the run."""
         return {
             "configuration": configuration_digest(self.config),
             "plan": self.plan.digest(),
@@ -179,6 +185,15 @@ class FoldTask:
             "fold": self.fold,
             "initial model": None if self.initial_model is None else model_digest(self.initial_model),
         }
+
+    @property
+    def facts_to_resume(self) -> dict[str, Any]:
+        """What a resumed run must share with the run that began: the facts, and what a deterministic one's last bits
+        depend on.
+        """
+        if not self.config.training.deterministic:
+            return self.facts
+        return {**self.facts, **arithmetic_facts(self.device), "number of processes": this_share().processes}
 
     @cached_property
     def initial_model(self) -> Path | None:
@@ -373,5 +388,7 @@ def configuration_digest(config: Config) -> str:
     """
     sections = {"seed", "task", "preprocessing", "network", "training", "inference"}
     left_out = {"training": {"init_from", "workers", "stall_minutes"}}
+    if not config.training.deterministic:  # runs that know nothing of it go on
+        left_out["training"].add("deterministic")
     kept = config.model_dump(mode="json", include=sections, exclude=left_out)
     return digest_of(kept)

@@ -57,7 +57,7 @@ def run(config: Config, *, fold: str = "0", resume: bool = False, device: str = 
 
 def _train_or_leave(task: FoldTask, resume: bool) -> None:
     """Train a fold, unless it is finished; what its folder holds is decided by the first process, who changes it."""
-    agree(task.facts)
+    agree(task.facts_to_resume)
     if from_first(resume and task.is_finished):
         log.info("fold %d: finished already, in %s", task.fold, task.folder)
     else:
