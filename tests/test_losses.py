@@ -346,6 +346,27 @@ def test_deep_supervision_weighs_levels_by_halves() -> None:
     torch.testing.assert_close(plain, loss_of("dice_ce", fine, truth))
 
 
+def test_a_loss_that_changes_with_the_progress_is_not_compiled_anew() -> None:
+    graphs = 0
+
+    def counting(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    objective = Objective(network_of(CLASSES), build_loss("boundary", {}), deep_supervision=False)
+    objective.compile_network_only()
+    called = torch.compile(objective, backend=counting)
+    image, target = torch.randn(1, 1, 16, 16, 16), Target(torch.zeros(1, 16, 16, 16, dtype=torch.long))
+    losses = []
+    for progress in (0.0, 0.4, 0.8):
+        objective.progress = progress
+        called(image, target).backward()
+        losses.append(objective(image, target).item())
+    assert graphs == 1
+    assert len(set(losses)) == 3
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_regions_ignored_voxels_and_partial_annotation_reach_every_level(name: str) -> None:
     network, image = network_of(len(REGIONS)), torch.randn(2, 1, 16, 16, 16)

@@ -183,6 +183,7 @@ def _probe(hooks: FoldHooks, batches: Batches) -> Costs:
 def _wrap_step(task: FoldTask, state: TrainState, batches: Batches) -> None:
     """Compile what a step calls, where the configuration says so and it works here, and join it to other processes."""
     if task.config.training.compile:
+        state.objective.compile_network_only()
         state.step_module = compiled_to_train(state.step_module, batches(0), task.dtype)
     state.step_module = synchronised(state.step_module)
 

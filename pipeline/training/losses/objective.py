@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,14 +43,23 @@ class Objective(nn.Module):
         self.deep_supervision = deep_supervision
         self.regions = regions
         self.progress = 1.0
+        self._judge = Objective._loss_of
 
     def forward(self, image: Tensor, target: Target | Tensor) -> Tensor:
         """Return the loss of images (N, C, *input) against a target of (N, *output), or against clean images."""
         if isinstance(target, Tensor):
             return self.loss(self.network(image), target)
-        if not self.deep_supervision:
-            return self._judged(self.network(image), target)
-        outputs = self.network.deep_supervision(image)
+        outputs = self.network.deep_supervision(image) if self.deep_supervision else [self.network(image)]
+        return self._judge(self, outputs, target)
+
+    def compile_network_only(self) -> None:
+        """Have torch.compile leave the loss as it is: one that changes with the progress it would compile at each step
+        anew.
+        """
+        self._judge = torch.compiler.disable(self._judge)
+
+    def _loss_of(self, outputs: Sequence[Tensor], target: Target) -> Tensor:
+        """Return the weighted mean of the losses of the logits of all levels, finest first."""
         weights = [0.5**level for level in range(len(outputs))]
         losses = [weight * self._judged(logits, target) for weight, logits in zip(weights, outputs, strict=True)]
         return torch.stack(losses).sum() / sum(weights)
