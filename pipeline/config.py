@@ -204,7 +204,7 @@ class TrainingSection(Section):
     training goes on without, with a warning."""
     sync_batch_norm: bool = False
     """Of several processes that train together: batch norms see the patches of all, as in one process; otherwise each
-    process's own."""
+    process's own, but where those are fewer than four."""
     foreground_fraction: Probability = 0.34
     """Share of the patches centred on a foreground voxel of a class drawn evenly; labels count for nothing under
     `task: denoise`."""

@@ -92,8 +92,8 @@ def test_a_case_knows_what_was_annotated_in_it(store: CaseStore) -> None:
 
 
 def test_weights_are_of_labels_that_can_be_drawn() -> None:
-    assert class_weights({"right": 3.0}, plan()) == {2: 3.0}
-    assert class_weights({}, plan()) == {}
+    assert class_weights({"right": 3.0}, plan().labels) == {2: 3.0}
+    assert class_weights({}, plan().labels) == {}
     for name in ("rihgt", "background"):
         with pytest.raises(ConfigError, match=f"training.sampling_weights: '{name}' cannot be drawn; .* left, right"):
-            class_weights({"left": 1.0, name: 2.0}, plan())
+            class_weights({"left": 1.0, name: 2.0}, plan().labels)

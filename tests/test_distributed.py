@@ -16,7 +16,8 @@ from distributed_program import STEPS, TRAININGS, told, training
 from safetensors.torch import load_file
 from torch import nn
 
-from pipeline.training.batch_norm import pool_batch_norms
+from pipeline.training.batch_norm import pool_batch_norms, pools_statistics
+from pipeline.training.distributed import Share
 
 PROGRAM = Path(__file__).with_name("distributed_program.py")
 PROCESSES = 2
@@ -157,3 +158,10 @@ def test_a_pooled_batch_norm_alone_is_torchs_batch_norm(momentum: float | None, 
         assert mine[0] == torchs[0]
         torch.testing.assert_close(mine[1], torchs[1])
     torch.testing.assert_close(ours.eval()(image), theirs.eval()(image))
+
+
+@pytest.mark.parametrize(("processes", "batch", "asked"), [(2, 4, False), (4, 8, False), (2, 8, True)])
+def test_batch_norms_are_pooled_where_one_process_has_too_few(processes: int, batch: int, *, asked: bool) -> None:
+    assert pools_statistics(Share(0, processes), batch, asked=asked)
+    assert not pools_statistics(Share(), batch, asked=True)
+    assert not pools_statistics(Share(0, processes), 4 * processes, asked=False)

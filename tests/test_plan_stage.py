@@ -40,8 +40,8 @@ def test_a_plan_says_what_training_takes(phantom_set: Path, tmp_path: Path) -> N
     config = config_of(phantom_set, tmp_path)
     report = plan.run(config, device="cpu")
     expected = report.expected
-    assert report.plan == read_plan(report.folder / "plan.yaml")
-    written = json.loads((report.folder / "expected.json").read_text())["expected"]
+    assert report.plan == read_plan(report.path)
+    written = json.loads(report.path.with_suffix(".expected.json").read_text())["expected"]
     assert written["step_s"] == expected.step_s
     assert expected.step_s is not None
     assert expected.fold_hours is not None
@@ -74,12 +74,6 @@ def test_a_plan_stays_until_its_facts_change(phantom_set: Path, tmp_path: Path) 
     (folder / "fingerprint.json").unlink()  # as of a run that was killed before it was written
     assert preprocess.run(config).plan == before
     assert (folder / "fingerprint.json").exists()
-
-
-def test_the_memory_is_part_of_what_a_store_is_named_by() -> None:
-    auto, said = PreprocessingSection(), PreprocessingSection(memory_gb=8)
-    assert auto.digest() != said.digest()
-    assert "memory_gb" not in auto.model_dump()  # stores of before keep their names
 
 
 @pytest.fixture
@@ -137,6 +131,9 @@ def test_a_dry_run_before_a_training_misses_nothing(phantom_set: Path, tmp_path:
     unfit = config.changed(network=config.network.changed(options={"levels": 9}))
     with pytest.raises(ConfigError, match="levels: 9"):
         dry_run.run(unfit)
+    weighted = config.changed(training=config.training.changed(sampling_weights={"liver": 2.0}))
+    with pytest.raises(ConfigError, match="'liver' cannot be drawn"):
+        dry_run.run(weighted)
 
 
 def test_the_commands_answer(nowhere: Path, phantom_set: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pipeline.pyramid import topology
 # nnU-Net's largest patch on a GPU of 8 GB; two of them are a step's batch. Larger ones are for a GPU that holds them.
 PATCH_VOXELS = 128**3
 SMALLEST_BATCH, LARGEST_BATCH = 2, 4
-# A GPU does a dozen small patches in hardly more time than a few.
+# A bound of ours, unmeasured: where patches are small, memory alone would admit hundreds.
 LARGEST_GPU_BATCH = 12
 # A step sees at most this share of the data set's voxels (Isensee et al. 2021, supplementary note 2).
 STEP_SHARE = 0.05
@@ -35,12 +35,14 @@ class Memory:
         usable_bytes: for a step, all that it keeps included.
         is_gpu: whether a GPU has it; on a CPU steps are kept small besides, for there time is short.
         step_bytes: what a step of training takes under a plan; None where the network does not fit it.
+        width: feature maps that the network has whatever is planned; None: it takes the plan's.
     """
 
     name: str
     usable_bytes: int
     is_gpu: bool
     step_bytes: StepBytes
+    width: int | None = None
 
     def holds(self, plan: Plan) -> bool:
         """Tell whether a step fits."""
@@ -61,8 +63,10 @@ def sized(plan: Plan, fingerprint: Fingerprint, section: PreprocessingSection, m
         memory: what may be taken; None: nothing is known of it, and only voxels are counted.
     """
     whole = _whole_case(fingerprint, plan.spacing_mm)
-    found, width = plan, WIDTHS[0]
-    for width in WIDTHS if memory else WIDTHS[:1]:
+    own = memory.width if memory else None
+    widths = (own,) if own else WIDTHS if memory else WIDTHS[:1]
+    found, width = plan, widths[0]
+    for width in widths:
         found = _with_patch(plan, fingerprint, section, memory, width)
         if section.patch_size != "auto" or prod(found.patch_size) >= min(prod(whole), SMALL_PATCH):
             break
@@ -70,7 +74,7 @@ def sized(plan: Plan, fingerprint: Fingerprint, section: PreprocessingSection, m
         # The network takes no such patch, whatever the memory: training will say why.
         return sized(plan, fingerprint, section, None)
     found = _with_batch(found, fingerprint, section, memory)
-    return _with_network(found, width, _width_reason(width))
+    return _with_network(found, width, _width_reason(width, is_set=own is not None))
 
 
 def _with_patch(
@@ -139,8 +143,10 @@ def _with_network(plan: Plan, width: int, reason: str) -> Plan:
     return _reasoned(plan.changed(network=network), "network", "; ".join([levels, reason, norm]))
 
 
-def _width_reason(width: int) -> str:
+def _width_reason(width: int, *, is_set: bool) -> str:
     """Say why the U-Net is as wide as it is."""
+    if is_set:
+        return f"{width} feature maps, {SET_HERE}"
     if width == WIDTHS[0]:
         return f"{width} feature maps, as nnU-Net has"
     return f"{width} feature maps, for with {WIDTHS[0]} only small patches would fit"

@@ -16,6 +16,7 @@ from pipeline.networks.description import Description, Layer, describe
 from pipeline.networks.fitting import fitted_plan, network_for, network_task, outputs_of
 from pipeline.stages.dataset import dataset_of
 from pipeline.stages.networks import aligned
+from pipeline.stages.settling import plan_path
 from pipeline.stages.workspace import Workspace
 
 # Patches a step where neither plan nor configuration says: nothing but the batch's memory depends on it.
@@ -89,9 +90,10 @@ def plan_of(config: Config, manifest: Manifest) -> tuple[Plan, str]:
     Raises:
         ConfigError: nothing is preprocessed, and the configuration itself does not say patch and spacing.
     """
-    path = Workspace(config.workspace).store(config, manifest.name) / "plan.yaml"
+    folder = Workspace(config.workspace).store(config, manifest.name)
+    path = plan_path(folder, config)
     if path.exists():
-        return read_plan(path), f"the plan of {path.parent.name}"
+        return read_plan(path), f"the plan {path.relative_to(folder.parent)}"
     section = config.preprocessing
     if section.patch_size == "auto" or section.spacing_mm == "auto":
         raise ConfigError(

@@ -15,7 +15,7 @@ from pipeline.errors import ConfigError
 from pipeline.networks.fitting import fitted_plan, network_for, outputs_of
 from pipeline.stages.dataset import dataset_of
 from pipeline.stages.describe import plan_of
-from pipeline.stages.fold_task import CHECKPOINT
+from pipeline.stages.fold_task import CHECKPOINT, class_weights
 from pipeline.stages.models import LAST
 from pipeline.stages.preprocess import CASES
 from pipeline.stages.train import TASKS, chosen_folds
@@ -56,10 +56,12 @@ def run(config: Config, *, fold: str = "0") -> DryRun:
 
     Raises:
         ManifestError: the manifest cannot be used.
-        ConfigError: it has no such fold, or the network does not fit the plan.
+        ConfigError: it has no such fold, a label has a weight that it has not, or the network does not fit the
+            plan.
     """
     manifest = dataset_of(config)
     numbers = chosen_folds(manifest, fold)
+    class_weights(config.training.sampling_weights, manifest.labels)
     facts = {
         "experiment": f"{config.name}, task: {config.task}, seed {config.seed}",
         "data": f"{manifest.name}: {len(manifest.cases):,} cases, {len(manifest.test_cases):,} held out, "

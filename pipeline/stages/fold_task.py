@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from pipeline.stages.preprocess import CASES, KEYS, sources_digest
 from pipeline.stages.settling import plan_path
 from pipeline.stages.validation import DiceValidation, Validation
 from pipeline.stages.workspace import Workspace
-from pipeline.training.batch_norm import pool_batch_norms
+from pipeline.training.batch_norm import pool_batch_norms, pools_statistics
 from pipeline.training.diagnosis.stopwatch import Clock, untimed
 from pipeline.training.distributed import this_share
 from pipeline.training.loop import LoopSettings
@@ -227,7 +227,7 @@ class FoldTask:
         torch.manual_seed(torch_seed(config.seed, "weights", 0))
         network = network_for(self.plan, config.network, self.outputs)
         objective = self.objective(network)
-        if section.sync_batch_norm and this_share().processes > 1:
+        if pools_statistics(this_share(), self.batch_size, asked=section.sync_batch_norm):
             pool_batch_norms(network)
         place(network, self.device)
         if section.activation_checkpointing:
@@ -315,7 +315,7 @@ class FoldTask:
             ConfigError: a label with a weight is not among the plan's.
         """
         section = self.config.training
-        weights = class_weights(section.sampling_weights, self.plan)
+        weights = class_weights(section.sampling_weights, self.plan.labels)
         augmentation = Augmentation(
             self.augmentation,
             patch_size=network.input_size(self.plan.patch_size),
@@ -350,13 +350,13 @@ class FoldTask:
         return keep(self.training_cases, self.store, self.plan, self.cases_at, self.device)
 
 
-def class_weights(of_labels: Mapping[str, float], plan: Plan) -> dict[int, float]:
+def class_weights(of_labels: Mapping[str, float], labels: Iterable[str]) -> dict[int, float]:
     """Return class index -> weight of the labels that `training.sampling_weights` names.
 
     Raises:
-        ConfigError: one of them is not a structure of the plan.
+        ConfigError: one of them is none of the labels, the first of which is the background.
     """
-    structures = list(plan.labels)[1:]
+    structures = list(labels)[1:]
     unknown = [name for name in of_labels if name not in structures]
     if unknown:
         raise ConfigError(
@@ -384,10 +384,11 @@ def initial_model_of(config: Config, fold: int) -> Path | None:
 def configuration_digest(config: Config) -> str:
     """Return a digest of what the weights depend on besides the data: not of where they are kept and tracked.
 
-    Nor of where the initial model lies: its own digest is among the facts.
+    Nor of where the initial model lies, nor of the memory that was planned for: the model's own digest and the plan's
+    are among the facts.
     """
     sections = {"seed", "task", "preprocessing", "network", "training", "inference"}
-    left_out = {"training": {"init_from", "workers", "stall_minutes"}}
+    left_out = {"preprocessing": {"memory_gb"}, "training": {"init_from", "workers", "stall_minutes"}}
     if not config.training.deterministic:  # runs that know nothing of it go on
         left_out["training"].add("deterministic")
     kept = config.model_dump(mode="json", include=sections, exclude=left_out)

@@ -22,14 +22,15 @@ from pipeline.stages.dataset import dataset_of
 from pipeline.stages.fold_task import FoldTask
 from pipeline.stages.made_up import Measured, measured
 from pipeline.stages.networks import aligned
-from pipeline.stages.preprocess import CASES, examinations_of, settle_plan
+from pipeline.stages.preprocess import CASES, examinations_of
+from pipeline.stages.settling import plan_path, settle_plan
 from pipeline.stages.step_memory import GPU_CONTEXT_BYTES, dtype_of, step_of, task_of
 from pipeline.stages.store_size import stored_bytes
 from pipeline.stages.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
-EXPECTED = "expected.json"
+EXPECTED = ".expected.json"
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Expected:
 class PlanReport:
     """A plan, where it lies, and what is expected of it."""
 
-    folder: Path
+    path: Path
     plan: Plan
     network: str
     expected: Expected
@@ -75,12 +76,15 @@ class PlanReport:
             "spacing_mm": "x".join(f"{mm:.4g}" for mm in plan.spacing_mm) + " mm",
             "patch_size": "x".join(map(str, plan.patch_size)) + " voxels",
             "batch_size": f"{plan.batch_size} patches a step",
-            "network": f"{self.network}" + (f", {len(plan.network.kernels)} levels" if plan.network else ""),
         }
         rows = [(name, value, plan.reasons.get(name, "")) for name, value in values.items()]
+        rows.append(("network", self.network, "with the U-Net's sizes below where it takes any that are planned"))
+        if plan.network:
+            sizes = f"{len(plan.network.kernels)} levels of {plan.network.width} feature maps and more"
+            rows.append(("U-Net", sizes, plan.reasons.get("network", "")))
         for name, value in _texts(expected).items():
             rows.append((name, value, expected.reasons.get(name, "")))
-        return "\n".join([f"{self.folder / 'plan.yaml'}", "", *aligned(rows)])
+        return "\n".join([str(self.path), "", *aligned(rows)])
 
 
 def run(config: Config, *, device: str = "auto", jobs: int | None = None, replan: bool = False) -> PlanReport:
@@ -108,8 +112,9 @@ def run(config: Config, *, device: str = "auto", jobs: int | None = None, replan
             expected = _expected(task, facts, [examinations[case.id] for case in manifest.development_cases], device)
         except ValueError as error:
             raise ConfigError(f"network {config.network.name}: {error}") from error
-        write_json(folder / EXPECTED, {"expected": asdict(expected)})
-    return PlanReport(folder, task.plan, config.network.name, expected)
+        path = plan_path(folder, config)
+        write_json(path.with_suffix(EXPECTED), {"expected": asdict(expected)})
+    return PlanReport(path, task.plan, config.network.name, expected)
 
 
 def _expected(task: FoldTask, facts: Fingerprint, cases: Sequence[CaseExamination], device: str) -> Expected:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import threading
@@ -18,16 +17,17 @@ import psutil
 from pipeline.config import Config
 from pipeline.data.cases import read_case_images, read_case_label
 from pipeline.data.manifest import Case, Manifest
-from pipeline.data.plan import Fingerprint, Plan, read_plan, write_plan
+from pipeline.data.plan import Plan
 from pipeline.data.store import STORE_FORMAT_VERSION, CaseStore
-from pipeline.errors import ConfigError, ManifestError, PipelineError, StoreError
+from pipeline.errors import ManifestError, PipelineError, StoreError
 from pipeline.preparation.examination import CaseExamination
-from pipeline.preparation.planning import fingerprint, make_plan
+from pipeline.preparation.planning import fingerprint
 from pipeline.preparation.preprocessing import prepare_case
 from pipeline.preparation.survey import compare_cases, cores, examine_cases
 from pipeline.progress import track
-from pipeline.records import digest_of, write_json, write_text
+from pipeline.records import digest_of, write_json
 from pipeline.stages.dataset import dataset_of
+from pipeline.stages.settling import settle_plan
 from pipeline.stages.store_size import memory_at_once, needed_bytes, stored_bytes
 from pipeline.stages.workspace import Workspace
 
@@ -48,7 +48,7 @@ class PreprocessReport:
 
     Attributes:
         folder: of the store: plan.yaml, fingerprint.json, cases/.
-        plan: as it stands there.
+        plan: the configuration's, as it stands there.
         written: ids of the cases that were made or redone.
         fresh: ids of those that were left alone.
     """
@@ -95,48 +95,6 @@ def run(config: Config, *, jobs: int | None = None, replan: bool = False) -> Pre
         raise PipelineError("\n".join([f"{len(lines)} of {len(stale)} cases failed; the others are done:", *lines]))
     written = tuple(case.id for case in stale)
     return PreprocessReport(folder, plan, written, tuple(i for i, state in states.items() if state == "fresh"))
-
-
-def settle_plan(
-    folder: Path, facts: Fingerprint, manifest: Manifest, config: Config, *, replan: bool = False, device: str = "auto"
-) -> Plan:
-    """Write the plan and return it; one that a person has edited, or that was made from the same facts, is kept.
-
-    The digest of the plan as it was written stands beside it: a plan with another digest was edited. The facts stand
-    there too, and are written last: with them, the plan is one that was made from them.
-
-    Raises:
-        ConfigError: the edited plan cannot be read, or its channels or labels are not the manifest's.
-    """
-    path, record, facts_path = (folder / name for name in ("plan.yaml", "plan.sha256", "fingerprint.json"))
-    content = facts.model_dump(mode="json")
-    if path.exists() and not replan:
-        kept = read_plan(path)
-        is_ours = record.exists() and kept.digest() == record.read_text(encoding="utf-8").strip()
-        is_known = facts_path.exists() and json.loads(facts_path.read_text(encoding="utf-8")) == content
-        if is_ours and is_known and not _misfits(kept, manifest):
-            return kept
-        plan = planned(facts, manifest, config, device)
-        # A run killed between the first two writes below has left a plan of ours that is not recorded.
-        if not is_ours and kept.digest() != plan.digest():
-            _refuse_unfit(path, kept, manifest)
-            log.info("%s: edited by hand, kept; --replan makes it anew", path)
-            write_json(facts_path, content)
-            return kept
-    else:
-        plan = planned(facts, manifest, config, device)
-    write_plan(path, plan)
-    write_text(record, plan.digest() + "\n")
-    write_json(facts_path, content)
-    return plan
-
-
-def planned(facts: Fingerprint, manifest: Manifest, config: Config, device: str = "auto") -> Plan:
-    """Return the plan of a configuration, its patch and batch chosen for the memory that its network has."""
-    # Only planning asks networks: what is planned already is found fresh without torch.
-    from pipeline.stages.step_memory import memory_for
-
-    return make_plan(facts, manifest, config.preprocessing, memory_for(config, manifest, facts, device))
 
 
 def sources_digest(manifest: Manifest, plan: Plan) -> str:
@@ -265,23 +223,6 @@ def _drop_leftovers(store: CaseStore) -> None:
     for path in store.leftovers():
         log.info("%s: left by a writer that was killed; removed", path)
         shutil.rmtree(path)
-
-
-def _refuse_unfit(path: Path, plan: Plan, manifest: Manifest) -> None:
-    """Raise where an edited plan is not for this manifest."""
-    for name in _misfits(plan, manifest):
-        raise ConfigError(
-            f"{path}: {name}: this edited plan says {getattr(plan, name)}, the manifest {getattr(manifest, name)}; "
-            "mend the plan, or plan anew with `medseg preprocess CONFIG --replan`"
-        )
-    if set(plan.normalisation) != set(plan.channels):
-        raise ConfigError(f"{path}: normalisation: one entry for each of {', '.join(plan.channels)} is needed")
-
-
-def _misfits(plan: Plan, manifest: Manifest) -> list[str]:
-    """Return the fields in which a plan is not for a manifest; the order of channels and labels counts."""
-    names = ("channels", "labels", "label_pairs", "regions", "ignore_label")
-    return [name for name in names if repr(getattr(plan, name)) != repr(getattr(manifest, name))]
 
 
 def _free_bytes() -> int:

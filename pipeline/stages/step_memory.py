@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +70,14 @@ def memory_for(config: Config, manifest: Manifest, facts: Fingerprint, device: s
         except ValueError:
             return None
 
-    return Memory(name, usable, is_gpu, step_bytes)
+    return Memory(name, usable, is_gpu, step_bytes, _own_width(config.network.options))
+
+
+def _own_width(options: Mapping[str, Any]) -> int | None:
+    """Return the feature maps of the finest level where a network's options say them; what is wrong is said later."""
+    widths = options.get("widths")
+    width = widths[0] if isinstance(widths, list | tuple) and widths else options.get("width")
+    return width if isinstance(width, int) and width > 0 else None
 
 
 def task_of(

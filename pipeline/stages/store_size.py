@@ -23,7 +23,7 @@ def needed_bytes(examination: CaseExamination, plan: Plan) -> int:
 def stored_bytes(examination: CaseExamination, plan: Plan) -> int:
     """Return what a case takes on disk at most: float16 images and a label on the plan's grid, the label on its own.
 
-    Without what cropping and compression save; images of noise compress by a tenth, empty frames to nothing.
+    Without what cropping and compression save.
     """
     label_bytes = 1 if len(plan.labels) < 256 else 2
     voxels = _voxels(examination, plan)

@@ -16,11 +16,12 @@ class Workspace:
     """The layout of the workspace folder, `./work` by default.
 
     checks/                 what one read of each case taught
-    stores/NAME-DIGEST/     plan.yaml, fingerprint.json and cases/, shared by all configurations of one data set and
-                            preprocessing
+    stores/NAME-DIGEST/     plan.yaml, plans/ of other networks, fingerprint.json and cases/, shared by all
+                            configurations of one data set and preprocessing
     runs/NAME/fold_K/       config, plan, events, checkpoint, models/best, models/last, evaluation
     runs/NAME/              evaluation of all folds, out_of_fold/ predictions, postprocessing.json chosen on them
     comparisons/NAME/       what `medseg compare` and `medseg find-best` found
+    sweeps/NAME/            trials of `medseg sweep`; each is an experiment NAME-trial-N among the runs
     evaluations/NAME/       evaluations of models from elsewhere
     mlflow.db, mlartifacts/ MLflow's database and artifacts, unless a tracking server is named
     fetched/                models fetched from MLflow
@@ -54,13 +55,22 @@ class Workspace:
         return self.root / "evaluations"
 
     @property
+    def sweeps(self) -> Path:
+        """Folder of all sweeps."""
+        return self.root / "sweeps"
+
+    @property
     def fetched(self) -> Path:
         """Folder of models fetched from MLflow."""
         return self.root / "fetched"
 
     def store(self, config: Config, manifest_name: str) -> Path:
-        """Return the store of a data set under a configuration's preprocessing."""
-        return self.stores / f"{manifest_name}-{config.preprocessing.digest()[:8]}"
+        """Return the store of a data set under a configuration's preprocessing.
+
+        The memory that is planned for has no part in it: images are treated alike whatever it is.
+        """
+        treatment = config.preprocessing.changed(memory_gb="auto")
+        return self.stores / f"{manifest_name}-{treatment.digest()[:8]}"
 
     def experiment(self, name: str) -> Path:
         """Return the folder of an experiment: one run folder a fold."""

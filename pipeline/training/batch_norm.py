@@ -1,11 +1,28 @@
-"""Batch norm over the patches of all processes, for `training.sync_batch_norm`."""
+"""Batch norm over the patches of all processes: where the configuration asks for it, or one process has too few."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.training.distributed import pooled, this_share
+from pipeline.data.plan import SMALLEST_NORM_BATCH
+from pipeline.training.distributed import Share, pooled, this_share
+
+
+def pools_statistics(share: Share, batch_size: int, *, asked: bool) -> bool:
+    """Tell whether batch norms see the patches of all processes: where it is asked for, or one has too few by itself.
+
+    The network is then the same whatever the number of processes, and a resumed training may have another.
+
+    Args:
+        share: of this process.
+        batch_size: patches of a batch, over all processes.
+        asked: whether the configuration wants it.
+
+    Raises:
+        ConfigError: the batch cannot be divided evenly.
+    """
+    return share.processes > 1 and (asked or share.batch_size(batch_size) < SMALLEST_NORM_BATCH)
 
 
 def pool_batch_norms(network: nn.Module) -> None:
