@@ -24,7 +24,7 @@ from side_by_side import MEDSEG, run_apart
 from synthetic import ct_phantom, ct_plan, grid, save_untrained
 
 from pipeline.hardware import autocast, keep_freed_memory, pick_device, pick_dtype
-from pipeline.inference.windows import windows_at_once
+from pipeline.inference.windows.streaming import windows_at_once
 from pipeline.networks import Network
 from pipeline.volumes.volume import Volume, read_label
 from pipeline.volumes.writing import write_image

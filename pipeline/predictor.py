@@ -41,8 +41,8 @@ from pipeline.inference.memory import MemoryPlan, plan_memory
 from pipeline.inference.planes import LogitPlanes, ahead
 from pipeline.inference.postprocessing import common_rules, postprocess, with_rules
 from pipeline.inference.probabilities import ProbabilityRequest
-from pipeline.inference.tiling import Windowing
-from pipeline.inference.windows import LogitStream, stream_logits, windows_at_once
+from pipeline.inference.windows.streaming import LogitStream, stream_logits, windows_at_once
+from pipeline.inference.windows.tiling import Windowing
 from pipeline.model import Model, load_model, refuse_other_member, refuse_other_task
 from pipeline.networks import Network
 from pipeline.preparation.preprocessing import PreparedImage, label_values, prepare_images

@@ -13,7 +13,7 @@ from network_variants import FLAT_TASK, TASK
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from pipeline.inference.windows import Windowing, stream_logits
+from pipeline.inference.windows.streaming import Windowing, stream_logits
 from pipeline.networks import Network, NetworkTask, build_network
 from pipeline.networks.contract import Size, as_size
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.evaluation.choosing import choose
+from pipeline.evaluation.comparison.choosing import choose
 
 PATIENTS = [f"p{number:02d}" for number in range(12)]
 FOLDS = [number % 3 for number in range(12)]

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from pipeline.errors import EvaluationError
-from pipeline.evaluation.comparison import ComparisonResult, Pair, compare
-from pipeline.evaluation.comparison_report import (
+from pipeline.evaluation.comparison.comparing import ComparisonResult, Pair, compare
+from pipeline.evaluation.comparison.members import Member, MemberRun
+from pipeline.evaluation.comparison.report import (
     as_markdown,
     as_text,
     draw_boxes,
@@ -19,8 +20,7 @@ from pipeline.evaluation.comparison_report import (
     write_page,
     write_tables,
 )
-from pipeline.evaluation.comparison_statistics import by_patient, holm, rank_shares, signed_rank_p
-from pipeline.evaluation.members import Member, MemberRun
+from pipeline.evaluation.comparison.statistics import by_patient, holm, rank_shares, signed_rank_p
 from pipeline.evaluation.metrics import METRICS, Row, Status
 from pipeline.evaluation.scored import ScoredCase
 from pipeline.evaluation.statistics import MEAN

@@ -14,7 +14,7 @@ from tiny_models import make_plan
 
 from pipeline.config import Config, InferenceSection
 from pipeline.errors import EvaluationError, ModelError
-from pipeline.evaluation.comparison import compare
+from pipeline.evaluation.comparison.comparing import compare
 from pipeline.evaluation.metrics import score_case
 from pipeline.evaluation.structures import Structures
 from pipeline.inference.postprocessing import (
@@ -193,6 +193,14 @@ def test_the_best_is_recommended_where_the_test_tells_it_from_the_others() -> No
     verdict = verdict_of(compare("two", [bad, good], samples=50))
     assert (verdict.best, verdict.recommended, verdict.level) == ("good", "good", ("good",))
     assert verdict.reason.startswith("good has the best mean Dice, 0.8350; against it bad -0.0500 [-0.0500, -0.0500]")
+
+
+def test_of_few_patients_a_clear_difference_is_no_noise() -> None:
+    # Of five patients the smallest p of a signed-rank test is 0.06.
+    good = member("good", *(scored(str(n), d, d, seconds=9.0) for n, d in enumerate(DICE[:5])))
+    bad = member("bad", *(scored(str(n), d - 0.3, d - 0.3, seconds=1.0) for n, d in enumerate(DICE[:5])))
+    verdict = verdict_of(compare("two", [bad, good], samples=50))
+    assert (verdict.recommended, verdict.level) == ("good", ("good",))
 
 
 def test_within_noise_the_cheaper_is_recommended() -> None:

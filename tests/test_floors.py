@@ -34,10 +34,11 @@ KEEPERS = {
     "nibabel": ("pipeline.volumes",),
     "blosc2": ("pipeline.data",),
     "monai": ("pipeline.networks.monai_networks", "pipeline.training.losses.centreline", "pipeline.evaluation.metrics"),
+    "optuna": ("pipeline.stages.sweep_search",),
     "typer": ("pipeline.cli", "pipeline.cli_aids", "pipeline.cli_options"),
 }
 # Libraries that cost a second or are missing on a bare node: imported inside the functions that need them.
-LAZY = ("SimpleITK", "monai")
+LAZY = ("SimpleITK", "monai", "optuna")
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -101,7 +102,7 @@ def test_every_module_has_a_floor() -> None:
         ("pipeline.volumes.volume", "import pipeline.stages.check"),
         ("pipeline.volumes.volume", "from ..inference import windows"),
         ("pipeline.geometry", "def f():\n    from pipeline.volumes.volume import Volume"),
-        ("pipeline.training.loop", "from pipeline.inference.windows import stream_logits"),
+        ("pipeline.training.loop", "from pipeline.inference.windows.streaming import stream_logits"),
         ("pipeline.networks.unet", "if TYPE_CHECKING:\n    from pipeline.tracking import RunLog"),
         ("pipeline.stages.train", "from pipeline.cli import app"),
         ("pipeline.stages.train", "def f():\n    import mlflow.tracking"),

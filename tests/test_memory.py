@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import ResourceError
 from pipeline.inference.memory import RUNTIME_BYTES, SLACK, MemoryPlan, plan_memory
-from pipeline.inference.tiling import Windowing
+from pipeline.inference.windows.tiling import Windowing
 from pipeline.networks import Network
 from pipeline.networks.footprint import footprint
 
@@ -105,8 +105,8 @@ STREAM = """
 import torch
 from pipeline.hardware import keep_freed_memory, peak_memory_bytes, reset_peak_memory
 from pipeline.inference.memory import plan_memory
-from pipeline.inference.tiling import Windowing
-from pipeline.inference.windows import stream_logits
+from pipeline.inference.windows.tiling import Windowing
+from pipeline.inference.windows.streaming import stream_logits
 from pipeline.networks import NetworkTask, build_network
 
 keep_freed_memory()

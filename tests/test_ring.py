@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from pipeline.errors import ResourceError
-from pipeline.inference.agreement import AgreementCount
-from pipeline.inference.ring import LEAST_SHARE, Ring, planes_at_once, runs, zeros_on_disk
-from pipeline.inference.tiling import Tiling, Windowing, tile_volume
+from pipeline.inference.windows.agreement import AgreementCount
+from pipeline.inference.windows.ring import LEAST_SHARE, Ring, planes_at_once, runs, zeros_on_disk
+from pipeline.inference.windows.tiling import Tiling, Windowing, tile_volume
 from pipeline.networks.outputs import classes_of
 
 CPU = torch.device("cpu")

@@ -17,8 +17,8 @@ from torch.nn import functional
 from pipeline.config import Output
 from pipeline.errors import ResourceError
 from pipeline.inference.planes import LogitPlanes, ahead
-from pipeline.inference.tiling import Windowing
-from pipeline.inference.windows import stream_logits
+from pipeline.inference.windows.streaming import stream_logits
+from pipeline.inference.windows.tiling import Windowing
 from pipeline.networks import Network, NetworkTask, build_network
 from pipeline.volumes.body import BLOCK, Body, block_counts
 

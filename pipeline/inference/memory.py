@@ -15,9 +15,9 @@ import torch
 
 from pipeline.errors import ResourceError
 from pipeline.hardware import available_bytes, resident_bytes
-from pipeline.inference.ring import plane_bytes, planes_at_once
-from pipeline.inference.tiling import Size, Windowing
-from pipeline.inference.windows import tiling_of
+from pipeline.inference.windows.ring import plane_bytes, planes_at_once
+from pipeline.inference.windows.streaming import tiling_of
+from pipeline.inference.windows.tiling import Size, Windowing
 from pipeline.networks.footprint import footprint
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import EvaluationError, PipelineError
-from pipeline.evaluation import comparison_report as report
-from pipeline.evaluation.comparison import ComparisonResult, compare
-from pipeline.evaluation.members import Member
+from pipeline.evaluation.comparison import report as report
+from pipeline.evaluation.comparison.comparing import ComparisonResult, compare
+from pipeline.evaluation.comparison.members import Member
 from pipeline.evaluation.statistics import MEAN
 from pipeline.records import write_text
 from pipeline.stages.member_runs import names_of, read_run, run_folders

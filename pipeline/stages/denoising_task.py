@@ -13,8 +13,8 @@ from torch import Tensor
 from pipeline.config import AugmentationSection
 from pipeline.data.manifest import Case
 from pipeline.errors import ConfigError, ModelError
-from pipeline.inference.tiling import Windowing
-from pipeline.inference.windows import stream_logits, windows_at_once
+from pipeline.inference.windows.streaming import stream_logits, windows_at_once
+from pipeline.inference.windows.tiling import Windowing
 from pipeline.networks import Network
 from pipeline.pictures import draw_images
 from pipeline.stages.fold_task import FoldTask

@@ -16,9 +16,9 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.data.plan import read_plan
-from pipeline.evaluation import comparison_report
-from pipeline.evaluation.comparison import ComparisonResult, compare
-from pipeline.evaluation.members import Member
+from pipeline.evaluation.comparison import report as comparison_report
+from pipeline.evaluation.comparison.comparing import ComparisonResult, compare
+from pipeline.evaluation.comparison.members import Member
 from pipeline.evaluation.statistics import MEAN, Estimate
 from pipeline.model import PLAN
 from pipeline.records import write_json
@@ -34,7 +34,8 @@ from pipeline.stages.workspace import Workspace
 log = logging.getLogger(__name__)
 
 METRIC = "dice"
-# A difference whose corrected p is not below this is within noise.
+# A difference is within noise where its corrected p is not below this and its interval holds 0. The interval is asked
+# too, for of five patients or fewer no signed-rank test reaches such a p, however far two members lie apart.
 SIGNIFICANCE = 0.05
 
 
@@ -169,7 +170,7 @@ def verdict_of(result: ComparisonResult) -> Verdict:
     for pair in result.pairs:
         if (pair.metric, pair.class_name) == (METRIC, MEAN) and best in (pair.first, pair.second):
             other = pair.second if pair.first == best else pair.first
-            told = pair.p_holm < SIGNIFICANCE
+            told = pair.p_holm < SIGNIFICANCE or pair.difference.low > 0 or pair.difference.high < 0
             level += [] if told else [other]
             said.append(f"{other} {_signed(pair.difference, pair.first == best)}, p {pair.p_holm:.2g}")
     cost, unit = _costs(result.members)

@@ -13,7 +13,7 @@ from pipeline.config import Config, TrainingSection
 from pipeline.config_loading import load_config
 from pipeline.data.plan import Plan, read_plan
 from pipeline.errors import EvaluationError, ModelError
-from pipeline.evaluation.members import MemberRun
+from pipeline.evaluation.comparison.members import MemberRun
 from pipeline.evaluation.scored import read_case_table
 from pipeline.model import CONFIG, DESCRIPTION, PLAN, ModelDescription, load_model, read_description
 from pipeline.stages.models import BEST, LAST

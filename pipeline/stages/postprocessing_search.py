@@ -16,7 +16,7 @@ from pipeline.data.cases import read_case_label
 from pipeline.data.manifest import Case, Manifest
 from pipeline.data.plan import Plan
 from pipeline.errors import EvaluationError, ModelError
-from pipeline.evaluation.choosing import Choice, Tried, choose
+from pipeline.evaluation.comparison.choosing import Choice, Tried, choose
 from pipeline.evaluation.statistics import Estimate
 from pipeline.inference.postprocessing import (
     POSTPROCESSING,

@@ -18,7 +18,7 @@ from pipeline.config import Config
 from pipeline.config_loading import load_config
 from pipeline.config_yaml import Problem, read_file
 from pipeline.errors import ConfigError, EvaluationError, PipelineError
-from pipeline.evaluation.members import Member, MemberRun
+from pipeline.evaluation.comparison.members import Member, MemberRun
 from pipeline.model import model_digest
 from pipeline.records import Record
 from pipeline.stages.fold_task import FACTS, configuration_digest, initial_model_of

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.evaluation.comparison_statistics import by_patient, signed_rank_p
+from pipeline.evaluation.comparison.statistics import by_patient, signed_rank_p
 from pipeline.evaluation.statistics import Estimate, FloatArray, bootstrap_interval
 
 # A treatment whose gain could as well be chance is none.

@@ -27,10 +27,10 @@ from torch import Tensor
 from pipeline.config import Output
 from pipeline.errors import ResourceError
 from pipeline.hardware import autocast, is_out_of_memory
-from pipeline.inference.agreement import AgreementCount, FoldAgreement
 from pipeline.inference.planes import LogitPlanes
-from pipeline.inference.ring import Ring
-from pipeline.inference.tiling import Flip, Size, Tiling, Windowing, cut, flipped, tile_volume
+from pipeline.inference.windows.agreement import AgreementCount, FoldAgreement
+from pipeline.inference.windows.ring import Ring
+from pipeline.inference.windows.tiling import Flip, Size, Tiling, Windowing, cut, flipped, tile_volume
 from pipeline.networks.footprint import footprint
 from pipeline.volumes.body import Body
 

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import EvaluationError
-from pipeline.evaluation.comparison_statistics import by_patient, holm, rank_shares, signed_rank_p
-from pipeline.evaluation.members import Member, differences, warnings_of
+from pipeline.evaluation.comparison.members import Member, differences, warnings_of
+from pipeline.evaluation.comparison.statistics import by_patient, holm, rank_shares, signed_rank_p
 from pipeline.evaluation.metrics import METRICS, Row
 from pipeline.evaluation.scored import ScoredCase
 from pipeline.evaluation.statistics import MEAN, Estimate, bootstrap_interval, mean_known

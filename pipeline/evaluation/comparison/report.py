@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.evaluation.comparison import ComparisonResult, Pair
-from pipeline.evaluation.members import Member
+from pipeline.evaluation.comparison.comparing import ComparisonResult, Pair
+from pipeline.evaluation.comparison.members import Member
 from pipeline.evaluation.metrics import METRICS
 from pipeline.evaluation.report import data_uri, draw_panel, format_estimate, heading, render
 from pipeline.evaluation.scored import case_table, write_columns

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import Output
-from pipeline.inference.tiling import Flip, Size, Tiling, Windowing, flipped
+from pipeline.inference.windows.tiling import Flip, Size, Tiling, Windowing, flipped
 from pipeline.networks.outputs import classes_of
 
 

@@ -21,7 +21,7 @@ from pipeline.config import Output
 from pipeline.errors import ResourceError
 from pipeline.hardware import is_out_of_memory
 from pipeline.inference.planes import LogitPlanes
-from pipeline.inference.tiling import Box, Flip, Size, Tiling, Windowing, cut, flipped, outer
+from pipeline.inference.windows.tiling import Box, Flip, Size, Tiling, Windowing, cut, flipped, outer
 
 # Planes leave together, but few, for they are held again outside the ring: so many, and of so many bytes at most.
 PLANES_AT_ONCE, BYTES_AT_ONCE = 16, 2**24

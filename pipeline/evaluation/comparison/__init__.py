@@ -1,0 +1,1 @@
+"""Members of a comparison on the same cases: what must agree, paired tests, rankings, the report."""
