@@ -56,7 +56,7 @@ class Objective(nn.Module):
         """Have torch.compile leave the loss as it is: one that changes with the progress it would compile at each step
         anew.
         """
-        self._judge = torch.compiler.disable(self._judge)
+        self._judge = torch.compiler.disable(self._judge)  # type: ignore[no-untyped-call]
 
     def _loss_of(self, outputs: Sequence[Tensor], target: Target) -> Tensor:
         """Return the weighted mean of the losses of the logits of all levels, finest first."""

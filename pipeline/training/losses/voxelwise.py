@@ -90,4 +90,5 @@ def _one_each(class_weights: tuple[float, ...], scores: Tensor) -> Tensor:
             f"training.loss_options.class_weights: {len(class_weights)} numbers for {outputs} outputs; "
             "give one for each class, background first, or one for each region"
         )
-    return torch.tensor(class_weights, device=scores.device)
+    # Filled there: a copy from the host would wait for the device.
+    return torch.stack([scores.new_full((), weight) for weight in class_weights])
