@@ -96,6 +96,53 @@ def new_config(
 
 
 @aids.command()
+def reproduce(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A fold's run: its folder, runs:/ID, or the ID in MLflow.")],
+    workspace: Annotated[Path, typer.Option("--workspace", help="A fresh folder, in which it is made anew.")],
+    manifest: Annotated[
+        Path | None, typer.Option("--manifest", help="Your manifest, which must be the run's; default: the run's own.")
+    ] = None,
+    root: Annotated[Path | None, typer.Option("--root", help="Folder of the images; default: where they lay.")] = None,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", min=0, help="How far a metric may be off and still match.")
+    ] = 1e-6,
+    device: options.Device = "auto",
+    jobs: options.Jobs = None,
+    tracking_uri: options.TrackingUri = None,
+) -> None:
+    """Make a run anew from what MLflow keeps of it, and say whether its weights or metrics match."""
+    from pipeline.stages import reproduce as stage
+
+    report = stage.run(
+        run, workspace, manifest=manifest, root=root, tolerance=tolerance, device=device, jobs=jobs, uri=tracking_uri
+    )
+    typer.echo(report.as_text())
+    if not report.matches:
+        raise typer.Exit(1)
+
+
+@aids.command()
+def sweep(
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="The sweep's YAML.")],
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Trials at a time, each in a process.")] = 1,
+    device: options.Devices = "auto",
+    workspace: options.Workspace = None,
+    worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
+) -> None:
+    """Search settings with Optuna: train trials, end hopeless ones, write the best; the same command goes on."""
+    from pipeline.cli_loading import option_checks
+    from pipeline.stages import sweep as stage
+
+    if worker:
+        stage.work(study, device=device, workspace=workspace)
+        return
+    report = stage.run(study, jobs=jobs, device=device, workspace=workspace, checks=option_checks)
+    typer.echo(report.as_text())
+    if report.best is None:
+        raise typer.Exit(1)
+
+
+@aids.command()
 def schema(
     out: Annotated[Path | None, typer.Option("--out", help="File to write; default: standard output.")] = None,
 ) -> None:

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 # How the tags begin that say what a run computed with, and which weights came out.
 ARITHMETIC_TAG, WEIGHTS_TAG = "medseg.arithmetic.", "medseg.weights_sha256."
-MANIFEST_TAG = "medseg.manifest_digest"
+MANIFEST_TAG, ROOT_TAG = "medseg.manifest_digest", "medseg.data_root"
 
 
 def _set_aside(folder: Path) -> None:
@@ -56,7 +56,7 @@ def new_run(task: FoldTask, taken: Initialisation | None) -> RunLog:
         experiment=config.tracking.experiment or task.manifest.name,
         name=f"{config.name} fold {task.fold}",
         parent=parent.folder,
-        tags={**environment_tags(), **_tags_of(task)},
+        tags={**environment_tags(), **tags_of(task)},
     )
     tracked.params(config.model_dump(mode="json", exclude={"tracking", "workspace"}))
     tracked.params({"fold": task.fold, "plan": task.plan.model_dump(mode="json", exclude={"reasons"})})
@@ -82,12 +82,12 @@ def experiment_run(task: FoldTask) -> RunLog:
     )
 
 
-def _tags_of(task: FoldTask) -> dict[str, str]:
+def tags_of(task: FoldTask) -> dict[str, str]:
     """Return what decides a training's result, to its last bits, and stands in none of its files."""
     facts = {**arithmetic_facts(task.device), "number of processes": this_share().processes}
     said = {ARITHMETIC_TAG + name.replace(" ", "_"): str(value) for name, value in facts.items()}
     return {
         MANIFEST_TAG: task.manifest.digest(),
-        "medseg.deterministic": str(task.config.training.deterministic),
+        ROOT_TAG: str(task.manifest.root),
         **said,
     }

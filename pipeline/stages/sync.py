@@ -19,7 +19,8 @@ def run(workspace: Path) -> bool:
         PipelineError: the workspace has no runs.
     """
     places = Workspace(workspace)
-    folders = [run for of in (places.runs, places.comparisons, places.evaluations) for run in tracked_runs(of)]
+    kept = (places.runs, places.comparisons, places.evaluations, places.sweeps)
+    folders = [run for of in kept for run in tracked_runs(of)]
     if not folders:
         raise PipelineError(f"{workspace}: no run was tracked in this workspace; name another with --workspace")
     waiting = [folder for folder in folders if pending(folder)]

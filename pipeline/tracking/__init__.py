@@ -4,7 +4,7 @@ The only importer of mlflow, and only in what sends, serves or fetches: the writ
 """
 
 from pipeline.tracking.environment import environment_tags
-from pipeline.tracking.fetching import fetch_model, run_of_fetched
+from pipeline.tracking.fetching import FetchedRun, fetch_model, fetch_run, run_of_fetched
 from pipeline.tracking.log import (
     RunLog,
     RunState,
@@ -29,6 +29,7 @@ from pipeline.tracking.processes import (
 )
 
 __all__ = [
+    "FetchedRun",
     "Follower",
     "RunLog",
     "RunState",
@@ -37,6 +38,7 @@ __all__ = [
     "compare_url",
     "environment_tags",
     "fetch_model",
+    "fetch_run",
     "flatten",
     "is_remote",
     "metric_history",

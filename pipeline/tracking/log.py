@@ -322,6 +322,12 @@ def metric_history(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {key: sorted(points) for key, points in history.items()}
 
 
+def read_tags(folder: Path) -> dict[str, str]:
+    """Return the tags that a run has logged, the last value of each."""
+    events = (event for event, _ in read_events(folder) if event["kind"] == "tags")
+    return {name: value for event in events for name, value in event["values"].items()}
+
+
 def training_seconds(folder: Path) -> float | None:
     """Return how long a run took until it was finished, in seconds, without the pauses before it was resumed.
 

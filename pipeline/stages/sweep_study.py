@@ -1,0 +1,219 @@
+"""A sweep's YAML: which settings of a configuration are searched, how, and how long."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from pipeline.config import Config
+from pipeline.config_loading import OptionChecks, load_config
+from pipeline.config_yaml import Entry, Problem, read_file
+from pipeline.errors import ConfigError
+from pipeline.records import Record, digest_of
+
+Checks = Callable[[], OptionChecks]
+
+# Sections that say where a run is kept, and not what is trained.
+_NOT_SEARCHED = ("name", "workspace", "tracking", "evaluation", "data", "extends")
+
+
+class Parameter(Record):
+    """What a setting may be: one of a list of choices, or a number of a range.
+
+    Attributes:
+        choices: any values that YAML knows.
+        low: smallest number; a range from integer to integer holds integers alone.
+        high: largest number.
+        log: draw evenly in the logarithm.
+        step: between two numbers of the range.
+    """
+
+    choices: tuple[Any, ...] | None = None
+    low: Any = None
+    high: Any = None
+    log: bool = False
+    step: Any = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Parameter:
+        if self.choices is not None:
+            if len(self.choices) == 0 or self.is_range or self.log or self.step is not None:
+                raise ValueError("expected a list of choices, or a range from low to high; not both, and not empty")
+            return self
+        if not all(_is_number(value) for value in (self.low, self.high)) or self.low >= self.high:
+            raise ValueError("expected choices, or numbers low and high, the smaller one first")
+        if self.log and (self.low <= 0 or self.step is not None):
+            raise ValueError("expected a range above 0 and without a step, for it is drawn in its logarithm")
+        if self.step is not None and not (_is_number(self.step) and self.step > 0):
+            raise ValueError(f"expected a step above 0, got {self.step!r}")
+        return self
+
+    @property
+    def is_range(self) -> bool:
+        """Whether any of the range's ends is said."""
+        return self.low is not None or self.high is not None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the range holds integers alone."""
+        return all(isinstance(value, int) for value in (self.low, self.high, self.step or 1))
+
+    @property
+    def extremes(self) -> tuple[Any, ...]:
+        """Values that must all be legal: the choices, or the range's ends."""
+        return (self.low, self.high) if self.choices is None else self.choices
+
+    @property
+    def grid(self) -> list[Any] | None:
+        """All values there are; None where they cannot be counted."""
+        if self.choices is not None:
+            return list(self.choices)
+        if self.log or (self.step is None and not self.is_whole):
+            return None
+        step = self.step or 1
+        count = math.floor((self.high - self.low) / step + 1e-9) + 1
+        return [self.low + index * step for index in range(count)]
+
+
+class SweepStudy(Record):
+    """A sweep's YAML.
+
+    Attributes:
+        name: of the sweep and its folder; its trials are experiments NAME-trial-N.
+        config: the configuration that is varied; in the YAML relative to it.
+        folds: each trial is trained for each; its value is the mean. The first alone decides whether it is pruned.
+        trials: how many, those that failed or were pruned included.
+        timeout_minutes: no trial begins later than this after the command; None: no limit.
+        metric: score of the validation, by whose best value in training a trial is judged: score, or dice/LABEL.
+        direction: maximize or minimize it.
+        sampler: tpe (Bergstra et al. 2011), random, or grid.
+        pruner: median: ends a trial that is worse than half of the earlier ones were at that part of their training;
+            hyperband (Li et al. 2018); or none.
+        startup_trials: as many trials end before the median pruner ends any.
+        seed: of the sampler.
+        overrides: `set` in the YAML: section.key -> value, the same for all trials.
+        parameters: section.key -> what it may be.
+        storage: database of the trials, as SQLAlchemy names it; None: an SQLite file in the sweep's folder.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    config: Path
+    folds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
+    trials: Annotated[int, Field(ge=1)] = 20
+    timeout_minutes: Annotated[float, Field(gt=0)] | None = None
+    metric: str = "score"
+    direction: Literal["maximize", "minimize"] = "maximize"
+    sampler: Literal["tpe", "random", "grid"] = "tpe"
+    pruner: Literal["median", "hyperband", "none"] = "median"
+    startup_trials: Annotated[int, Field(ge=1)] = 5
+    seed: Annotated[int, Field(ge=0)] = 0
+    overrides: dict[str, Any] = Field(default={}, alias="set")
+    parameters: Annotated[dict[str, Parameter], Field(min_length=1)]
+    storage: str | None = None
+
+    @property
+    def grid(self) -> list[dict[str, Any]]:
+        """All combinations of values; none where one cannot be counted."""
+        axes = [parameter.grid for parameter in self.parameters.values()]
+        if any(axis is None for axis in axes):
+            return []
+        return [dict(zip(self.parameters, values, strict=True)) for values in itertools.product(*filter(None, axes))]
+
+    @property
+    def planned_trials(self) -> int:
+        """How many trials there will be: no more than a grid has points."""
+        return min(self.trials, len(self.grid)) if self.sampler == "grid" else self.trials
+
+    def search_digest(self) -> str:
+        """Return a digest of what earlier trials must share with later ones, not of how many there shall be."""
+        kept = self.model_dump(mode="json", exclude={"trials", "timeout_minutes", "storage", "config"})
+        return digest_of(kept)
+
+    def config_of(self, values: Mapping[str, Any], name: str) -> Config:
+        """Return the configuration of a trial.
+
+        Raises:
+            ConfigError: these values do not go together.
+        """
+        said = {**self.overrides, **values, "name": name}
+        return load_config(self.config, [_override(key, value) for key, value in said.items()])
+
+
+def load_sweep(path: Path, checks: Checks | None = None) -> SweepStudy:
+    """Read a sweep's YAML; the ends of each range and all choices must be legal in its configuration.
+
+    Args:
+        path: the YAML.
+        checks: who knows the options of networks, losses, optimisers and schedules.
+
+    Raises:
+        ConfigError: it is no sweep, or its configuration is wrong; every error a line, each with its place.
+    """
+    problems: list[Problem] = []
+    tree = read_file(path, problems)
+    study = None
+    try:
+        study = SweepStudy.model_validate_json(json.dumps(tree.plain), strict=True)
+    except ValidationError as error:
+        problems += [_problem(tree, found["loc"], found["type"], found["msg"]) for found in error.errors()]
+    if study is not None and not problems:
+        study = study.model_copy(update={"config": (path.parent.resolve() / study.config).resolve()})
+        problems += _parameter_problems(study, tree, checks)
+    if study is None or problems:
+        raise ConfigError("\n".join(map(str, sorted(set(problems)))))
+    return study
+
+
+def _problem(tree: Entry, location: tuple[int | str, ...], kind: str, message: str) -> Problem:
+    """Return one of pydantic's errors in our words."""
+    keys = tuple(map(str, location))
+    if kind == "extra_forbidden":
+        record = Parameter if keys[0] == "parameters" else SweepStudy
+        names = [field.alias or name for name, field in record.model_fields.items()]
+        near = difflib.get_close_matches(keys[-1], names, n=1)
+        message = (
+            f"unknown key, did you mean {near[0]!r}?" if near else f"unknown key, expected one of {', '.join(names)}"
+        )
+    elif kind == "missing":
+        message = "is missing"
+    return Problem(tree.place_of(keys), ".".join(keys), message.removeprefix("Value error, "))
+
+
+def _parameter_problems(study: SweepStudy, tree: Entry, checks: Checks | None) -> list[Problem]:
+    """Return which settings the configuration has not, and which values it does not take."""
+    common = [_override(key, value) for key, value in study.overrides.items()]
+    load_config(study.config, common, checks)
+    problems = []
+    for key, parameter in study.parameters.items():
+        keys = ("parameters", key)
+        place, full = tree.place_of(keys), ".".join(keys)
+        if key.split(".")[0] in _NOT_SEARCHED:
+            problems.append(Problem(place, full, "says where or on what is trained, and cannot be searched"))
+            continue
+        if study.sampler == "grid" and parameter.grid is None:
+            problems.append(Problem(place, full, "a grid needs choices, integers, or a step"))
+        for value in parameter.extremes:
+            override = _override(key, value)
+            try:
+                load_config(study.config, [*common, override], checks)
+            except ConfigError as error:
+                said = [line.removeprefix(f"--set {override}: ") for line in str(error).splitlines()]
+                problems += [Problem(place, full, f"with {value!r}: {line}") for line in said]
+    return problems
+
+
+def _override(key: str, value: Any) -> str:
+    """Return a setting as `--set` takes it."""
+    return f"{key}={json.dumps(value)}"
+
+
+def _is_number(value: Any) -> bool:
+    """Tell whether a value is a number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,237 @@
+"""medseg sweep: its YAML, its trials in a real SQLite database, and whole sweeps on phantoms."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from phantom_experiments import preprocessed
+
+from pipeline.cli_loading import option_checks
+from pipeline.config import Config
+from pipeline.config_loading import dump_config, load_config
+from pipeline.errors import ConfigError, PipelineError
+from pipeline.stages import sweep
+from pipeline.stages.sweep_search import Search
+from pipeline.stages.sweep_study import Parameter, SweepStudy, load_sweep
+from pipeline.tracking import read_state
+
+SETTINGS = (
+    "preprocessing.patch_size=[16, 16, 16]",
+    "network.options={width: 4, levels: 2}",
+    "training.budget.steps=4",
+    "training.steps_per_epoch=1",
+    "training.batch_size=2",
+    "training.validation_every_epochs=1",
+    "training.checkpoint_minutes=0.001",
+)
+RATE = "training.learning_rate"
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return preprocessed(tmp_path_factory.mktemp("sweep"), SETTINGS, cases=6, folds=3)
+
+
+def written(folder: Path, config: Config | None = None, **study: Any) -> Path:
+    """Write a configuration and a sweep of it."""
+    text = "name: base\ndata: {manifest: m.json}\n" if config is None else dump_config(config)
+    (folder / "base.yaml").write_text(text)
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump({"name": "rates", "config": "base.yaml", **study}, sort_keys=False))
+    return path
+
+
+def test_every_error_of_a_sweep_has_its_place(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    path.write_text(
+        "name: rates\nconfig: base.yaml\ntrails: 3\nsampler: tpee\nparameters:\n"
+        "  training.learning_rate: {low: 1, high: 1}\n  network.options.width: {choices: [4], lo: 2}\n"
+    )
+    with pytest.raises(ConfigError) as raised:
+        load_sweep(path)
+    assert str(raised.value).splitlines() == [
+        f"{path}:3:1: trails: unknown key, did you mean 'trials'?",
+        f"{path}:4:1: sampler: Input should be 'tpe', 'random' or 'grid'",
+        f"{path}:6:3: parameters.training.learning_rate: "
+        "expected choices, or numbers low and high, the smaller one first",
+        f"{path}:7:41: parameters.network.options.width.lo: unknown key, did you mean 'low'?",
+    ]
+
+
+def test_settings_that_the_configuration_does_not_take_are_named_before_anything_is_trained(tmp_path: Path) -> None:
+    parameters = {
+        "training.learning_rat": {"low": 0.1, "high": 1.0},
+        RATE: {"low": -0.5, "high": 1.0},
+        "network.options.widht": {"choices": [8]},
+        "workspace": {"choices": ["a"]},
+    }
+    path = written(tmp_path, parameters=parameters)
+    with pytest.raises(ConfigError) as raised:
+        load_sweep(path, option_checks)
+    said = str(raised.value)
+    assert "parameters.training.learning_rat: with 0.1: training.learning_rat: unknown key, did you mean" in said
+    assert f"parameters.{RATE}: with -0.5: {RATE}: expected a number above 0" in said
+    assert "did you mean 'width'?" in said
+    assert "parameters.workspace: says where or on what is trained, and cannot be searched" in said
+    assert f"{RATE}: with 1.0" not in said
+
+
+@pytest.mark.parametrize(
+    ("parameter", "grid"),
+    [
+        (Parameter(choices=("a", [1, 2])), ["a", [1, 2]]),
+        (Parameter(low=2, high=4), [2, 3, 4]),
+        (Parameter(low=2, high=7, step=2), [2, 4, 6]),
+        (Parameter(low=0.0, high=0.3, step=0.1), [0.0, 0.1, 0.2, pytest.approx(0.3)]),
+        (Parameter(low=0.5, high=4.0), None),
+        (Parameter(low=1, high=4, log=True), None),
+    ],
+)
+def test_the_values_of_a_grid(parameter: Parameter, grid: list[Any] | None) -> None:
+    assert parameter.grid == grid
+
+
+def search_of(folder: Path, **settings: Any) -> Search:
+    """Return the trials of a sweep without trainings."""
+    parameters = {"a": Parameter(choices=(1, [2, 3])), "b": Parameter(low=1, high=3)}
+    study = SweepStudy.model_validate({"name": "s", "config": "c.yaml", "parameters": parameters, **settings})
+    return Search(study, folder)
+
+
+def test_a_grid_is_gone_through_once_by_two_processes_and_values_keep_their_types(tmp_path: Path) -> None:
+    searches = [search_of(tmp_path, sampler="grid", trials=50) for _ in range(2)]
+    seen = []
+    for number in range(6):
+        trial = searches[number % 2].next_trial()
+        assert trial is not None
+        trial.completed(number / 10)
+        seen.append(json.dumps([trial.values["a"], trial.values["b"]]))
+    assert sorted(seen) == sorted(json.dumps([a, b]) for a in (1, [2, 3]) for b in (1, 2, 3))
+    assert searches[0].next_trial() is None
+    assert max(searches[1].outcomes(), key=lambda outcome: outcome.value or 0).run == 5
+
+
+def test_a_hopeless_trial_is_pruned_and_a_failed_one_is_listed(tmp_path: Path) -> None:
+    search = search_of(tmp_path, trials=4, startup_trials=2, sampler="random")
+    for value in (0.8, 0.9):
+        good = search.next_trial()
+        assert good is not None
+        assert not good.is_hopeless(0.5, value)
+        good.completed(value)
+    bad, broken = search.next_trial(), search.next_trial()
+    assert bad is not None and broken is not None
+    assert bad.is_hopeless(0.5, 0.1)
+    bad.pruned()
+    broken.failed("no memory")
+    assert search.next_trial() is None
+    assert [(outcome.state, outcome.error) for outcome in search.outcomes()][2:] == [
+        ("pruned", None),
+        ("failed", "no memory"),
+    ]
+    with pytest.raises(ConfigError, match="are of other parameters or settings"):
+        search_of(tmp_path, trials=4, startup_trials=2, sampler="tpe")
+
+
+DIES = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_sweep import search_of
+trial = search_of(Path(sys.argv[1]), trials=2).next_trial()
+trial.is_hopeless(0.25, 0.5)
+print(trial.run, trial.values, flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_trial_whose_process_died_goes_on_and_is_given_up_after_the_third_time(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", DIES, str(tmp_path), str(Path(__file__).parent)]
+    said = [subprocess.run(command, capture_output=True, text=True, check=False).stdout for _ in range(3)]
+    assert said[0].startswith("0 {'a': ")
+    assert said[0] == said[1] == said[2]
+    search = search_of(tmp_path, trials=2)
+    other = search.next_trial()
+    assert other is not None
+    assert other.run != 0
+    other.completed(0.5)
+    assert search.next_trial() is None
+    first, second = search.outcomes()
+    assert (first.run, first.state, first.error) == (0, "failed", "its process died 3 times")
+    assert second.state == "complete"
+
+
+def test_without_optuna_the_command_says_what_to_install(tmp_path: Path) -> None:
+    path = written(tmp_path, parameters={RATE: {"low": 0.1, "high": 1.0}})
+    code = "import sys; sys.modules['optuna'] = None; from pipeline.cli import main; main()"
+    command = [sys.executable, "-c", code, "sweep", str(path), "--workspace", str(tmp_path / "work")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: medseg sweep needs Optuna: pip install 'medseg[sweep]', or pip install optuna\n"
+
+
+def test_choosing_no_process_for_a_device_is_an_error(tmp_path: Path) -> None:
+    path = written(tmp_path, load_config(written(tmp_path).parent / "base.yaml"), parameters={RATE: {"choices": [0.1]}})
+    with pytest.raises(PipelineError, match="at least one job for each"):
+        sweep.shared_out("cuda:0,cuda:1", 1)
+    assert load_sweep(path).planned_trials == 20
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:::mlflow")
+def test_a_sweep_prunes_lists_failures_and_writes_a_configuration_that_trains(prepared: Config, tmp_path: Path) -> None:
+    config = prepared.changed(workspace=prepared.data.manifest.parent / "work")
+    parameters = {RATE: {"choices": [0.01, 1.0e-9]}, "training.batch_size": {"choices": [2, 3]}}
+    path = written(tmp_path, config, parameters=parameters, sampler="grid", startup_trials=1, trials=4, metric="score")
+    report = sweep.run(path, device="cpu")
+    states = [outcome.state for outcome in report.outcomes]
+    assert len(states) == 4
+    assert report.best is not None
+    best = load_config(report.folder / "best.yaml")
+    assert best.training.learning_rate == report.best.values[RATE]
+    assert best.data.manifest == config.data.manifest
+    again = sweep.run(path, device="cpu")
+    assert again.outcomes == report.outcomes
+
+    from mlflow import MlflowClient
+
+    state = read_state(report.folder)
+    client = MlflowClient(tracking_uri=state.uri)
+    runs = client.search_runs([str(state.experiment_id)])
+    trials = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == state.run_id]
+    assert sorted(run.data.tags["medseg.sweep.state"] for run in trials) == sorted(states)
+    ends = {"complete": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
+    assert all(run.info.status == ends[run.data.tags["medseg.sweep.state"]] for run in trials)
+    assert all({RATE, "training.batch_size"} <= set(run.data.params) for run in trials)
+    assert "pruned" in states
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_of_two_processes_goes_on_where_it_was(prepared: Config, tmp_path: Path) -> None:
+    config = prepared.changed(workspace=tmp_path / "work")
+    parameters = {RATE: {"low": 0.001, "high": 0.1, "log": True}}
+    path = written(tmp_path, config, parameters=parameters, trials=3, pruner="none", set={"training.budget.steps": 30})
+    command = [sys.executable, "-m", "pipeline", "sweep", str(path), "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = subprocess.Popen(command, env=environment)
+    checkpoint = config.workspace / "runs" / "rates-trial-000" / "fold_0" / "checkpoint.safetensors"
+    end = time.monotonic() + 120
+    while not checkpoint.exists():
+        assert time.monotonic() < end and killed.poll() is None
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    done = subprocess.run([*command, "--jobs", "2"], env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "going on at step" in done.stderr
+    found = json.loads((config.workspace / "sweeps" / "rates" / "sweep.json").read_text())
+    assert [outcome["state"] for outcome in found["outcomes"]] == ["complete"] * 3
+    assert 0 in [outcome["run"] for outcome in found["outcomes"]]
+    assert len(list((config.workspace / "runs").glob("rates-trial-*"))) == 3
+    assert not list((config.workspace / "runs").rglob("earlier_*"))
