@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -44,6 +44,11 @@ def says_nothing(value: object) -> bool:
     So a field can be added to a record, and the records written before keep their digests.
     """
     return value is None or value == {} or value == ()
+
+
+def said(error: Mapping[str, Any]) -> str:
+    """Return the message of one of pydantic's errors: of a check of ours without the prefix that pydantic gives it."""
+    return str(error["msg"]).removeprefix("Value error, ")
 
 
 def refuse_other_format(error: type[PipelineError], path: Path, version: Any, reads: int, remake: str) -> None:

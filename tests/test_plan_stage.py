@@ -8,11 +8,11 @@ from typer.testing import CliRunner
 
 from pipeline.cli import app
 from pipeline.config import BudgetSection, Config, DataSection, NetworkSection, PreprocessingSection, TrainingSection
-from pipeline.data.manifest import Case, ImageFile, Manifest, save_manifest
+from pipeline.data.manifest import Case, ImageFile, Manifest, load_manifest, save_manifest
 from pipeline.data.phantoms import write_phantom_dataset
 from pipeline.data.plan import read_plan
-from pipeline.errors import ConfigError
-from pipeline.stages import dry_run, plan, preprocess
+from pipeline.errors import ConfigError, ManifestError
+from pipeline.stages import dry_run, plan, preprocess, train
 from pipeline.stages import manifest as manifest_stage
 from pipeline.stages.workspace import Workspace
 
@@ -147,3 +147,25 @@ def test_the_commands_answer(nowhere: Path, phantom_set: Path, tmp_path: Path) -
     answer = CliRunner().invoke(app, [*arguments, "--workspace", str(tmp_path / "work")])
     assert answer.exit_code == 0, answer.output
     assert "as many as fit a GPU of 8 GB" in answer.output
+
+
+def test_folds_that_leave_nothing_to_train_on_are_refused(phantom_set: Path, tmp_path: Path) -> None:
+    whole = load_manifest(phantom_set)
+    for name, fold in (("none", None), ("one", 0)):
+        cases = tuple(case.changed(fold=fold) for case in whole.cases)
+        save_manifest(whole.changed(cases=cases), tmp_path / f"{name}.json")
+    with pytest.raises(ConfigError, match="no case of the manifest has a fold"):
+        dry_run.run(config_of(tmp_path / "none.json", tmp_path / "work"), fold="all")
+    config = config_of(tmp_path / "one.json", tmp_path / "work")
+    preprocess.run(config)
+    (missing,) = dry_run.run(config).missing
+    assert "fold 0: all cases to train on lie in it" in missing
+    with pytest.raises(ConfigError, match="fold 0: all cases to train on lie in it"):
+        train.run(config)
+
+
+def test_what_is_wrong_with_a_manifest_is_said_in_our_words(phantom_set: Path, tmp_path: Path) -> None:
+    content = json.loads(phantom_set.read_text())
+    (tmp_path / "wrong.json").write_text(json.dumps({**content, "ignore_label": 1}))
+    with pytest.raises(ManifestError, match=r"wrong.json: manifest: ignore_label: 1 is the value of"):
+        load_manifest(tmp_path / "wrong.json")

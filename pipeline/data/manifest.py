@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipeline.data.regions import region_problems
 from pipeline.errors import ManifestError
-from pipeline.records import Record, digest_of, refuse_other_format, says_nothing, write_text
+from pipeline.records import Record, digest_of, refuse_other_format, said, says_nothing, write_text
 
 FORMAT_VERSION = 1
 
@@ -244,7 +244,7 @@ def load_manifest(path: Path, root: Path | None = None) -> Manifest:
         with _uncollected():
             return Manifest.model_validate(content)
     except ValidationError as error:
-        lines = [f"{path}: {'.'.join(map(str, e['loc'])) or 'manifest'}: {e['msg']}" for e in error.errors()]
+        lines = [f"{path}: {'.'.join(map(str, e['loc'])) or 'manifest'}: {said(e)}" for e in error.errors()]
         raise ManifestError("\n".join(lines)) from None
 
 

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 from pipeline.config import Output
 from pipeline.data.manifest import Modality
 from pipeline.errors import ConfigError
-from pipeline.records import Record, refuse_other_format, says_nothing, write_text
+from pipeline.records import Record, refuse_other_format, said, says_nothing, write_text
 
 PLAN_FORMAT_VERSION = 1
 # Patches on one device whose statistics a batch norm may trust; fewer take an instance norm.
@@ -253,4 +253,4 @@ def _problem(error: dict[str, Any]) -> str:
     where = ".".join(map(str, error["loc"])) or "plan"
     if error["type"] == "missing":
         return f"{where}: is missing"
-    return f"{where}: {error['msg']}, got {error['input']!r}"
+    return f"{where}: {said(error)}, got {error['input']!r}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from pipeline.errors import ConfigError
 from pipeline.networks.fitting import fitted_plan, network_for, outputs_of
 from pipeline.stages.dataset import dataset_of
 from pipeline.stages.describe import plan_of
-from pipeline.stages.fold_task import CHECKPOINT, class_weights
+from pipeline.stages.fold_task import CHECKPOINT, NO_TRAINING_CASE, class_weights
 from pipeline.stages.models import LAST
 from pipeline.stages.preprocess import CASES
 from pipeline.stages.train import TASKS, chosen_folds
@@ -69,7 +69,7 @@ def run(config: Config, *, fold: str = "0") -> DryRun:
         **_network_facts(config, manifest),
         "budget": _budget(config),
     }
-    return DryRun(facts, tuple(_fold(config, manifest, n) for n in numbers), tuple(_missing(config, manifest)))
+    return DryRun(facts, tuple(_fold(config, manifest, n) for n in numbers), tuple(_missing(config, manifest, numbers)))
 
 
 def _network_facts(config: Config, manifest: Manifest) -> dict[str, str]:
@@ -129,8 +129,12 @@ def _fold(config: Config, manifest: Manifest, number: int) -> str:
     return f"fold {number}: {cases}; checkpoints go to {folder} ({state})"
 
 
-def _missing(config: Config, manifest: Manifest) -> Iterator[str]:
+def _missing(config: Config, manifest: Manifest, folds: Sequence[int]) -> Iterator[str]:
     """Yield what is not there; of the cases only names are looked at."""
+    unlabelled = not TASKS[config.task].needs_labels
+    for fold in folds:
+        if not manifest.training_cases(fold, unlabelled=unlabelled):
+            yield NO_TRAINING_CASE.format(fold)
     if not manifest.root.is_dir():
         yield f"the images: {manifest.root} is no folder; set data.root"
     folder = Workspace(config.workspace).store(config, manifest.name) / CASES

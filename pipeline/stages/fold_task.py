@@ -47,6 +47,7 @@ from pipeline.training.state import TrainState
 log = logging.getLogger(__name__)
 
 CHECKPOINT, FACTS = "checkpoint.safetensors", "facts.json"
+NO_TRAINING_CASE = "fold {}: all cases to train on lie in it, so that held out it leaves none; see the manifest's folds"
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class FoldTask:
 
         Raises:
             StoreError: the data are not preprocessed.
-            ConfigError: the network does not fit the plan.
+            ConfigError: there is no case to train on, or the network does not fit the plan.
         """
         workspace = Workspace(config.workspace)
         folder = workspace.store(config, manifest.name)
@@ -100,6 +101,8 @@ class FoldTask:
             fold,
             device,
         )
+        if not task.training_cases:
+            raise ConfigError(NO_TRAINING_CASE.format(fold))
         task.refuse_stale_store(folder / KEYS)
         try:
             return replace(task, plan=fitted_plan(task.plan, config.network, config.training.batch_size))

@@ -88,8 +88,13 @@ def chosen_folds(manifest: Manifest, fold: str) -> tuple[int, ...]:
     """Return the folds that `--fold` means.
 
     Raises:
-        ConfigError: the manifest has no such fold.
+        ConfigError: the manifest has no such fold, or none at all.
     """
+    if not manifest.folds:
+        raise ConfigError(
+            f"{manifest.name}: no case of the manifest has a fold, so there is none to train on; `medseg manifest` "
+            "splits a data set into folds"
+        )
     if fold != "all" and (not fold.isdecimal() or int(fold) not in manifest.folds):
         raise ConfigError(f"--fold {fold}: the manifest has folds {', '.join(map(str, manifest.folds))}; or say all")
     return manifest.folds if fold == "all" else (int(fold),)
