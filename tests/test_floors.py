@@ -38,7 +38,7 @@ KEEPERS = {
     "typer": ("pipeline.cli", "pipeline.cli_aids", "pipeline.cli_options"),
 }
 # Libraries that cost a second or are missing on a bare node: imported inside the functions that need them.
-LAZY = ("SimpleITK", "monai", "optuna")
+LAZY = ("SimpleITK", "monai")
 
 
 def modules() -> Iterator[tuple[str, Path]]:

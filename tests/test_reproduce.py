@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from pipeline.cli import app
 from pipeline.config import Config
 from pipeline.errors import ManifestError, ModelError, StoreError
-from pipeline.stages import reproduce, train
+from pipeline.stages import preprocess, reproduce, train
 from pipeline.tracking import read_state, send_pending
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:::mlflow")]
@@ -80,16 +80,38 @@ def test_another_manifest_and_other_images_are_refused(
     moved = tmp_path / "set"
     shutil.copytree(prepared.data.manifest.parent / "set", moved)
     labels = sorted(moved.glob("labelsTr/*.nii.gz"))
-    shutil.copyfile(labels[0], tmp_path / "label.nii.gz")
     import SimpleITK as sitk
 
     image = sitk.ReadImage(str(labels[0]))
     image[0, 0, 0] = 1
     sitk.WriteImage(image, str(labels[0]))
-    with pytest.raises(StoreError, match=r"the images or labels of 1 of 6 cases are not those that"):
+    with pytest.raises(ManifestError, match="is not the file that the manifest was made from"):
         reproduce.run(run_id, tmp_path / "b", root=moved, uri=uri, device="cpu")
     with pytest.raises(ModelError, match="cannot be fetched"):
         reproduce.run("0" * 32, tmp_path / "c", uri=uri)
+
+
+def without_digests(value: object) -> object:
+    """Return a manifest's content as if it had been written by hand: no digest of any file."""
+    if isinstance(value, dict):
+        return {key: without_digests(item) for key, item in value.items() if key != "sha256"}
+    return [without_digests(item) for item in value] if isinstance(value, list) else value
+
+
+def test_images_that_changed_are_noticed_where_the_manifest_has_no_digests(prepared: Config, tmp_path: Path) -> None:
+    shutil.copytree(prepared.data.manifest.parent / "set", tmp_path / "set")
+    content = json.loads(prepared.data.manifest.read_text())
+    (tmp_path / "plain.json").write_text(json.dumps(without_digests({**content, "root": "set"})))
+    config = changed(
+        prepared.changed(name="plain", workspace=tmp_path / "work"), "data", manifest=tmp_path / "plain.json"
+    )
+    preprocess.run(config)
+    (folder,) = train.run(config, device="cpu")
+    labels = sorted((tmp_path / "set" / "labelsTr").glob("*.nii.gz"))
+    shutil.copyfile(labels[1], labels[0])
+    with pytest.raises((StoreError, ManifestError)) as refused:
+        reproduce.run(str(folder), tmp_path / "anew", device="cpu")
+    assert "the images or labels of 1 of 6 cases are not those that" in str(refused.value)
 
 
 def test_other_metrics_are_told_with_what_may_explain_them(

@@ -32,6 +32,8 @@ SETTINGS = (
     "training.checkpoint_minutes=0.001",
 )
 RATE = "training.learning_rate"
+# A seed by which a grid comes to the trial that learns before it comes to the one that does not.
+LEARNER_FIRST = 4
 
 
 @pytest.fixture(scope="module")
@@ -187,12 +189,20 @@ def test_choosing_no_process_for_a_device_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:::mlflow")
 def test_a_sweep_prunes_lists_failures_and_writes_a_configuration_that_trains(prepared: Config, tmp_path: Path) -> None:
     config = prepared.changed(workspace=prepared.data.manifest.parent / "work")
-    parameters = {RATE: {"choices": [0.01, 1.0e-9]}, "training.batch_size": {"choices": [2, 3]}}
-    path = written(tmp_path, config, parameters=parameters, sampler="grid", startup_trials=1, trials=4, metric="score")
+    # Of the grid's four points two have no model to begin with, and one learns nothing.
+    parameters = {RATE: {"choices": [0.02, 1.0e-9]}, "training.init_from": {"choices": [None, "/nowhere"]}}
+    settings = {"training.budget.steps": 40, "training.steps_per_epoch": 10}
+    study = {"sampler": "grid", "startup_trials": 1, "trials": 4, "set": settings, "seed": LEARNER_FIRST}
+    path = written(tmp_path, config, parameters=parameters, **study)
     report = sweep.run(path, device="cpu")
     states = [outcome.state for outcome in report.outcomes]
-    assert len(states) == 4
+    assert sorted(states) == ["complete", "failed", "failed", "pruned"]
+    assert [outcome.error for outcome in report.outcomes if outcome.error] == 2 * [
+        next(outcome.error for outcome in report.outcomes if outcome.error)
+    ]
+    assert "training.init_from: /nowhere: holds no model" in report.as_text()
     assert report.best is not None
+    assert report.best.values[RATE] == 0.02
     best = load_config(report.folder / "best.yaml")
     assert best.training.learning_rate == report.best.values[RATE]
     assert best.data.manifest == config.data.manifest
@@ -208,8 +218,7 @@ def test_a_sweep_prunes_lists_failures_and_writes_a_configuration_that_trains(pr
     assert sorted(run.data.tags["medseg.sweep.state"] for run in trials) == sorted(states)
     ends = {"complete": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
     assert all(run.info.status == ends[run.data.tags["medseg.sweep.state"]] for run in trials)
-    assert all({RATE, "training.batch_size"} <= set(run.data.params) for run in trials)
-    assert "pruned" in states
+    assert all({RATE, "training.init_from"} <= set(run.data.params) for run in trials)
 
 
 @pytest.mark.slow
