@@ -5,7 +5,8 @@ from pathlib import Path
 from pipeline.config import Config
 from pipeline.config_loading import load_config, packaged
 from pipeline.data.phantoms import write_phantom_dataset
-from pipeline.stages import manifest, preprocess
+from pipeline.stages import manifest, preprocess, train
+from pipeline.stages.fold_task import FoldTask
 
 
 def preprocessed(folder: Path, settings: tuple[str, ...], *, cases: int, folds: int) -> Config:
@@ -15,6 +16,12 @@ def preprocessed(folder: Path, settings: tuple[str, ...], *, cases: int, folds: 
     config = config.changed(workspace=folder / "work")
     preprocess.run(config)
     return config
+
+
+def task_of(config: Config) -> FoldTask:
+    """Return the task of an experiment's first fold, on the CPU."""
+    (task,) = train.fold_tasks(config, "0", "cpu")
+    return task
 
 
 def changed(config: Config, section: str, **values: object) -> Config:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from phantom_experiments import changed, preprocessed
+from phantom_experiments import changed, preprocessed, task_of
 from torch import Tensor
 
 from pipeline.config import Config
@@ -40,11 +40,6 @@ SETTINGS = (
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """An experiment on preprocessed phantoms, four steps long."""
     return preprocessed(tmp_path_factory.mktemp("diagnosis"), SETTINGS, cases=6, folds=3)
-
-
-def task_of(config: Config) -> FoldTask:
-    (task,) = train.fold_tasks(config, "0", "cpu")
-    return task
 
 
 def events(folder: Path, kind: str) -> list[dict[str, object]]:

@@ -5,14 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from phantom_experiments import changed, preprocessed
+from phantom_experiments import changed, preprocessed, task_of
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.stages import fold_run, train
 from pipeline.stages.fold_diagnosis import FoldDiagnosis
 from pipeline.stages.fold_hooks import FoldHooks
-from pipeline.stages.fold_task import FoldTask
 from pipeline.tracking import RunLog
 from pipeline.training import budget
 from pipeline.training.diagnosis.stopwatch import Stopwatch
@@ -39,11 +38,6 @@ SETTINGS = (
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """An experiment on preprocessed phantoms, three steps long."""
     return preprocessed(tmp_path_factory.mktemp("options"), SETTINGS, cases=4, folds=2)
-
-
-def task_of(config: Config) -> FoldTask:
-    (task,) = train.fold_tasks(config, "0", "cpu")
-    return task
 
 
 def metrics_of(folder: Path) -> dict[str, float]:

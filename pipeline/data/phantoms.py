@@ -38,7 +38,6 @@ Layout = Literal["decathlon", "folder", "csv"]
 
 # Channel names in the network's order, and each channel's modality.
 CHANNELS: dict[Modality, tuple[str, str]] = {"MR": ("T1", "T2"), "CT": ("CT", "PET")}
-MODALITIES = {"T1": "MR", "T2": "MR", "CT": "CT", "PET": "PET"}
 
 # Intensity of air, tissue, bright structures and their cores in each channel; CT in HU, the others in units of a
 # scan's own scale.
