@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from distributed_program import STEPS, TRAININGS, told, training
 from safetensors.torch import load_file
 from torch import nn
 
-from pipeline.training.batch_norm import pool_batch_norms, pools_statistics
+from pipeline.training.batch_norm import PooledBatchNorm, pool_batch_norms, pools_statistics
 from pipeline.training.distributed import Share
 
 PROGRAM = Path(__file__).with_name("distributed_program.py")
@@ -138,15 +139,19 @@ def test_alone_every_collective_gives_back_what_it_was_given() -> None:
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("affine", [True, False])
-def test_a_pooled_batch_norm_alone_is_torchs_batch_norm(momentum: float | None, affine: bool) -> None:
+@pytest.mark.parametrize(("kind", "size"), [(nn.BatchNorm3d, (4, 5, 6)), (nn.BatchNorm2d, (4, 5))])
+def test_a_pooled_batch_norm_alone_is_torchs_batch_norm(
+    kind: Callable[..., nn.Module], size: tuple[int, ...], momentum: float | None, affine: bool
+) -> None:
     def new() -> nn.Sequential:
-        return nn.Sequential(nn.BatchNorm3d(3, momentum=momentum, affine=affine))
+        return nn.Sequential(kind(3, momentum=momentum, affine=affine))
 
-    image, other = torch.randn(2, 2, 3, 4, 5, 6, generator=torch.Generator().manual_seed(0)).unbind()
+    image, other = torch.randn(2, 2, 3, *size, generator=torch.Generator().manual_seed(0)).unbind()
     ours, theirs = new(), new()
     before = list(ours.parameters())
     pool_batch_norms(ours)
     assert all(a is b for a, b in zip(before, ours.parameters(), strict=True))
+    assert isinstance(ours[0], PooledBatchNorm)
     for seen in (image, 2 * other + 1):
         gradients = []
         for network in (ours, theirs):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.data.plan import SMALLEST_NORM_BATCH
 from pipeline.training.distributed import Share, pooled, this_share
@@ -29,18 +30,18 @@ def pool_batch_norms(network: nn.Module) -> None:
     """Let a network's batch norms see the patches of all processes; parameters, buffers and their names stay."""
     for parent in list(network.modules()):
         for name, child in parent.named_children():
-            if type(child) is nn.BatchNorm3d:
-                setattr(parent, name, PooledBatchNorm3d.like(child))
+            if isinstance(child, nn.BatchNorm2d | nn.BatchNorm3d):
+                setattr(parent, name, PooledBatchNorm.like(child))
 
 
-class PooledBatchNorm3d(nn.BatchNorm3d):
+class PooledBatchNorm(_BatchNorm):
     """Batch norm (Ioffe and Szegedy 2015) whose mean and variance are those of all processes' patches.
 
     Torch's own SyncBatchNorm does so on GPUs alone; this one is a few sums on any device.
     """
 
     @classmethod
-    def like(cls, norm: nn.BatchNorm3d) -> PooledBatchNorm3d:
+    def like(cls, norm: _BatchNorm) -> PooledBatchNorm:
         """Return a norm with the parameters and running statistics of another, the very tensors."""
         new = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device="meta")
         new.train(norm.training)
@@ -49,21 +50,23 @@ class PooledBatchNorm3d(nn.BatchNorm3d):
         return new
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return (N, C, X, Y, Z) normalised; every process has as many patches."""
+        """Return (N, C, X, Y, Z), or (N, C, X, Y), normalised; every process has as many patches."""
         if not self.training:
             return super().forward(image)
-        axes, values = (0, 2, 3, 4), image.float()
+        values = image.float()
         count = image.numel() // self.num_features * this_share().processes
-        mean = pooled(values.sum(axes)) / count
-        centred = values - mean[:, None, None, None]
-        variance = pooled(centred.square().sum(axes)) / count
-        self._follow(mean.detach(), variance.detach() * count / max(1, count - 1))
+        mean = _pooled_sum(values) / count
+        centred = values - mean
+        variance = _pooled_sum(centred.square()) / count
+        self._follow(mean.detach().flatten(), variance.detach().flatten() * count / max(1, count - 1))
         scale = torch.rsqrt(variance + self.eps)
-        if self.affine:
-            normalised = centred * (scale * self.weight)[:, None, None, None] + self.bias[:, None, None, None]
-        else:
-            normalised = centred * scale[:, None, None, None]
-        return normalised.to(image.dtype)
+        if not self.affine:
+            return (centred * scale).to(image.dtype)
+        weight, bias = (tensor.view_as(mean) for tensor in (self.weight, self.bias))
+        return (centred * (scale * weight) + bias).to(image.dtype)
+
+    def _check_input_dim(self, image: Tensor) -> None:
+        """Take planes and volumes alike."""
 
     def _follow(self, mean: Tensor, variance: Tensor) -> None:
         """Move the running statistics, where they are kept, as torch does."""
@@ -73,3 +76,8 @@ class PooledBatchNorm3d(nn.BatchNorm3d):
         rate = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean, rate)
         self.running_var.lerp_(variance, rate)
+
+
+def _pooled_sum(values: Tensor) -> Tensor:
+    """Return the sum of each channel over the patches of all processes, (1, C, 1, ...)."""
+    return pooled(values.sum([axis for axis in range(values.ndim) if axis != 1], keepdim=True))
