@@ -67,7 +67,7 @@ def test_the_plan_of_the_store_goes_first(folder: Path) -> None:
         describe.run(loaded)
     preprocess.run(loaded)
     explanation = describe.run(loaded)
-    assert explanation.source.startswith("the plan of phantom-")
+    assert explanation.source.startswith("the plan phantom-")
     assert explanation.task.patch_size == (16, 16, 8)
 
 
