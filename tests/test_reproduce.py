@@ -80,15 +80,20 @@ def test_another_manifest_and_other_images_are_refused(
     moved = tmp_path / "set"
     shutil.copytree(prepared.data.manifest.parent / "set", moved)
     labels = sorted(moved.glob("labelsTr/*.nii.gz"))
-    import SimpleITK as sitk
-
-    image = sitk.ReadImage(str(labels[0]))
-    image[0, 0, 0] = 1
-    sitk.WriteImage(image, str(labels[0]))
+    drawn_on(labels[0])
     with pytest.raises(ManifestError, match="is not the file that the manifest was made from"):
         reproduce.run(run_id, tmp_path / "b", root=moved, uri=uri, device="cpu")
     with pytest.raises(ModelError, match="cannot be fetched"):
         reproduce.run("0" * 32, tmp_path / "c", uri=uri)
+
+
+def drawn_on(label: Path) -> None:
+    """Change one voxel of a label."""
+    import SimpleITK as sitk
+
+    image = sitk.ReadImage(str(label))
+    image[0, 0, 0] = 1
+    sitk.WriteImage(image, str(label))
 
 
 def without_digests(value: object) -> object:
@@ -107,11 +112,9 @@ def test_images_that_changed_are_noticed_where_the_manifest_has_no_digests(prepa
     )
     preprocess.run(config)
     (folder,) = train.run(config, device="cpu")
-    labels = sorted((tmp_path / "set" / "labelsTr").glob("*.nii.gz"))
-    shutil.copyfile(labels[1], labels[0])
-    with pytest.raises((StoreError, ManifestError)) as refused:
+    drawn_on(next((tmp_path / "set" / "labelsTr").glob("*.nii.gz")))
+    with pytest.raises(StoreError, match="the images or labels of 1 of 6 cases are not those that"):
         reproduce.run(str(folder), tmp_path / "anew", device="cpu")
-    assert "the images or labels of 1 of 6 cases are not those that" in str(refused.value)
 
 
 def test_other_metrics_are_told_with_what_may_explain_them(
