@@ -148,10 +148,13 @@ def train(
 
         typer.echo(dry.run(loaded, fold=fold).as_text())
         return
-    launched = "RANK" in os.environ
+    from pipeline.training.distributed import is_launched
+
+    launched = is_launched()
     if processes > 1 and not launched:
         from pipeline.stages import launching
 
+        launching.refuse(loaded, processes, fold=fold, resume=resume, device=device, jobs=jobs)
         raise typer.Exit(launching.run(processes, sys.argv[1:]))
     if fold == "all" and not launched:
         from pipeline.stages import cross_validation

@@ -62,7 +62,7 @@ GpuMemory = Annotated[
         "--gpu-memory",
         min=1,
         metavar="GB",
-        help="Plan for a GPU of 8, 24, 80 ... GB: --set preprocessing.memory_gb=GB, for `train` too.",
+        help="Plan for a GPU of 8, 24, 80 ... GB, here or not; `train` takes the plan as it stands.",
     ),
 ]
 

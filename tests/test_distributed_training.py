@@ -147,6 +147,14 @@ def test_two_processes_train_as_one_does(config: Path, whole: Path) -> None:
     assert all(np.allclose(ours[key], theirs[key], atol=1e-4) for key in theirs)
 
 
+def test_batch_norms_of_few_patches_are_those_of_one_process(config: Path) -> None:
+    pooled = ("--set", "network.options.norm=batch", "--set", "training.budget.steps=10")
+    train(config, "normed", *pooled)
+    train(config, "normed_alone", *pooled, processes=1)
+    together, alone = (metrics(run_folder(config, name), "train/loss") for name in ("normed", "normed_alone"))
+    assert together == pytest.approx(alone, abs=1e-3)
+
+
 def test_killed_and_resumed_is_undisturbed(config: Path, whole: Path) -> None:
     folder = run_folder(config, "killed")
     launcher = start(*torchrun(2), *command(config, "killed"))

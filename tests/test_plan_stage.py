@@ -8,10 +8,11 @@ from typer.testing import CliRunner
 
 from pipeline.cli import app
 from pipeline.config import BudgetSection, Config, DataSection, NetworkSection, PreprocessingSection, TrainingSection
+from pipeline.config_loading import dump_config
 from pipeline.data.manifest import Case, ImageFile, Manifest, load_manifest, save_manifest
 from pipeline.data.phantoms import write_phantom_dataset
 from pipeline.data.plan import read_plan
-from pipeline.errors import ConfigError, ManifestError
+from pipeline.errors import ConfigError, ManifestError, PipelineError
 from pipeline.stages import dry_run, plan, preprocess, train
 from pipeline.stages import manifest as manifest_stage
 from pipeline.stages.workspace import Workspace
@@ -169,3 +170,26 @@ def test_what_is_wrong_with_a_manifest_is_said_in_our_words(phantom_set: Path, t
     (tmp_path / "wrong.json").write_text(json.dumps({**content, "ignore_label": 1}))
     with pytest.raises(ManifestError, match=r"wrong.json: manifest: ignore_label: 1 is the value of"):
         load_manifest(tmp_path / "wrong.json")
+
+
+def test_what_several_processes_would_refuse_is_said_once(phantom_set: Path, tmp_path: Path) -> None:
+    config = config_of(phantom_set, tmp_path / "work")
+    preprocess.run(config)
+    yaml = tmp_path / "experiment.yaml"
+    yaml.write_text(dump_config(config))
+
+    def refused(*more: str, **environment: str) -> str:
+        answer = CliRunner().invoke(app, ["train", str(yaml), *more], env=environment)
+        assert isinstance(answer.exception, PipelineError), answer.output
+        return str(answer.exception)
+
+    assert "--fold 7: the manifest has folds" in refused("--processes", "2", "--fold", "7")
+    assert "--jobs 2: with --processes" in refused("--processes", "2", "--fold", "all", "--jobs", "2")
+    assert "--device cuda:0,cuda:1: with --processes" in refused("--processes", "2", "--device", "cuda:0,cuda:1")
+    assert "2 patches cannot be divided evenly among 3" in refused("--processes", "3")
+    assert "no checkpoint to resume from" in refused("--processes", "2", "--resume")
+    # A job of one process trains folds side by side as any command does.
+    alone = {"RANK": "0", "WORLD_SIZE": "1"}
+    assert "name devices, and at least one job" in refused(
+        "--fold", "all", "--jobs", "1", "--device", "cpu,cpu", **alone
+    )

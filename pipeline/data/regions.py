@@ -107,8 +107,9 @@ def _one_sided(by_own: Mapping[str, set[str]], pairs: Sequence[tuple[str, str]])
         return mirror.get(name, name)
 
     return [
-        f"regions: flipping left and right turns {', '.join(sorted(names))} into "
-        f"{', '.join(sorted(map(mirrored, names)))}, which is no region of its own; make label_pairs and regions agree"
+        f"regions: label_pairs swap {own} and {mirrored(own)}, so the region of {', '.join(sorted(names))} "
+        f"would turn into one of {', '.join(sorted(map(mirrored, names)))} in which {mirrored(own)} is its own, and "
+        "there is none; make label_pairs and regions agree"
         for own, names in by_own.items()
         if by_own.get(mirrored(own)) != set(map(mirrored, names))
     ]

@@ -7,7 +7,28 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+from pipeline.stages.train import fold_tasks, refuse_nothing_to_resume
+from pipeline.training.distributed import Share
+
 LOOPBACK = "127.0.0.1"
+
+
+def refuse(config: Config, processes: int, *, fold: str, resume: bool, device: str, jobs: int | None) -> None:
+    """Raise once what each process would raise for itself, between the lines of a launcher that has failed.
+
+    Raises:
+        PipelineError: options do not go together, or there is nothing to train or to resume.
+    """
+    if jobs is not None:
+        raise ConfigError(f"--jobs {jobs}: with --processes all train one fold after another; leave one of the two out")
+    if "," in device:
+        raise ConfigError(f"--device {device}: with --processes each takes the GPU of its number; say cuda")
+    tasks = fold_tasks(config, fold, "cpu")
+    Share(0, processes).batch_size(tasks[0].batch_size)
+    if resume:
+        refuse_nothing_to_resume(tasks)
 
 
 def run(processes: int, arguments: Sequence[str]) -> int:
