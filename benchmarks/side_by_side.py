@@ -14,9 +14,26 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.networks import Network
+from pipeline.stages.fold_task import CHECKPOINT
 
 PEERS = Path(__file__).parent / "peers"
 MEDSEG = (sys.executable, "-m", "pipeline")
+
+
+def medseg(*arguments: object) -> None:
+    """Run a command of medseg's; what it says is shown.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    if code := subprocess.run([str(part) for part in (*MEDSEG, *arguments)], check=False).returncode:
+        raise SystemExit(f"medseg {' '.join(map(str, arguments))}: exit code {code}")
+
+
+def train_or_go_on(options: Sequence[object], run: Path, fold: int) -> None:
+    """Train a fold, from its checkpoint where it has one; one that is finished is left as it is."""
+    resume = ["--resume"] if (run / CHECKPOINT).exists() else []
+    medseg("train", *options, "--fold", fold, *resume)
 
 
 @dataclass(frozen=True)

@@ -12,35 +12,24 @@ not measured again. OUT/fold_K/time_to_dice.svg draws it.
 
 import argparse
 import json
-import os
-import shutil
-import subprocess
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from side_by_side import MEDSEG, PEERS
+from peer_training import SCRIPTS, case_dice, mean_dice, train_peer, write_cases
+from side_by_side import medseg
 
 from pipeline.config_loading import load_config
-from pipeline.data.manifest import Case, Manifest, load_manifest
-from pipeline.evaluation.metrics import score_case
-from pipeline.evaluation.structures import Structures
-from pipeline.volumes.volume import read_label
+from pipeline.data.manifest import Manifest, load_manifest
 
-OURS, SCRIPTS = "medseg", {"nnunet": "nnunet_training.py", "dynunet": "dynunet_training.py"}
+OURS = "medseg"
 SNAPSHOTS = 8  # of each run
 WANTED = (0.85, 0.88, 0.89)
 
 # Of medseg on two cores, to validate about as often as the peers keep weights.
 EPOCH_MINUTES = 0.5
-
-# What `hardware.keep_freed_memory` does from within: memory once had is not given back to the kernel at each step.
-ALLOCATOR = {
-    "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=2147483647:glibc.malloc.top_pad=67108864"
-    ":glibc.malloc.hugetlb=1"
-}
 
 
 @dataclass(frozen=True)
@@ -65,8 +54,8 @@ def run_medseg(config: Path, fold: int, budget: float, folder: Path, count: int)
     often = max(1, round(budget / EPOCH_MINUTES / count))
     changes = [f"name={name}", f"training.budget={{minutes: {budget}}}", f"training.validation_every_epochs={often}"]
     common = [config, "--workspace", folder / OURS, *(part for change in changes for part in ("--set", change))]
-    for command in (("preprocess", *common), ("train", *common, "--fold", fold)):
-        subprocess.run([str(part) for part in (*MEDSEG, *command)], check=True)
+    medseg("preprocess", *common)
+    medseg("train", *common, "--fold", fold)
     return points_of_events(folder / OURS / "runs" / name / f"fold_{fold}" / "events.jsonl", budget)
 
 
@@ -88,49 +77,10 @@ def points_of_events(path: Path, budget: float) -> list[Point]:
 
 def run_peer(party: str, python: Path, manifest: Manifest, fold: int, budget: float, folder: Path) -> list[Point]:
     """Train and predict in the peers' environment, and score what was predicted."""
-    out = folder / f"{party}_{budget:g}"
-    shutil.rmtree(out, ignore_errors=True)
-    command = [python, PEERS / SCRIPTS[party], folder, budget, SNAPSHOTS, out]
-    subprocess.run([str(part) for part in command], check=True, env={**os.environ, **ALLOCATOR})
     return [
-        Point(party, budget, kept["minutes"], kept["steps"], mean_dice(manifest, fold, Path(kept["folder"])))
-        for kept in json.loads((out / "snapshots.json").read_text())
+        Point(party, budget, kept.minutes, kept.steps, mean_dice(case_dice(manifest, fold, Path(kept.folder))))
+        for kept in train_peer(party, python, folder, budget, SNAPSHOTS)
     ]
-
-
-def mean_dice(manifest: Manifest, fold: int, predicted: Path) -> dict[str, float]:
-    """Return the mean Dice of each structure over the fold's cases; one that is missed counts as 0."""
-    structures = Structures({name: (index,) for index, name in enumerate(manifest.labels) if index})
-    rows = [_dice(manifest, case, predicted, structures) for case in manifest.validation_cases(fold)]
-    return dict(zip(structures.classes, np.mean(rows, axis=0).tolist(), strict=True))
-
-
-def _dice(manifest: Manifest, case: Case, predicted: Path, structures: Structures) -> list[float]:
-    """Return a case's Dice of each structure."""
-    reference, found = (read_label(path) for path in (manifest.path_of(case.label), predicted / f"{case.id}.nii.gz"))
-    if not reference.geometry.matches(found.geometry):
-        raise SystemExit(f"{case.id}: the prediction has another grid")
-    # The label files' values are the class indices, 0, 1 and 2, in this data set.
-    rows = score_case(found.array, reference.array, found.geometry.spacing_mm, structures, 1.0, metrics=("dice",))
-    return [row.values.get("dice", 0.0) for row in rows]
-
-
-def write_cases(manifest: Manifest, fold: int, folder: Path) -> None:
-    """Write down the fold's cases for the peers."""
-
-    def paths(cases: tuple[Case, ...]) -> list[dict[str, str]]:
-        return [
-            {
-                "id": case.id,
-                "image": str(manifest.path_of(*case.images.values()).resolve()),
-                "label": str(manifest.path_of(case.label).resolve()),
-            }
-            for case in cases
-        ]
-
-    cases = {"training": paths(manifest.training_cases(fold)), "validation": paths(manifest.validation_cases(fold))}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "cases.json").write_text(json.dumps({**cases, "labels": manifest.labels}, indent=1))
 
 
 def minutes_to(points: list[Point], wanted: float) -> float | None:
@@ -176,13 +126,15 @@ def read_points(path: Path) -> list[Point]:
 def main() -> None:
     root = Path(__file__).resolve().parents[1]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer-python", type=Path, required=True)
+    parser.add_argument("--peer-python", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--config", type=Path, default=root / "configs" / "hippocampus_unet.yaml")
     parser.add_argument("--fold", type=int, default=0)
     parser.add_argument("--minutes", type=float, nargs="+", default=[10, 25, 60])
     parser.add_argument("--only", choices=[OURS, *SCRIPTS], nargs="+", default=[OURS, *SCRIPTS])
     chosen = parser.parse_args()
+    if {*chosen.only} & {*SCRIPTS} and not chosen.peer_python:
+        parser.error("the peers need --peer-python; --only medseg does without")
     manifest = load_manifest(load_config(chosen.config).data.manifest)
     folder = chosen.out.resolve() / f"fold_{chosen.fold}"
     write_cases(manifest, chosen.fold, folder)

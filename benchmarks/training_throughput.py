@@ -21,8 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from side_by_side import MEDSEG, PEERS
-from time_to_dice import ALLOCATOR, write_cases
+from peer_training import ALLOCATOR, write_cases
+from side_by_side import PEERS, medseg
 
 from pipeline.config_loading import load_config
 from pipeline.data.manifest import load_manifest
@@ -125,9 +125,7 @@ def prepared_task(config: Path, out: Path, device: str, batch: int) -> FoldTask:
     """Preprocess where it is not done yet, and return the first fold's training."""
     settings = [*SETTINGS, f"training.batch_size={batch}"]
     changes = [part for setting in settings for part in ("--set", setting)]
-    subprocess.run(
-        [str(p) for p in (*MEDSEG, "preprocess", config, "--workspace", out / "medseg", *changes)], check=True
-    )
+    medseg("preprocess", config, "--workspace", out / "medseg", *changes)
     (task,) = fold_tasks(load_config(config, settings).changed(workspace=out / "medseg"), "0", device)
     return task
 

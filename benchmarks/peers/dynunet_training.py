@@ -1,4 +1,4 @@
-"""MONAI's DynUNet by its published recipe for the Decathlon's task 4; benchmarks/time_to_dice.py calls it.
+"""MONAI's DynUNet by its published recipe for the Decathlon's task 4; benchmarks/peer_training.py calls it.
 
     PEERS/bin/python benchmarks/peers/dynunet_training.py FOLDER MINUTES SNAPSHOTS OUT
 
@@ -149,6 +149,8 @@ def main() -> None:
     folder, minutes, count, out = Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     torch.set_num_threads(multiprocessing.cpu_count())
     cases = json.loads((folder / "cases.json").read_text())
+    for case in (*cases["training"], *cases["validation"]):
+        (case["image"],) = case["images"]  # the recipe's images have one channel
     training = Training(cases)
     snapshots = training.run(minutes, count, out)
     network, read = training.network.eval(), Compose(loaded(["image"]))

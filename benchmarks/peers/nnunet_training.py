@@ -1,4 +1,4 @@
-"""nnU-Net's own training on a fold, its schedule ending with a budget; benchmarks/time_to_dice.py calls it.
+"""nnU-Net's own training on a fold, its schedule ending with a budget; benchmarks/peer_training.py calls it.
 
     PEERS/bin/python benchmarks/peers/nnunet_training.py FOLDER MINUTES SNAPSHOTS OUT
 
@@ -11,6 +11,7 @@ with mirroring.
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -75,13 +76,15 @@ def prepare(cases: dict[str, Any]) -> None:
         return
     raw = HOME / "raw" / NAME
     every = [*cases["training"], *cases["validation"]]
-    for folder, key, ending in (("imagesTr", "image", "_0000.nii.gz"), ("labelsTr", "label", ".nii.gz")):
-        (raw / folder).mkdir(parents=True, exist_ok=True)
-        for case in every:
-            link = raw / folder / f"{case['id']}{ending}"
-            link.unlink(missing_ok=True)
-            link.symlink_to(case[key])
-    dataset = {"channel_names": {"0": "MRI"}, "labels": cases["labels"], "file_ending": ".nii.gz"}
+    for folder in (raw / "imagesTr", raw / "labelsTr"):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    for case in every:
+        (raw / "labelsTr" / f"{case['id']}.nii.gz").symlink_to(case["label"])
+        for number, image in enumerate(case["images"]):
+            (raw / "imagesTr" / f"{case['id']}_{number:04d}.nii.gz").symlink_to(image)
+    channels = {str(number): modality for number, modality in enumerate(cases["channels"])}
+    dataset = {"channel_names": channels, "labels": cases["labels"], "file_ending": ".nii.gz"}
     (raw / "dataset.json").write_text(json.dumps({**dataset, "numTraining": len(every)}))
     extract_fingerprints([NUMBER], num_processes=2, check_dataset_integrity=False)
     plan_experiments([NUMBER])
@@ -116,7 +119,7 @@ def main() -> None:
         predictor.manual_initialization(
             trainer.network, plans, configuration, [state], trainer.dataset_json, "nnUNetTrainer", mirrored
         )
-        images = [[case["image"]] for case in cases["validation"]]
+        images = [case["images"] for case in cases["validation"]]
         names = [str(out / case["id"]) for case in cases["validation"]]
         predictor.predict_from_files_sequential(images, names)
 
