@@ -12,15 +12,16 @@ the five-fold means published for nnU-Net 3d_fullres and MONAI's DynUNet, after 
 """
 
 import argparse
-import json
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from peer_training import case_dice, mean_dice
 from side_by_side import medseg, train_or_go_on
 
 from pipeline.config_loading import load_config
-from pipeline.data.manifest import load_manifest
+from pipeline.data.manifest import Manifest, load_manifest
 from pipeline.tracking import training_seconds
 
 PUBLISHED = {
@@ -31,25 +32,51 @@ PUBLISHED = {
 Dice = dict[str, float]
 
 
-def trained_fold(options: list[object], device: str, experiment: Path, fold: int) -> Dice:
-    """Train a fold unless it is finished, and return its Dice of each structure."""
-    run = experiment / f"fold_{fold}"
-    train_or_go_on([*options, "--device", device], run, fold)
-    summary = evaluated(options, device, experiment / "evaluation" / "fold")
-    classes = summary["cross_validation"]["classes"]
-    dice = {name: classes[name]["dice"]["by_fold"][str(fold)] for name in summary["classes"] if name != "mean"}
-    say(f"{experiment.name}, fold {fold}", dice, f"{(training_seconds(run) or 0) / 60:5.1f} min")
-    return dice
+@dataclass(frozen=True)
+class Experiment:
+    """A configuration with one seed: the command line's options, and the folder of its folds."""
 
+    config: Path
+    settings: tuple[str, ...]
+    device: str
+    workspace: Path
+    name: str
 
-def evaluated(options: list[object], device: str, out: Path, *more: object) -> dict:
-    """Evaluate the folds that are trained so far, and return the summary."""
-    medseg("evaluate", *options, "--device", device, "--out", out, *more)
-    return json.loads((out / "summary.json").read_text())
+    @property
+    def folder(self) -> Path:
+        """Folder of the folds' runs."""
+        return self.workspace / "runs" / self.name
+
+    @property
+    def options(self) -> list[object]:
+        """What each command is told."""
+        changes = (part for setting in (*self.settings, f"name={self.name}") for part in ("--set", setting))
+        return [self.config, "--workspace", self.workspace, *changes]
+
+    def fold(self, manifest: Manifest, fold: int) -> Dice:
+        """Train a fold unless it is finished, and return its Dice of each structure."""
+        run = self.folder / f"fold_{fold}"
+        train_or_go_on([*self.options, "--device", self.device], run, fold)
+        predicted = self.evaluated(self.folder / "evaluation" / "fold")
+        dice = mean_dice(case_dice(manifest, manifest.validation_cases(fold), predicted))
+        say(f"{self.name}, fold {fold}", dice, f"{(training_seconds(run) or 0) / 60:5.1f} min")
+        return dice
+
+    def kept_aside(self, path: Path) -> None:
+        """Have the folds label other cases together, and say their Dice."""
+        manifest = load_manifest(path)
+        predicted = self.evaluated(self.folder / "evaluation" / "kept_aside", "--manifest", path)
+        dice = mean_dice(case_dice(manifest, [case for case in manifest.cases if case.label], predicted))
+        say(f"{self.name}, ensemble, {len(manifest.cases)} cases kept aside", dice)
+
+    def evaluated(self, out: Path, *more: object) -> Path:
+        """Evaluate the folds that are trained so far, and return the folder of the label maps."""
+        medseg("evaluate", *self.options, "--device", self.device, "--out", out, *more)
+        return out / "predictions"
 
 
 def spread(what: str, found: list[Dice]) -> Dice:
-    """Say and return the mean of several trainings; and how far they lie apart."""
+    """Return the mean of several trainings; say it, and how far they lie apart."""
     table = {name: [dice[name] for dice in found] for name in found[0]}
     mean = {name: float(np.mean(values)) for name, values in table.items()}
     if len(found) > 1:
@@ -60,7 +87,7 @@ def spread(what: str, found: list[Dice]) -> Dice:
 
 def say(what: str, dice: Dice, more: str = "") -> None:
     """Print a line."""
-    print(f"{what:44}", *(f"{name} {value:.4f} " for name, value in dice.items()), more, flush=True)
+    print(f"{what:48}", *(f"{name} {value:.4f} " for name, value in dice.items()), more, flush=True)
 
 
 def main() -> None:
@@ -73,27 +100,22 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], help="SECTION.KEY=VALUE, as medseg has it")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--workspace", type=Path)
-    parser.add_argument("--kept-aside", type=Path)
+    parser.add_argument("--kept-aside", type=Path, help="manifest of cases that no fold has, for the ensemble")
     chosen = parser.parse_args()
     workspace = chosen.workspace or Path(tempfile.mkdtemp(prefix="medseg-hippocampus-"))
-    config = load_config(chosen.config, chosen.set)
     settings = [f"training.budget={{minutes: {chosen.minutes}}}"] if chosen.minutes else []
-    folds = load_manifest(config.data.manifest).folds if chosen.fold == "all" else [int(chosen.fold)]
+    settings += chosen.set
+    config = load_config(chosen.config, settings)
+    manifest = load_manifest(config.data.manifest)
+    folds = manifest.folds if chosen.fold == "all" else [int(chosen.fold)]
+    names = {f"{config.name}_seed_{seed}": [f"seed={seed}"] for seed in chosen.seeds or ()} or {config.name: []}
     of_seeds = []
-    for seed in chosen.seeds or [config.seed]:
-        name = f"{config.name}_seed_{seed}" if chosen.seeds else config.name
-        changes = [*settings, *chosen.set, f"name={name}", f"seed={seed}"]
-        options = [chosen.config, "--workspace", workspace, *(part for one in changes for part in ("--set", one))]
-        medseg("preprocess", *options)
-        experiment = workspace / "runs" / name
-        of_seeds.append(
-            spread(f"{name}, folds", [trained_fold(options, chosen.device, experiment, fold) for fold in folds])
-        )
+    for name, seed in names.items():
+        experiment = Experiment(chosen.config, (*settings, *seed), chosen.device, workspace, name)
+        medseg("preprocess", *experiment.options)
+        of_seeds.append(spread(f"{name}, folds", [experiment.fold(manifest, fold) for fold in folds]))
         if chosen.kept_aside:
-            out = experiment / "evaluation" / "kept_aside"
-            classes = evaluated(options, chosen.device, out, "--manifest", chosen.kept_aside)["classes"]
-            dice = {name: found["metrics"]["dice"]["mean"] for name, found in classes.items() if name != "mean"}
-            say(f"{name}, kept aside", dice)
+            experiment.kept_aside(chosen.kept_aside)
     spread("seeds", of_seeds)
     for name, dice in PUBLISHED.items():
         say(name, dice)

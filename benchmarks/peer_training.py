@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,16 +95,16 @@ def _on_grid(manifest: Manifest, case: Case, channel: str, grid: Geometry, folde
     return path
 
 
-def case_dice(manifest: Manifest, fold: int, predicted: Path) -> dict[str, dict[str, float]]:
-    """Return the Dice of each structure in each of the fold's cases, on its native grid.
+def case_dice(manifest: Manifest, cases: Iterable[Case], predicted: Path) -> dict[str, dict[str, float]]:
+    """Return the Dice of each structure in each case, on its native grid.
 
     Args:
         manifest: labels whose values are the class indices, as the peers want them.
-        fold: the fold held out.
+        cases: labelled ones of it.
         predicted: folder of a label map for each case.
     """
     structures = Structures({name: (value,) for name, value in manifest.labels.items() if value})
-    return {case.id: _dice(manifest, case, predicted, structures) for case in manifest.validation_cases(fold)}
+    return {case.id: _dice(manifest, case, predicted, structures) for case in cases}
 
 
 def _dice(manifest: Manifest, case: Case, predicted: Path, structures: Structures) -> dict[str, float]:

@@ -142,7 +142,7 @@ def main() -> None:
             predicted = run_peer(chosen.peer_python.absolute(), manifest, key, folder / f"fold_{fold}")
         else:
             predicted = run_medseg(configs[party], folder / "manifest.json", key, out / "medseg")
-        of_cases = case_dice(manifest, fold, predicted)
+        of_cases = case_dice(manifest, manifest.validation_cases(fold), predicted)
         results.append(Result(key, {case: float(np.mean(list(dice.values()))) for case, dice in of_cases.items()}))
         (out / "results.json").write_text(json.dumps([asdict(result) for result in results], indent=1))
         report(results)

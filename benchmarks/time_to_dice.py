@@ -77,8 +77,9 @@ def points_of_events(path: Path, budget: float) -> list[Point]:
 
 def run_peer(party: str, python: Path, manifest: Manifest, fold: int, budget: float, folder: Path) -> list[Point]:
     """Train and predict in the peers' environment, and score what was predicted."""
+    cases = manifest.validation_cases(fold)
     return [
-        Point(party, budget, kept.minutes, kept.steps, mean_dice(case_dice(manifest, fold, Path(kept.folder))))
+        Point(party, budget, kept.minutes, kept.steps, mean_dice(case_dice(manifest, cases, Path(kept.folder))))
         for kept in train_peer(party, python, folder, budget, SNAPSHOTS)
     ]
 
