@@ -91,7 +91,9 @@ def _on_grid(manifest: Manifest, case: Case, channel: str, grid: Geometry, folde
     path = folder / f"{case.id}_{channel}.nii.gz"
     if not path.exists():
         folder.mkdir(exist_ok=True)
-        write_image(path, resample_image(image, grid))
+        # Beyond a CT's field of view is air, as medseg has it too; elsewhere air is zero.
+        outside = float(image.array.min()) if manifest.channels[channel] == "CT" else 0.0
+        write_image(path, resample_image(image, grid, outside=outside))
     return path
 
 

@@ -9,7 +9,8 @@ scoring on the label's own grid; a tumour that is missed counts as 0.
 
 `--channels` are sets of the manifest's channels, commas between them, or all. Of a set only patients take part who have
 a channel of it. nnU-Net wants the channels of a patient on one grid and has no rule for one that is missing: they are
-resampled onto the label's grid, and a missing one is zeros, as medseg's configuration has it.
+resampled onto the label's grid, and a missing one is zeros, as medseg's configuration has it (there after
+normalisation). nnU-Net's minutes do not hold its planning, preprocessing and the ten steps that measure its speed.
 
 OUT/results.json holds what is measured, each fold as it lands; the same command goes on with what is missing.
 """

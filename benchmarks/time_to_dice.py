@@ -4,10 +4,11 @@ recipe, its schedule ending with each of several budgets.
     python benchmarks/time_to_dice.py --peer-python PEERS/bin/python --out OUT [--fold 0] [--minutes 10 25 60]
 
 Same cases, same machine, one party after another. Minutes are those of training steps, batches and augmentation
-included; start-up, preprocessing and validation are not in them. Dice is the mean over both structures and the fold's
-cases, on their native grids, by medseg's scoring of each party's own predictions. The peers have the allocator's
-settings that medseg gives itself. OUT/fold_K/points.json holds what is measured, a run as it lands; what is there is
-not measured again. OUT/fold_K/time_to_dice.svg draws it.
+included; start-up, preprocessing and validation are not in them (medseg's budget holds them, which costs it steps).
+Dice is the mean over both structures and the fold's cases, on their native grids, by medseg's scoring of each party's
+own predictions; a structure that is missed counts as 0. The peers have the allocator's settings that medseg gives
+itself. OUT/fold_K/points.json holds what is measured, a run as it lands; what is there is not measured again.
+OUT/fold_K/time_to_dice.svg draws it.
 """
 
 import argparse
