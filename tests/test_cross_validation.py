@@ -135,7 +135,13 @@ def test_ctrl_c_ends_all_and_resume_goes_on_with_each(prepared: Config, tmp_path
     path = tmp_path / "stopped.yaml"
     path.write_text(dump_config(config))
     command = [sys.executable, "-m", "pipeline", "train", str(path), "--fold", "all", "--device", "cpu", "--jobs", "2"]
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        # A shell's job in the background, as this may run in, has Ctrl-C ignored, and so have its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     folders = [run_folder(config, fold) for fold in range(3)]
     try:
         until = time.monotonic() + 300
@@ -147,6 +153,7 @@ def test_ctrl_c_ends_all_and_resume_goes_on_with_each(prepared: Config, tmp_path
         assert process.wait(120) != 0
     finally:
         process.kill()
+        process.wait()
     for folder in folders[:2]:
         assert [line.event["status"] for line in read_events(folder) if line.event["kind"] == "finish"] == ["KILLED"]
         with exclusively(folder.with_name(f".{folder.name}.lock"), PipelineError("a worker has survived")):
