@@ -257,6 +257,13 @@ class TrainingSection(Section):
     denoising: DenoisingSection = DenoisingSection()
     """What `task: denoise` takes away."""
 
+    @property
+    def budgeted_steps(self) -> int | None:
+        """Optimiser steps of the budget, epochs counted in steps; None: of a budget in minutes a probe will tell."""
+        if self.budget.minutes is not None:
+            return None
+        return self.budget.steps or (self.budget.epochs or 0) * self.steps_per_epoch
+
     @model_validator(mode="after")
     def _recomputes_once(self) -> TrainingSection:
         if self.compile and self.activation_checkpointing:

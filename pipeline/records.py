@@ -6,6 +6,7 @@ import ctypes
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -22,6 +23,11 @@ from pipeline.errors import PipelineError
 # It can only be read by setting it, for the whole process: once, before there are threads.
 UMASK = os.umask(0)
 os.umask(UMASK)
+
+
+def json_number(value: float) -> float | None:
+    """Return a number as JSON knows it: what is no number is null."""
+    return None if math.isnan(value) else value
 
 
 class Record(BaseModel):
@@ -151,16 +157,22 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def exclusively(path: Path, busy: PipelineError) -> Iterator[None]:
+def exclusively(path: Path, busy: PipelineError | None = None) -> Iterator[None]:
     """Hold a lock file against other processes; the kernel frees it when its holder dies.
 
+    Args:
+        path: the file.
+        busy: raised where another process holds it; None: wait for that one.
+
     Raises:
-        PipelineError: `busy`, where another process holds it.
+        PipelineError: `busy`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
         except OSError:
+            if busy is None:
+                raise
             raise busy from None
         yield

@@ -11,7 +11,8 @@ import numpy as np
 
 from pipeline.evaluation.metrics import METRICS
 from pipeline.evaluation.scored import ScoredCase, write_columns
-from pipeline.evaluation.statistics import MEAN, ClassSummary, FloatArray, mean_known
+from pipeline.evaluation.statistics import MEAN, ClassSummary, FloatArray, mean_known, with_mean
+from pipeline.records import json_number
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,8 @@ def as_json(cross_validation: CrossValidation) -> dict[str, Any]:
     """Return the folds as JSON knows them; what has no value is null."""
     classes: dict[str, Any] = {}
     for (name, metric), spread in cross_validation.spreads.items():
-        by_fold = {str(fold): _number(value) for fold, value in spread.by_fold.items()}
-        classes.setdefault(name, {})[metric] = {"by_fold": by_fold, "sd": _number(spread.sd)}
+        by_fold = {str(fold): json_number(value) for fold, value in spread.by_fold.items()}
+        classes.setdefault(name, {})[metric] = {"by_fold": by_fold, "sd": json_number(spread.sd)}
     return {
         "folds": list(cross_validation.folds),
         "missing": list(cross_validation.missing),
@@ -133,7 +134,7 @@ def _lines(cross_validation: CrossValidation, summaries: Sequence[ClassSummary])
 def _table(cases: Sequence[ScoredCase], metric: str) -> FloatArray:
     """Return the (classes and MEAN, cases) values of a metric."""
     table = np.array([[row.values[metric] for row in case.rows] for case in cases]).T
-    return np.concatenate([table, mean_known(table)[None]])
+    return with_mean(table)
 
 
 def _spread(by_fold: Mapping[int, FloatArray]) -> FoldSpread:
@@ -141,11 +142,6 @@ def _spread(by_fold: Mapping[int, FloatArray]) -> FoldSpread:
     means = {fold: float(mean_known(values[:, None])[0]) for fold, values in by_fold.items()}
     known = [mean for mean in means.values() if not np.isnan(mean)]
     return FoldSpread(means, float(np.std(known, ddof=1)) if len(known) > 1 else float("nan"))
-
-
-def _number(value: float) -> float | None:
-    """Return a value as JSON knows it."""
-    return None if np.isnan(value) else value
 
 
 def _listed(folds: Sequence[int]) -> str:

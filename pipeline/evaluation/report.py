@@ -18,7 +18,7 @@ from pipeline.evaluation.scored import MEASURES, NAN, RELIABILITY, UNCALIBRATED,
 from pipeline.evaluation.self_assessment import DicePrediction, dice_pairs
 from pipeline.evaluation.statistics import MEAN, ClassSummary, Estimate
 from pipeline.pictures import COLOURS
-from pipeline.records import atomic_path, write_json, write_text
+from pipeline.records import atomic_path, json_number, write_json, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -280,7 +280,7 @@ def _measure_as_text(reliability: Mapping[str, Estimate], name: str) -> str:
 def _prediction_as_json(one: DicePrediction) -> dict[str, float | int | None]:
     """Return as JSON how well the model knew its Dice."""
     known = {"mean_absolute_error": one.mae, "spearman": one.spearman}
-    return {"cases": one.cases} | {name: None if math.isnan(value) else value for name, value in known.items()}
+    return {"cases": one.cases} | {name: json_number(value) for name, value in known.items()}
 
 
 def _place(case: ScoredCase) -> float:
@@ -323,5 +323,5 @@ def _save(figure: Figure, path: Path) -> None:
 
 def _estimate_as_json(estimate: Estimate) -> dict[str, float | int | None]:
     """Return an estimate as JSON knows it."""
-    known = {name: None if math.isnan(value) else value for name, value in vars(estimate).items()}
+    known = {name: json_number(value) for name, value in vars(estimate).items()}
     return known | {"cases": estimate.cases}

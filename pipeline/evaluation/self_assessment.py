@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.evaluation.metrics import Row
 from pipeline.evaluation.scored import NAN, RELIABILITY, ScoredCase
-from pipeline.evaluation.statistics import MEAN, Estimate, bootstrap_interval, doubled_ranks, mean_known
+from pipeline.evaluation.statistics import MEAN, Estimate, doubled_ranks, estimate, mean_known
 
 FloatArray = NDArray[np.float64]
 
@@ -41,10 +41,8 @@ def estimate_reliability(cases: Sequence[ScoredCase], *, samples: int, seed: int
     found = {}
     for name in RELIABILITY:
         values = np.array([case.reliability.get(name, NAN) for case in cases])
-        known = values[~np.isnan(values)]
-        if known.size:
-            low, high = bootstrap_interval(values, samples=samples, seed=seed, patients=patients)
-            found[name] = Estimate(float(known.mean()), low, high, int(known.size))
+        if not np.isnan(values).all():
+            found[name] = estimate(values, samples=samples, seed=seed, patients=patients)
     return found
 
 

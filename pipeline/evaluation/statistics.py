@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,6 +94,13 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def estimate(values: FloatArray, *, samples: int, seed: int, patients: Sequence[str] | None = None) -> Estimate:
+    """Return the mean of what is known of the values, with its `bootstrap_interval`; nan where nothing is."""
+    known = values[~np.isnan(values)]
+    low, high = bootstrap_interval(values, samples=samples, seed=seed, patients=patients)
+    return Estimate(float(known.mean()) if known.size else float("nan"), low, high, int(known.size))
+
+
 def summarise(
     rows: Mapping[str, Sequence[Row]], *, samples: int, seed: int, patients: Mapping[str, str] | None = None
 ) -> list[ClassSummary]:
@@ -114,21 +122,16 @@ def summarise(
         return []
     owners = [patients[case] if patients else case for case in rows]
     by_class = list(zip(*rows.values(), strict=True))
-
-    def estimate(values: FloatArray) -> Estimate:
-        known = values[~np.isnan(values)]
-        low, high = bootstrap_interval(values, samples=samples, seed=seed, patients=owners)
-        return Estimate(float(known.mean()) if known.size else float("nan"), low, high, int(known.size))
-
+    estimated = partial(estimate, samples=samples, seed=seed, patients=owners)
     names = list(by_class[0][0].values)
     # (classes, cases) a metric
     tables = {name: np.array([[row.values[name] for row in column] for column in by_class]) for name in names}
     summaries = [
-        _summary(column[0].class_name, column, {name: estimate(tables[name][index]) for name in names})
+        _summary(column[0].class_name, column, {name: estimated(tables[name][index]) for name in names})
         for index, column in enumerate(by_class)
     ]
     every_row = [row for column in by_class for row in column]
-    return [*summaries, _summary(MEAN, every_row, {name: estimate(mean_known(tables[name])) for name in names})]
+    return [*summaries, _summary(MEAN, every_row, {name: estimated(mean_known(tables[name])) for name in names})]
 
 
 def mean_known(table: FloatArray) -> FloatArray:
@@ -137,6 +140,11 @@ def mean_known(table: FloatArray) -> FloatArray:
     counts = known.sum(axis=0)
     sums = np.where(known, table, 0.0).sum(axis=0)
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def with_mean(table: FloatArray) -> FloatArray:
+    """Return a (classes, cases) table with a last line: the mean over the classes that have a value."""
+    return np.concatenate([table, mean_known(table)[None]])
 
 
 def doubled_ranks(values: FloatArray) -> NDArray[np.int64]:

@@ -16,7 +16,7 @@ from pipeline.records import write_text
 from pipeline.stages.member_runs import names_of, read_run, run_folders
 from pipeline.stages.study import load_study, make_missing, refuse_unequal_budgets, study_members, study_runs
 from pipeline.stages.workspace import Workspace
-from pipeline.tracking import RunLog, environment_tags, read_state, send_pending, tracked_runs
+from pipeline.tracking import RunLog, environment_tags, is_tracked, read_state, send_pending
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ def _write(result: ComparisonResult, folder: Path) -> None:
 
 def _track(result: ComparisonResult, folders: Sequence[Path], folder: Path, root: Path) -> None:
     """Log the comparison as a run of its own in the experiment of the first member that is tracked."""
-    tracked = [run for run in folders if run in tracked_runs(run)]
+    tracked = [run for run in folders if is_tracked(run)]
     if not tracked:
         log.info("no member is a tracked run: the results are in %s only", folder)
         return

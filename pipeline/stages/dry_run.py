@@ -106,10 +106,9 @@ def _fitted(config: Config, plan: Plan) -> tuple[Plan, int]:
 
 def _budget(config: Config) -> str:
     """Return how long a fold is trained."""
-    budget, section = config.training.budget, config.training
-    if budget.minutes is not None:
-        return f"{budget.minutes:g} minutes a fold, turned into steps by a probe"
-    steps = budget.steps or (budget.epochs or 0) * section.steps_per_epoch
+    section, steps = config.training, config.training.budgeted_steps
+    if steps is None:
+        return f"{section.budget.minutes:g} minutes a fold, turned into steps by a probe"
     return f"{steps:,} steps a fold, validated every {section.validation_every_epochs * section.steps_per_epoch:,}"
 
 

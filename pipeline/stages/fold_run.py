@@ -64,6 +64,16 @@ def train_fold(task: FoldTask, *, resume: bool, listener: Listener = unheard_sco
         _train_locked(task, resume=resume, listener=listener)
 
 
+def complete_fold(task: FoldTask, listener: Listener = unheard_scores) -> None:
+    """Train a fold, from its checkpoint where there is one of this very training; unless it is finished.
+
+    Raises:
+        TrainingError, ConfigError: as `train_fold`.
+    """
+    if not task.is_finished:
+        train_fold(task, resume=task.is_begun and task.checkpoint.exists(), listener=listener)
+
+
 def _train_locked(task: FoldTask, *, resume: bool, listener: Listener) -> None:
     """Train one fold while no other process does."""
     began, share = time.monotonic(), this_share()
@@ -135,19 +145,18 @@ def _warn_of_unpaired_sides(task: FoldTask) -> None:
 def _budgeted_steps(hooks: FoldHooks, batches: Batches, began: float) -> int:
     """Return the steps of the budget, the same in all processes; minutes are turned into steps by a probe."""
     task = hooks.task
-    budget, settings = task.config.training.budget, task.settings
-    if budget.steps is not None:
-        return budget.steps
-    if budget.minutes is None:
-        return (budget.epochs or 0) * settings.steps_per_epoch
+    section, settings = task.config.training, task.settings
+    if section.budgeted_steps is not None:
+        return section.budgeted_steps
+    minutes = section.budget.minutes or 0.0
     costs = _probe(hooks, batches)
     steps = steps_within(
-        60 * budget.minutes - from_first(time.monotonic() - began),
+        60 * minutes - from_first(time.monotonic() - began),
         costs,
         steps_per_epoch=settings.steps_per_epoch,
         validation_every_epochs=settings.validation_every_epochs,
     )
-    log.info("fold %d: %d steps fit into %g minutes, at %.3f s each", task.fold, steps, budget.minutes, costs.step_s)
+    log.info("fold %d: %d steps fit into %g minutes, at %.3f s each", task.fold, steps, minutes, costs.step_s)
     return steps
 
 

@@ -127,7 +127,7 @@ class FoldTask:
                 f"{', '.join(stale[:5])} first; run `medseg preprocess`"
             )
 
-    @property
+    @cached_property
     def keys(self) -> dict[str, str | None]:
         """Digest of what each prepared case was made from, by the case's id."""
         return {case.id: self.store.key_of(case.id) for case in (*self.training_cases, *self.validation_cases)}

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -20,7 +18,7 @@ from pipeline.progress import lines_only
 from pipeline.records import Record, write_text
 from pipeline.stages.fold_run import train_fold
 from pipeline.stages.train import fold_tasks
-from pipeline.stages.worker_processes import begin_work, when_parent_ends
+from pipeline.stages.worker_processes import begin_work, interrupted_when_parent_ends
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +56,7 @@ def main() -> None:
     order = FoldOrder.model_validate(json.loads(sys.stdin.buffer.readline()))
     begin_work(order.threads, order.log_level)
     lines_only()
-    # Whoever starts us in the background may have had it ignored.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    when_parent_ends(lambda: os.kill(os.getpid(), signal.SIGINT))
+    interrupted_when_parent_ends()
     try:
         (task,) = fold_tasks(order.config, str(order.fold), order.device)
         train_fold(task, resume=order.resume)

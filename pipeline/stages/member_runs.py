@@ -18,7 +18,7 @@ from pipeline.evaluation.scored import read_case_table
 from pipeline.model import CONFIG, DESCRIPTION, PLAN, ModelDescription, load_model, read_description
 from pipeline.stages.models import BEST, LAST
 from pipeline.stages.workspace import Workspace
-from pipeline.tracking import flatten, read_state, tracked_runs, training_seconds
+from pipeline.tracking import flatten, is_tracked, read_state, tracked_runs, training_seconds
 
 CASES, SUMMARY = "cases.csv", "summary.json"
 
@@ -75,16 +75,14 @@ def read_run(folder: Path, cases: str) -> MemberRun:
         settings=_settings(config, plan),
         cases=tuple(case for case in read_case_table(evaluation / CASES) if case.fold == best.fold),
         failures=summary["failures"],
-        run_id=read_state(folder).run_id if folder in tracked_runs(folder) else None,
+        run_id=read_state(folder).run_id if is_tracked(folder) else None,
     )
 
 
 def budget_of(section: TrainingSection) -> str:
     """Return a training's budget for people: minutes, or steps, in which epochs are counted too."""
-    budget = section.budget
-    if budget.minutes is not None:
-        return f"{budget.minutes:g} minutes"
-    return f"{budget.steps or (budget.epochs or 0) * section.steps_per_epoch} steps"
+    steps = section.budgeted_steps
+    return f"{section.budget.minutes:g} minutes" if steps is None else f"{steps} steps"
 
 
 def _by_id(target: str, workspace: Workspace) -> Path:

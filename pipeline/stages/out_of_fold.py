@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from pipeline.evaluation.metrics import METRICS, Row, Status
 from pipeline.evaluation.scored import ScoredCase, write_case_table
 from pipeline.model import model_digest
-from pipeline.records import Record, write_json
+from pipeline.records import Record, json_number, write_json
 from pipeline.volumes.volume import Volume
 from pipeline.volumes.writing import write_label
 
@@ -41,11 +41,11 @@ class KeptRow(Record):
     @classmethod
     def of(cls, row: Row) -> KeptRow:
         """Return a row as JSON knows it."""
-        values = {name: _number(value) for name, value in row.values.items()}
+        values = {name: json_number(value) for name, value in row.values.items()}
         return cls(
             class_name=row.class_name,
             status=row.status,
-            reference_ml=_number(row.reference_ml),
+            reference_ml=json_number(row.reference_ml),
             prediction_ml=row.prediction_ml,
             values=values,
         )
@@ -166,11 +166,6 @@ class OutOfFold:
         except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
             log.warning("%s: cannot be read (%s), and is left out", path, type(error).__name__)
             return None
-
-
-def _number(value: float) -> float | None:
-    """Return a value as JSON knows it."""
-    return None if math.isnan(value) else value
 
 
 def _value(number: float | None) -> float:

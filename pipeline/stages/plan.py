@@ -46,7 +46,7 @@ class Expected:
         step_s: seconds of a step.
         fold_hours: of one fold, by the configured budget.
         all_hours: of all folds, one after another.
-        reasons: field name -> what it was found from.
+        reasons: what people read -> what it was found from.
     """
 
     device: str | None
@@ -149,7 +149,7 @@ def _fold_hours(
     section = config.training
     if section.budget.minutes is not None:
         return section.budget.minutes / 60
-    steps = section.budget.steps or (section.budget.epochs or 0) * section.steps_per_epoch
+    steps = section.budgeted_steps or 0
     validations = max(1, steps // (section.validation_every_epochs * section.steps_per_epoch))
     voxels = sum(stored_bytes(case, plan) for case in cases) / (2 * len(plan.channels)) / max(1, len(manifest.folds))
     return (steps * found.step_s + validations * voxels * found.voxel_s) / 3600

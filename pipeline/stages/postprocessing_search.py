@@ -27,10 +27,10 @@ from pipeline.inference.postprocessing import (
 from pipeline.model import CONFIG, model_digest
 from pipeline.preparation.preprocessing import class_indices
 from pipeline.progress import track
-from pipeline.records import write_json
+from pipeline.records import json_number, write_json
 from pipeline.stages.out_of_fold import KeptCase, OutOfFold
 from pipeline.stages.postprocessing_rules import Pieces, Rule, candidates, pieces_of
-from pipeline.tracking import RunLog, send_pending
+from pipeline.tracking import RunLog, is_tracked, send_pending
 from pipeline.volumes.volume import read_label
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class LabelSearch:
         names = {fold: "none" if at is None else self.rules[at].as_text() for fold, at in choice.by_fold.items()}
         return {
             "chosen": self.chosen.as_text() if self.chosen else "none",
-            "dice_without": _number(choice.untreated),
+            "dice_without": json_number(choice.untreated),
             "gain_cross_fitted": _estimate_as_json(choice.cross_fitted),
             "chosen_by_the_other_folds": {str(fold): name for fold, name in names.items()},
             "tried": tried,
@@ -202,39 +202,28 @@ def _log_evidence(found: Search, models: Sequence[Path]) -> None:
     run_log.tags({"medseg.postprocessing": found.rules.as_text()})
     run_log.artifact(found.experiment / POSTPROCESSING)
     run_log.close()
-    tracked = [folder for folder in (model.parent.parent for model in models) if _is_tracked(folder)]
+    tracked = [folder for folder in (model.parent.parent for model in models) if is_tracked(folder)]
     send_pending(found.experiment, *tracked, limit_s=SEND_LIMIT_S)
 
 
 def _run_log(folder: Path) -> RunLog | None:
     """Open the log of a run; None where it is not tracked."""
-    return RunLog.open(folder) if _is_tracked(folder) else None
-
-
-def _is_tracked(folder: Path) -> bool:
-    """Tell whether a folder is that of a tracked run."""
     try:
-        RunLog.open(folder).close()
+        return RunLog.open(folder)
     except ModelError:
-        return False
-    return True
+        return None
 
 
 def _tried_as_json(tried: Tried) -> dict[str, Any]:
     """Return a rule's outcome as JSON knows it."""
     difference = _estimate_as_json(tried.difference)
-    return {"difference": difference, "better": tried.better, "worse": tried.worse, "p": _number(tried.p)}
+    return {"difference": difference, "better": tried.better, "worse": tried.worse, "p": json_number(tried.p)}
 
 
 def _estimate_as_json(estimate: Estimate) -> dict[str, Any]:
     """Return an estimate over patients as JSON knows it."""
-    numbers = {name: _number(getattr(estimate, name)) for name in ("mean", "low", "high")}
+    numbers = {name: json_number(getattr(estimate, name)) for name in ("mean", "low", "high")}
     return {**numbers, "patients": estimate.cases}
-
-
-def _number(value: float) -> float | None:
-    """Return a value as JSON knows it."""
-    return None if math.isnan(value) else value
 
 
 def _listed(folds: Sequence[int]) -> str:

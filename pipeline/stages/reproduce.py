@@ -17,13 +17,22 @@ from pipeline.records import write_json
 from pipeline.stages import preprocess
 from pipeline.stages.dataset import dataset_of
 from pipeline.stages.fold_record import ARITHMETIC_TAG, MANIFEST, MANIFEST_TAG, ROOT_TAG, WEIGHTS_TAG, tags_of
-from pipeline.stages.fold_run import train_fold
+from pipeline.stages.fold_run import complete_fold
 from pipeline.stages.fold_task import FoldTask
 from pipeline.stages.preprocess import KEYS
 from pipeline.stages.train import fold_tasks
 from pipeline.stages.workspace import Workspace
-from pipeline.tracking import FetchedRun, RunLog, environment_tags, fetch_run, metric_history, read_state, send_pending
-from pipeline.tracking.log import STATE, read_tags, safe_name, tracking_uri
+from pipeline.tracking import (
+    FetchedRun,
+    RunLog,
+    environment_tags,
+    fetch_run,
+    is_tracked,
+    metric_history,
+    read_state,
+    send_pending,
+)
+from pipeline.tracking.log import read_tags, safe_name, tracking_uri
 
 CONFIG, PLAN, REPORT = "config.yaml", "plan.yaml", "reproduction.json"
 # Metrics that say what was learned; the others say how long it took and what the machine did.
@@ -120,8 +129,7 @@ def run(
     if _THREADS in original.tags and device in ("auto", "cpu"):
         torch.set_num_threads(int(original.tags[_THREADS]))
     task = _prepared(config, original, device, jobs)
-    if not task.is_finished:
-        train_fold(task, resume=task.is_begun and task.checkpoint.exists())
+    complete_fold(task)
     report = _compared(task, original, tolerance)
     _record(report)
     return report
@@ -130,7 +138,7 @@ def run(
 def _named(name: str, uri: str | None) -> tuple[str, str]:
     """Return a run's id in MLflow, and where that is."""
     folder = Path(name)
-    if not (folder / STATE).is_file():
+    if not is_tracked(folder):
         return name.removeprefix("runs:/").removesuffix("/model"), tracking_uri(uri, Path("work"))
     send_pending(folder, limit_s=SEND_LIMIT_S)
     state = read_state(folder)

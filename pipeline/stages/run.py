@@ -14,7 +14,7 @@ from pipeline.model import model_digest
 from pipeline.records import digest_of, write_text
 from pipeline.stages import check, evaluate, preprocess, train
 from pipeline.stages.evaluate import EvaluationReport
-from pipeline.stages.fold_run import train_fold
+from pipeline.stages.fold_run import complete_fold
 from pipeline.stages.fold_task import FoldTask
 from pipeline.stages.models import BEST
 from pipeline.stages.workspace import Workspace
@@ -62,7 +62,7 @@ def _train_and_evaluate(task: FoldTask) -> None:
     if task.is_finished:
         log.info("fold %d: trained already, in %s", task.fold, task.folder)
     else:
-        train_fold(task, resume=task.is_begun and task.checkpoint.exists())
+        complete_fold(task)
     if task.config.task == "segment":
         _evaluate_if_stale(task.folder, _evaluation_digest(task), partial(_evaluate_best, task))
 

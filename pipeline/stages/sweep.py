@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import signal
 import subprocess
 import time
 from contextlib import closing
@@ -20,17 +18,17 @@ from pipeline.errors import ConfigError, PipelineError, TrainingEnded
 from pipeline.hardware import threads_per_worker
 from pipeline.model import DESCRIPTION, read_description
 from pipeline.progress import lines_only
-from pipeline.records import write_json, write_text
+from pipeline.records import exclusively, write_json, write_text
 from pipeline.stages import preprocess
 from pipeline.stages.dataset import dataset_of
-from pipeline.stages.fold_run import train_fold
+from pipeline.stages.fold_run import complete_fold
 from pipeline.stages.models import BEST
-from pipeline.stages.sweep_search import Outcome, Search, Trial, waiting_for
+from pipeline.stages.sweep_search import Outcome, Search, Trial
 from pipeline.stages.sweep_study import Checks, SweepStudy, load_sweep
 from pipeline.stages.train import fold_tasks
-from pipeline.stages.worker_processes import shared_out, start_worker, when_parent_ends
+from pipeline.stages.worker_processes import interrupted_when_parent_ends, shared_out, start_worker
 from pipeline.stages.workspace import Workspace
-from pipeline.tracking import RunLog, Status, environment_tags, send_pending, tracked_runs
+from pipeline.tracking import RunLog, Status, environment_tags, is_tracked, send_pending, tracked_runs
 
 log = logging.getLogger(__name__)
 
@@ -115,8 +113,7 @@ def run(
 def work(path: Path, *, device: str, workspace: Path | None) -> None:
     """Train trials in a process that `run` has started, and end with it."""
     lines_only()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    when_parent_ends(lambda: os.kill(os.getpid(), signal.SIGINT))
+    interrupted_when_parent_ends()
     study = load_sweep(path)
     base, folder = _base(study, workspace)
     _work(study, Search(study, folder), base, device)
@@ -197,14 +194,13 @@ def _value(study: SweepStudy, trial: Trial, config: Config, device: str) -> floa
         TrainingEnded: the trial is pruned.
     """
     config = config.changed(tracking=config.tracking.changed(register_as=None, alias=None))
-    with waiting_for(Workspace(config.workspace).sweeps / study.name / ".preprocess.lock"):
+    with exclusively(Workspace(config.workspace).sweeps / study.name / ".preprocess.lock"):
         preprocess.run(config)
     values = []
     for fold in study.folds:
         (task,) = fold_tasks(config, str(fold), device)
         listener = partial(_judge, study, trial, judges=fold == study.folds[0])
-        if not task.is_finished:
-            train_fold(task, resume=task.is_begun and task.checkpoint.exists(), listener=listener)
+        complete_fold(task, listener)
         values.append(_score(study, read_description(task.folder / BEST / DESCRIPTION).scores))
     return sum(values) / len(values)
 
@@ -225,7 +221,7 @@ def _score(study: SweepStudy, scores: dict[str, float]) -> float:
 
 def _sweep_run(study: SweepStudy, base: Config, folder: Path) -> RunLog:
     """Open the run in MLflow whose children the trials are, or begin it; one process at a time."""
-    with waiting_for(folder / ".tracking-of-all.lock"):
+    with exclusively(folder / ".tracking-of-all.lock"):
         return RunLog.ensure_parent(
             folder, uri=base.tracking.uri, workspace=base.workspace, experiment=_experiment(base), name=study.name
         )
@@ -234,7 +230,7 @@ def _sweep_run(study: SweepStudy, base: Config, folder: Path) -> RunLog:
 def _trial_run(study: SweepStudy, trial: Trial, base: Config, name: str) -> RunLog:
     """Open a trial's run, the parent of its folds', or begin it."""
     folder, parent = Workspace(base.workspace).experiment(name), Workspace(base.workspace).sweeps / study.name
-    if folder in tracked_runs(folder.parent):
+    if is_tracked(folder):
         return RunLog.open(folder)
     tracked = RunLog.create(
         folder,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -107,7 +106,7 @@ class Search:
         self.sweep, self.folder = study, folder
         optuna = _optuna()
         folder.mkdir(parents=True, exist_ok=True)
-        with waiting_for(folder / ".trials.lock"):
+        with exclusively(folder / ".trials.lock"):
             url = study.storage or f"sqlite:///{folder.resolve() / 'trials.db'}"
             # Processes wait for one another's writes.
             options = {"connect_args": {"timeout": 120}} if url.startswith("sqlite:") else {}
@@ -131,7 +130,7 @@ class Search:
         """Return the next trial, first one that was interrupted; None where there are enough."""
         from optuna.trial import TrialState
 
-        with waiting_for(self.folder / ".trials.lock"):
+        with exclusively(self.folder / ".trials.lock"):
             self._take_up_interrupted()
             trials = self._study.get_trials(deepcopy=False)
             waits = any(trial.state == TrialState.WAITING for trial in trials)
@@ -216,15 +215,6 @@ class Search:
 
 
 _DIED = f"its process died {_MOST_ATTEMPTS} times"
-
-
-@contextmanager
-def waiting_for(path: Path) -> Iterator[None]:
-    """Hold a lock file, after waiting for whoever holds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _optuna() -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -66,6 +67,13 @@ def when_parent_ends(act: Callable[[], object]) -> None:
         act()
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def interrupted_when_parent_ends() -> None:
+    """End as by Ctrl-C, once the parent closes the pipe or dies."""
+    # Whoever starts us in the background may have had it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    when_parent_ends(lambda: os.kill(os.getpid(), signal.SIGINT))
 
 
 def log_level() -> int:

@@ -348,6 +348,11 @@ def pending(folder: Path) -> bool:
     return next(read_events(folder, read_state(folder).sent_bytes), None) is not None
 
 
+def is_tracked(folder: Path) -> bool:
+    """Tell whether a folder is a run's."""
+    return (folder / STATE).is_file()
+
+
 def tracked_runs(folder: Path) -> list[Path]:
     """Return the folders of all runs below a folder, itself included, parents before their folds."""
     return sorted(state.parent for state in folder.rglob(STATE))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.evaluation.comparison.statistics import by_patient, signed_rank_p
-from pipeline.evaluation.statistics import Estimate, FloatArray, bootstrap_interval
+from pipeline.evaluation.statistics import Estimate, FloatArray, estimate
 
 # A treatment whose gain could as well be chance is none.
 SIGNIFICANCE = 0.05
@@ -82,7 +82,7 @@ def choose(
         picked = _best(table[:, others], owners[others])
         by_fold[int(fold)] = picked
         gains[~others] = 0.0 * table[0, ~others] if picked is None else (table[1 + picked] - table[0])[~others]
-    cross_fitted = _estimate(by_patient(gains[None], patients)[0], samples, seed)
+    cross_fitted = estimate(by_patient(gains[None], patients)[0], samples=samples, seed=seed)
     differences = by_patient(table[1:] - table[0], patients)
     return Choice(
         tried=tuple(_tried(row, samples, seed) for row in differences),
@@ -107,17 +107,11 @@ def _tried(differences: FloatArray, samples: int, seed: int) -> Tried:
     """Describe a treatment by its (patients,) differences."""
     rounded = np.round(differences, _DECIMALS)
     return Tried(
-        difference=_estimate(differences, samples, seed),
+        difference=estimate(differences, samples=samples, seed=seed),
         better=int((rounded > 0).sum()),
         worse=int((rounded < 0).sum()),
         p=signed_rank_p(differences),
     )
-
-
-def _estimate(values: FloatArray, samples: int, seed: int) -> Estimate:
-    """Return the mean over patients and its interval."""
-    low, high = bootstrap_interval(values, samples=samples, seed=seed)
-    return Estimate(_mean(values), low, high, int((~np.isnan(values)).sum()))
 
 
 def _mean(values: FloatArray) -> float:

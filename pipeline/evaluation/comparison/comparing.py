@@ -22,7 +22,7 @@ from pipeline.evaluation.comparison.members import Member, differences, warnings
 from pipeline.evaluation.comparison.statistics import by_patient, holm, rank_shares, signed_rank_p
 from pipeline.evaluation.metrics import METRICS, Row
 from pipeline.evaluation.scored import ScoredCase
-from pipeline.evaluation.statistics import MEAN, Estimate, bootstrap_interval, mean_known
+from pipeline.evaluation.statistics import MEAN, Estimate, estimate, with_mean
 
 FloatArray = NDArray[np.float64]
 
@@ -208,7 +208,7 @@ class _Scores:
                 pair for metric in METRICS for index in range(len(class_names)) for pair in self._pairs(metric, index)
             ),
             rankings=tuple(self._ranking(metric, index) for metric in METRICS for index in range(len(class_names))),
-            scores={key: _with_mean(table) for key, table in self.by_case.items()},
+            scores={key: with_mean(table) for key, table in self.by_case.items()},
             cases=tuple(self.patients),
             patients=len(set(self.patients.values())),
             warnings=tuple(warnings_of(self.members)),
@@ -262,15 +262,8 @@ class _Scores:
 
     def _per_patient(self, table: FloatArray) -> FloatArray:
         """Return (classes and MEAN, patients) of a (classes, cases) table."""
-        return by_patient(_with_mean(table), list(self.patients.values()))
+        return by_patient(with_mean(table), list(self.patients.values()))
 
     def _estimate(self, values: FloatArray) -> Estimate:
         """Return the mean over patients and its interval."""
-        known = values[~np.isnan(values)]
-        low, high = bootstrap_interval(known, samples=self.samples, seed=self.seed)
-        return Estimate(float(known.mean()) if known.size else float("nan"), low, high, int(known.size))
-
-
-def _with_mean(table: FloatArray) -> FloatArray:
-    """Return a (classes, cases) table with a last line: the mean over the classes that have a value."""
-    return np.concatenate([table, mean_known(table)[None]])
+        return estimate(values, samples=self.samples, seed=self.seed)
