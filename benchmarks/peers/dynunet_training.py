@@ -10,7 +10,7 @@ and flips; prediction with all eight flips. FOLDER/cases.json names the fold's c
 
 import itertools
 import json
-import multiprocessing
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,7 +147,7 @@ def predicted(network: DynUNet, image: Tensor) -> Tensor:
 
 def main() -> None:
     folder, minutes, count, out = Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
-    torch.set_num_threads(multiprocessing.cpu_count())
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     cases = json.loads((folder / "cases.json").read_text())
     for case in (*cases["training"], *cases["validation"]):
         (case["image"],) = case["images"]  # the recipe's images have one channel

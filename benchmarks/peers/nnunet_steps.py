@@ -7,7 +7,7 @@ steps: on batches of its own loaders and augmentation, or on one fixed batch.
 """
 
 import json
-import multiprocessing
+import os
 import sys
 import time
 from typing import Any
@@ -27,7 +27,7 @@ def seconds(trainer: Any, fixed: dict[str, Any] | None, steps: int) -> float:
 
 
 def main() -> None:
-    torch.set_num_threads(multiprocessing.cpu_count())
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     answers, sys.stdout = sys.stdout, sys.stderr  # what nnU-Net says is no answer
     prepare(json.loads((FOLDER / "cases.json").read_text()))
     trainer = new_trainer()

@@ -9,7 +9,6 @@ with mirroring.
 """
 
 import json
-import multiprocessing
 import os
 import shutil
 import sys
@@ -104,7 +103,7 @@ def new_trainer() -> BudgetTrainer:
 
 def main() -> None:
     minutes, count, folder = float(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
-    torch.set_num_threads(multiprocessing.cpu_count())
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     cases = json.loads((FOLDER / "cases.json").read_text())
     prepare(cases)
     trainer = new_trainer()
