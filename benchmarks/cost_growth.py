@@ -25,7 +25,7 @@ from pipeline.config import Config, DataSection, NetworkSection
 from pipeline.data.manifest import Case, ImageFile, Manifest
 from pipeline.data.store import CaseStore, PreparedCase
 from pipeline.hardware import keep_freed_memory, pick_device
-from pipeline.stages.fold_task import FoldTask
+from pipeline.stages.fold.task import FoldTask
 from pipeline.training.diagnosis.advice import spoken
 from pipeline.training.diagnosis.stopwatch import Stopwatch
 from pipeline.training.loop import train_step

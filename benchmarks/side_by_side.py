@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.networks import Network
-from pipeline.stages.fold_task import CHECKPOINT
+from pipeline.stages.fold.task import CHECKPOINT
 
 PEERS = Path(__file__).parent / "peers"
 MEDSEG = (sys.executable, "-m", "pipeline")

@@ -17,7 +17,7 @@ import torch
 
 from pipeline.config_loading import load_config
 from pipeline.hardware import autocast, keep_freed_memory
-from pipeline.stages.fold_task import FoldTask
+from pipeline.stages.fold.task import FoldTask
 from pipeline.stages.train import fold_tasks
 from pipeline.tracking import RunLog
 from pipeline.training.loop import train_step

@@ -27,7 +27,7 @@ from side_by_side import PEERS, medseg
 from pipeline.config_loading import load_config
 from pipeline.data.manifest import load_manifest
 from pipeline.hardware import keep_freed_memory
-from pipeline.stages.fold_task import FoldTask
+from pipeline.stages.fold.task import FoldTask
 from pipeline.stages.train import fold_tasks
 from pipeline.training.loop import train_step
 

@@ -6,7 +6,7 @@ from pipeline.config import Config
 from pipeline.config_loading import load_config, packaged
 from pipeline.data.phantoms import write_phantom_dataset
 from pipeline.stages import manifest, preprocess, train
-from pipeline.stages.fold_task import FoldTask
+from pipeline.stages.fold.task import FoldTask
 
 
 def preprocessed(folder: Path, settings: tuple[str, ...], *, cases: int, folds: int) -> Config:

@@ -16,7 +16,7 @@ from pipeline.geometry import Geometry
 from pipeline.inference.planes import LogitPlanes
 from pipeline.model import save_model
 from pipeline.predictor import Engine, Predictor
-from pipeline.stages.calibrating import TEMPERATURE_CASES, VoxelJudge, beside, calibrate, calibration_of
+from pipeline.stages.fold.calibrating import TEMPERATURE_CASES, VoxelJudge, beside, calibrate, calibration_of
 
 # Logits are a thousandth of NearestMean's for intensities of 100 a class: a voxel is right by 5 or 20 of them.
 MEANS = (0.0, 100.0, 200.0)

@@ -12,7 +12,7 @@ from pipeline.data.plan import Plan
 from pipeline.data.store import CaseStore, PreparedCase
 from pipeline.errors import ConfigError
 from pipeline.geometry import Geometry
-from pipeline.stages.fold_task import class_weights
+from pipeline.stages.fold.task import class_weights
 from pipeline.training.sampling.cases import bytes_of, keep, place_for
 
 CPU = torch.device("cpu")

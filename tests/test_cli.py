@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cli, cli_aids, cli_loading
+from pipeline import cli
+from pipeline.cli import aids, loading
 
 REPOSITORY = Path(__file__).parents[1]
 HEAVY = ("torch", "monai", "mlflow", "SimpleITK", "nibabel", "scipy", "matplotlib")
@@ -38,7 +39,7 @@ def medseg(*arguments: str, script: str = "from pipeline.cli import main; main()
 
 
 def commands() -> list[str]:
-    every = [*cli.app.registered_commands, *cli_aids.aids.registered_commands]
+    every = [*cli.app.registered_commands, *aids.aids.registered_commands]
     return [command.name or command.callback.__name__ for command in every if command.callback]
 
 
@@ -125,6 +126,6 @@ def test_the_workspace_of_the_command_line_wins(tmp_path: Path, monkeypatch: pyt
     path = tmp_path / "a.yaml"
     path.write_text("name: a\ndata: {manifest: m.json}\nworkspace: said\n")
     monkeypatch.chdir(tmp_path)
-    assert cli_loading.load(path, ["seed=4"], None).workspace == tmp_path / "said"
-    assert cli_loading.load(path, None, Path("other")).workspace == tmp_path / "other"
-    assert cli_loading.load(path, ["seed=4"], None).seed == 4
+    assert loading.load(path, ["seed=4"], None).workspace == tmp_path / "said"
+    assert loading.load(path, None, Path("other")).workspace == tmp_path / "other"
+    assert loading.load(path, ["seed=4"], None).seed == 4

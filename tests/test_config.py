@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from pipeline.cli_loading import option_checks
+from pipeline.cli.loading import option_checks
 from pipeline.config import (
     AugmentationSection,
     BudgetSection,

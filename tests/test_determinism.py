@@ -21,7 +21,7 @@ from pipeline.errors import ConfigError, TrainingError
 from pipeline.hardware import deterministic
 from pipeline.model import WEIGHTS, weights_sha256
 from pipeline.stages import train
-from pipeline.stages.fold_determinism import refuse_nondeterministic
+from pipeline.stages.fold.determinism import refuse_nondeterministic
 from pipeline.stages.workspace import Workspace
 
 SETTINGS = (

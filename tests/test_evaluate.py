@@ -25,7 +25,7 @@ from pipeline.networks import NETWORKS
 from pipeline.records import file_digest
 from pipeline.stages import evaluate
 from pipeline.stages.evaluate import EvaluationReport
-from pipeline.stages.evaluation_cases import choose, models_of
+from pipeline.stages.evaluating.cases import choose, models_of
 from pipeline.stages.workspace import Workspace
 from pipeline.tracking import RunLog, read_state, send_pending
 from pipeline.tracking.log import read_events

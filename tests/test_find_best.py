@@ -29,7 +29,7 @@ from pipeline.inference.postprocessing import (
 from pipeline.stages import evaluate, find_best, segment
 from pipeline.stages.find_best import verdict_of
 from pipeline.stages.models import LAST
-from pipeline.stages.postprocessing_rules import Pieces, Rule, candidates, pieces_of
+from pipeline.stages.postprocessing.rules import Pieces, Rule, candidates, pieces_of
 from pipeline.volumes.volume import read_label
 
 PLAN = make_plan()

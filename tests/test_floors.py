@@ -21,7 +21,7 @@ FLOORS = {
     4: ("preparation", "training", "inference", "confidence", "evaluation", "model"),
     5: ("predictor",),
     6: ("stages",),
-    7: ("cli", "cli_aids", "cli_loading", "cli_options", "__main__"),
+    7: ("cli", "__main__"),
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 # The base and the command line are files of one folder, the package's own: they may import one another.
@@ -34,8 +34,8 @@ KEEPERS = {
     "nibabel": ("pipeline.volumes",),
     "blosc2": ("pipeline.data",),
     "monai": ("pipeline.networks.monai_networks", "pipeline.training.losses.centreline", "pipeline.evaluation.metrics"),
-    "optuna": ("pipeline.stages.sweep_search",),
-    "typer": ("pipeline.cli", "pipeline.cli_aids", "pipeline.cli_options"),
+    "optuna": ("pipeline.stages.sweeping.search",),
+    "typer": ("pipeline.cli",),
 }
 # Libraries that cost a second or are missing on a bare node: imported inside the functions that need them.
 LAZY = ("SimpleITK", "monai")

@@ -19,10 +19,10 @@ from pipeline.config import Config
 from pipeline.errors import TrainingError
 from pipeline.pictures import Patch, draw_learning_curves, draw_patches
 from pipeline.stages import train
-from pipeline.stages.fold_diagnosis import FoldDiagnosis
-from pipeline.stages.fold_hooks import FoldHooks
-from pipeline.stages.fold_run import train_fold
-from pipeline.stages.fold_task import FoldTask
+from pipeline.stages.fold.diagnosis import FoldDiagnosis
+from pipeline.stages.fold.hooks import FoldHooks
+from pipeline.stages.fold.run import train_fold
+from pipeline.stages.fold.task import FoldTask
 from pipeline.tracking import RunLog
 from pipeline.training.diagnosis.stopwatch import FINISHING, STARTING, Stopwatch
 from pipeline.training.loop import train as run_loop

@@ -26,7 +26,7 @@ from pipeline.config_loading import load_config
 from pipeline.data.manifest import load_manifest
 from pipeline.data.plan import read_plan
 from pipeline.errors import ManifestError, PipelineError, VolumeError
-from pipeline.stages.segment_inputs import find_inputs
+from pipeline.stages.segmenting.inputs import find_inputs
 from pipeline.volumes.stored import files_of, read_header
 from pipeline.volumes.volume import read_image, read_label
 

@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError, ModelError, TrainingError
 from pipeline.model import Model, save_model
 from pipeline.networks.fitting import network_for, outputs_of
 from pipeline.stages import train
-from pipeline.stages.fold_task import FoldTask
+from pipeline.stages.fold.task import FoldTask
 from pipeline.stages.initialisation import Initialisation, initialise
 from pipeline.stages.workspace import Workspace
 from pipeline.training.checkpoints import load_checkpoint, save_checkpoint

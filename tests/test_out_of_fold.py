@@ -22,8 +22,8 @@ from pipeline.model import model_digest
 from pipeline.networks import NETWORKS
 from pipeline.stages import evaluate
 from pipeline.stages.evaluate import EvaluationReport
+from pipeline.stages.evaluating.out_of_fold import OutOfFold
 from pipeline.stages.models import LAST
-from pipeline.stages.out_of_fold import OutOfFold
 from pipeline.volumes.volume import Volume, read_image, read_label
 from pipeline.volumes.writing import write_label
 

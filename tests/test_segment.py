@@ -24,7 +24,7 @@ from pipeline.model import save_model
 from pipeline.networks import NETWORKS
 from pipeline.stages import segment
 from pipeline.stages.models import resolve_model
-from pipeline.stages.segment_inputs import find_inputs
+from pipeline.stages.segmenting.inputs import find_inputs
 from pipeline.volumes.volume import Volume, read_label
 from pipeline.volumes.writing import write_image
 

@@ -33,14 +33,14 @@ from pipeline.hardware import resident_bytes
 from pipeline.model import save_model
 from pipeline.networks import NETWORKS
 from pipeline.stages import segment
-from pipeline.stages.segment_batch import Batch, Room
-from pipeline.stages.segment_case import CaseInHand, CaseSteps, SegmentSettings
-from pipeline.stages.segment_claims import CLAIMS, Claims, left_by
-from pipeline.stages.segment_inputs import find_inputs
-from pipeline.stages.segment_journal import JOURNAL, Journal
-from pipeline.stages.segment_page import LARGEST_EMBEDDED, Preview, picture_of, write_page
-from pipeline.stages.segment_plan import CASES_SHOWN, bytes_of
-from pipeline.stages.segment_report import CaseResult, SegmentReport
+from pipeline.stages.segmenting.batch import Batch, Room
+from pipeline.stages.segmenting.case import CaseInHand, CaseSteps, SegmentSettings
+from pipeline.stages.segmenting.claims import CLAIMS, Claims, left_by
+from pipeline.stages.segmenting.inputs import find_inputs
+from pipeline.stages.segmenting.journal import JOURNAL, Journal
+from pipeline.stages.segmenting.page import LARGEST_EMBEDDED, Preview, picture_of, write_page
+from pipeline.stages.segmenting.plan import CASES_SHOWN, bytes_of
+from pipeline.stages.segmenting.report import CaseResult, SegmentReport
 from pipeline.stages.worker_processes import shared_out
 from pipeline.volumes.volume import Volume, read_label
 from pipeline.volumes.writing import write_image
@@ -309,7 +309,7 @@ def test_without_locks_the_living_are_not_taken_for_dead(
     def no_locks(*_: object) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    monkeypatch.setattr("pipeline.stages.segment_claims.fcntl.flock", no_locks)
+    monkeypatch.setattr("pipeline.stages.segmenting.claims.fcntl.flock", no_locks)
     for _ in range(3):
         claim = Claims(tmp_path, "one").take("a")
         assert claim is not None

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.data.manifest import Case, ImageFile, Manifest, save_manifest
 from pipeline.errors import ManifestError, PipelineError
-from pipeline.stages.segment_inputs import SegmentInput, find_inputs
+from pipeline.stages.segmenting.inputs import SegmentInput, find_inputs
 
 ONE = ("T1",)
 TWO = ("T1", "T2")

@@ -12,7 +12,7 @@ from pipeline.data.plan import Plan, read_plan
 from pipeline.errors import ConfigError
 from pipeline.stages import dry_run, plan, preprocess
 from pipeline.stages import manifest as manifest_stage
-from pipeline.stages.fold_task import configuration_digest
+from pipeline.stages.fold.task import configuration_digest
 from pipeline.stages.settling import plan_path
 from pipeline.stages.train import fold_tasks
 from pipeline.stages.workspace import Workspace

@@ -13,13 +13,13 @@ import pytest
 import yaml
 from phantom_experiments import preprocessed
 
-from pipeline.cli_loading import option_checks
+from pipeline.cli.loading import option_checks
 from pipeline.config import Config
 from pipeline.config_loading import dump_config, load_config
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.stages import sweep
-from pipeline.stages.sweep_search import Search
-from pipeline.stages.sweep_study import Parameter, SweepStudy, load_sweep
+from pipeline.stages.sweeping.search import Search
+from pipeline.stages.sweeping.study import Parameter, SweepStudy, load_sweep
 from pipeline.tracking import read_state
 
 SETTINGS = (

@@ -16,7 +16,7 @@ from pipeline.evaluation.structures import Structures
 from pipeline.model import read_description
 from pipeline.predictor import Predictor
 from pipeline.stages import evaluate, manifest, preprocess, train
-from pipeline.stages.fold_task import FoldTask
+from pipeline.stages.fold.task import FoldTask
 from pipeline.stages.models import BEST
 from pipeline.training.losses import Target
 

@@ -12,7 +12,7 @@ from pipeline.data.plan import read_plan, write_plan
 from pipeline.errors import ConfigError, StoreError, TrainingError
 from pipeline.records import exclusively
 from pipeline.stages import evaluate, segment, train
-from pipeline.stages.fold_hooks import shareable
+from pipeline.stages.fold.hooks import shareable
 from pipeline.stages.workspace import Workspace
 from pipeline.training.losses import Target
 from pipeline.volumes.stored import read_header

@@ -9,9 +9,10 @@ from phantom_experiments import changed, preprocessed, task_of
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError
-from pipeline.stages import fold_run, train
-from pipeline.stages.fold_diagnosis import FoldDiagnosis
-from pipeline.stages.fold_hooks import FoldHooks
+from pipeline.stages import train
+from pipeline.stages.fold import run as fold_run
+from pipeline.stages.fold.diagnosis import FoldDiagnosis
+from pipeline.stages.fold.hooks import FoldHooks
 from pipeline.tracking import RunLog
 from pipeline.training import budget
 from pipeline.training.diagnosis.stopwatch import Stopwatch

@@ -19,11 +19,11 @@ from tempfile import TemporaryDirectory
 from pipeline.config import Config
 from pipeline.errors import PipelineError
 from pipeline.hardware import pick_device, threads_per_worker
-from pipeline.stages import fold_worker
-from pipeline.stages.fold_record import experiment_run
-from pipeline.stages.fold_run import train_fold
-from pipeline.stages.fold_task import FoldTask
-from pipeline.stages.fold_worker import FoldOrder
+from pipeline.stages.fold import worker as fold_worker
+from pipeline.stages.fold.record import experiment_run
+from pipeline.stages.fold.run import train_fold
+from pipeline.stages.fold.task import FoldTask
+from pipeline.stages.fold.worker import FoldOrder
 from pipeline.stages.train import fold_tasks, refuse_nothing_to_resume
 from pipeline.stages.worker_processes import log_level, shared_out, start_worker
 from pipeline.tracking import Status, send_pending

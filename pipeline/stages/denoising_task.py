@@ -17,7 +17,7 @@ from pipeline.inference.windows.streaming import stream_logits, windows_at_once
 from pipeline.inference.windows.tiling import Windowing
 from pipeline.networks import Network
 from pipeline.pictures import draw_images
-from pipeline.stages.fold_task import FoldTask
+from pipeline.stages.fold.task import FoldTask
 from pipeline.training.diagnosis.stopwatch import Clock, unheard, untimed
 from pipeline.training.distributed import gathered, this_share
 from pipeline.training.losses import Objective, mean_squared_error

@@ -15,7 +15,7 @@ from pipeline.errors import ConfigError
 from pipeline.networks.fitting import fitted_plan, network_for, outputs_of
 from pipeline.stages.dataset import dataset_of
 from pipeline.stages.describe import plan_of
-from pipeline.stages.fold_task import CHECKPOINT, NO_TRAINING_CASE, class_weights
+from pipeline.stages.fold.task import CHECKPOINT, NO_TRAINING_CASE, class_weights
 from pipeline.stages.models import LAST
 from pipeline.stages.preprocess import CASES
 from pipeline.stages.train import TASKS, chosen_folds

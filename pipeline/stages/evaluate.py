@@ -24,7 +24,7 @@ from pipeline.hardware import give_freed_memory_back, keep_freed_memory
 from pipeline.model import CONFIG
 from pipeline.progress import track
 from pipeline.stages.dataset import taking_part
-from pipeline.stages.evaluation_cases import (
+from pipeline.stages.evaluating.cases import (
     LabelledCase,
     Task,
     choose,
@@ -35,8 +35,8 @@ from pipeline.stages.evaluation_cases import (
     own_manifest,
     read_labelled,
 )
-from pipeline.stages.evaluation_results import run_of, track_results, write_results
-from pipeline.stages.evaluation_scoring import CaseScorer, keep_table
+from pipeline.stages.evaluating.results import run_of, track_results, write_results
+from pipeline.stages.evaluating.scoring import CaseScorer, keep_table
 from pipeline.stages.workspace import Workspace
 
 log = logging.getLogger(__name__)

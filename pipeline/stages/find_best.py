@@ -24,11 +24,11 @@ from pipeline.model import PLAN
 from pipeline.records import write_json
 from pipeline.stages import evaluate
 from pipeline.stages.compare import joined, publish
-from pipeline.stages.evaluation_cases import own_manifest
+from pipeline.stages.evaluating.cases import own_manifest
+from pipeline.stages.evaluating.out_of_fold import OutOfFold
 from pipeline.stages.member_runs import read_run
 from pipeline.stages.models import models_of_experiment
-from pipeline.stages.out_of_fold import OutOfFold
-from pipeline.stages.postprocessing_search import Search, keep_rules, search
+from pipeline.stages.postprocessing.search import Search, keep_rules, search
 from pipeline.stages.workspace import Workspace
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from pipeline.records import Record, write_json
 from pipeline.training.state import TrainState
 
 if TYPE_CHECKING:
-    from pipeline.stages.fold_task import FoldTask
+    from pipeline.stages.fold.task import FoldTask
     from pipeline.tracking import RunLog
 
 log = logging.getLogger(__name__)

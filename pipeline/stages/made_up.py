@@ -20,7 +20,7 @@ from pipeline.data.store import CaseStore, Labels, PreparedCase
 from pipeline.geometry import Geometry
 from pipeline.hardware import give_freed_memory_back, keep_freed_memory, peak_memory_bytes, reset_peak_memory
 from pipeline.preparation.preprocessing import sample_class_voxels
-from pipeline.stages.fold_task import FoldTask
+from pipeline.stages.fold.task import FoldTask
 from pipeline.stages.step_memory import task_of
 from pipeline.training.loop import train_step
 

@@ -19,7 +19,7 @@ from pipeline.preparation.examination import CaseExamination
 from pipeline.preparation.planning import fingerprint
 from pipeline.records import write_json
 from pipeline.stages.dataset import dataset_of
-from pipeline.stages.fold_task import FoldTask
+from pipeline.stages.fold.task import FoldTask
 from pipeline.stages.made_up import Measured, measured
 from pipeline.stages.networks import aligned
 from pipeline.stages.preprocess import CASES, examinations_of

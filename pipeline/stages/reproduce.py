@@ -16,9 +16,9 @@ from pipeline.errors import ManifestError, ModelError, StoreError
 from pipeline.records import write_json
 from pipeline.stages import preprocess
 from pipeline.stages.dataset import dataset_of
-from pipeline.stages.fold_record import ARITHMETIC_TAG, MANIFEST, MANIFEST_TAG, ROOT_TAG, WEIGHTS_TAG, tags_of
-from pipeline.stages.fold_run import complete_fold
-from pipeline.stages.fold_task import FoldTask
+from pipeline.stages.fold.record import ARITHMETIC_TAG, MANIFEST, MANIFEST_TAG, ROOT_TAG, WEIGHTS_TAG, tags_of
+from pipeline.stages.fold.run import complete_fold
+from pipeline.stages.fold.task import FoldTask
 from pipeline.stages.preprocess import KEYS
 from pipeline.stages.train import fold_tasks
 from pipeline.stages.workspace import Workspace

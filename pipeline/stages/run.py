@@ -14,8 +14,8 @@ from pipeline.model import model_digest
 from pipeline.records import digest_of, write_text
 from pipeline.stages import check, evaluate, preprocess, train
 from pipeline.stages.evaluate import EvaluationReport
-from pipeline.stages.fold_run import complete_fold
-from pipeline.stages.fold_task import FoldTask
+from pipeline.stages.fold.run import complete_fold
+from pipeline.stages.fold.task import FoldTask
 from pipeline.stages.models import BEST
 from pipeline.stages.workspace import Workspace
 

@@ -21,13 +21,13 @@ from pipeline.model import PLAN
 from pipeline.predictor import Engine, Predictor
 from pipeline.progress import track
 from pipeline.stages.models import resolve_models
-from pipeline.stages.segment_batch import Batch
-from pipeline.stages.segment_case import CaseSteps, SegmentSettings
-from pipeline.stages.segment_inputs import SegmentInput, find_inputs
-from pipeline.stages.segment_page import write_page
-from pipeline.stages.segment_plan import bytes_of, plan_text
-from pipeline.stages.segment_report import CaseResult, SegmentReport
-from pipeline.stages.segment_workers import Workers
+from pipeline.stages.segmenting.batch import Batch
+from pipeline.stages.segmenting.case import CaseSteps, SegmentSettings
+from pipeline.stages.segmenting.inputs import SegmentInput, find_inputs
+from pipeline.stages.segmenting.page import write_page
+from pipeline.stages.segmenting.plan import bytes_of, plan_text
+from pipeline.stages.segmenting.report import CaseResult, SegmentReport
+from pipeline.stages.segmenting.workers import Workers
 from pipeline.stages.worker_processes import shared_out
 from pipeline.volumes.label_tables import write_label_tables
 
@@ -56,7 +56,7 @@ def run(
 
     Args:
         model: a folder, runs:/ID or models:/NAME@ALIAS; several, or an experiment's folder, are an ensemble.
-        inputs: volumes, folders, patterns, manifests, CSVs, or "-"; `segment_inputs` says how they become cases.
+        inputs: volumes, folders, patterns, manifests, CSVs, or "-"; `segmenting.inputs` says how they become cases.
         out: folder of the label maps NAME.nii.gz, report.json, report.csv, report.html with its pictures, and of what
             lets a batch go on, in .medseg. Several jobs may share it.
         overwrite: segment also what is done and unchanged, by the contents of inputs and models.

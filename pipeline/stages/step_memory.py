@@ -20,7 +20,7 @@ from pipeline.networks.fitting import fitted_plan, network_for
 from pipeline.networks.footprint import StepFootprint, step_footprint
 from pipeline.networks.recomputing import recompute_activations
 from pipeline.preparation.sizing import Memory
-from pipeline.stages.fold_task import FoldTask
+from pipeline.stages.fold.task import FoldTask
 from pipeline.stages.preprocess import CASES
 from pipeline.stages.train import TASKS
 from pipeline.stages.workspace import Workspace

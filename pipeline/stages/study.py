@@ -21,7 +21,7 @@ from pipeline.errors import ConfigError, EvaluationError, PipelineError
 from pipeline.evaluation.comparison.members import Member, MemberRun
 from pipeline.model import model_digest
 from pipeline.records import Record
-from pipeline.stages.fold_task import FACTS, configuration_digest, initial_model_of
+from pipeline.stages.fold.task import FACTS, configuration_digest, initial_model_of
 from pipeline.stages.member_runs import budget_of, read_run
 from pipeline.stages.workspace import Workspace
 

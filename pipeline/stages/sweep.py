@@ -21,10 +21,10 @@ from pipeline.progress import lines_only
 from pipeline.records import exclusively, write_json, write_text
 from pipeline.stages import preprocess
 from pipeline.stages.dataset import dataset_of
-from pipeline.stages.fold_run import complete_fold
+from pipeline.stages.fold.run import complete_fold
 from pipeline.stages.models import BEST
-from pipeline.stages.sweep_search import Outcome, Search, Trial
-from pipeline.stages.sweep_study import Checks, SweepStudy, load_sweep
+from pipeline.stages.sweeping.search import Outcome, Search, Trial
+from pipeline.stages.sweeping.study import Checks, SweepStudy, load_sweep
 from pipeline.stages.train import fold_tasks
 from pipeline.stages.worker_processes import interrupted_when_parent_ends, shared_out, start_worker
 from pipeline.stages.workspace import Workspace

@@ -18,8 +18,8 @@ from pipeline.errors import ConfigError, TrainingError
 from pipeline.hardware import pick_device
 from pipeline.stages.dataset import dataset_of
 from pipeline.stages.denoising_task import DenoisingTask
-from pipeline.stages.fold_run import train_fold
-from pipeline.stages.fold_task import FoldTask
+from pipeline.stages.fold.run import train_fold
+from pipeline.stages.fold.task import FoldTask
 from pipeline.training.distributed import agree, from_first, joined
 
 log = logging.getLogger(__name__)

@@ -28,8 +28,8 @@ from pipeline.model import CONFIG, model_digest
 from pipeline.preparation.preprocessing import class_indices
 from pipeline.progress import track
 from pipeline.records import json_number, write_json
-from pipeline.stages.out_of_fold import KeptCase, OutOfFold
-from pipeline.stages.postprocessing_rules import Pieces, Rule, candidates, pieces_of
+from pipeline.stages.evaluating.out_of_fold import KeptCase, OutOfFold
+from pipeline.stages.postprocessing.rules import Pieces, Rule, candidates, pieces_of
 from pipeline.tracking import RunLog, is_tracked, send_pending
 from pipeline.volumes.volume import read_label
 

@@ -20,12 +20,12 @@ from pathlib import Path
 
 from pipeline.errors import PipelineError
 from pipeline.records import Record, write_json
-from pipeline.stages.segment_batch import Batch
-from pipeline.stages.segment_case import CaseSteps, SegmentSettings
-from pipeline.stages.segment_claims import left_by
-from pipeline.stages.segment_inputs import BOOKKEEPING, SegmentInput
-from pipeline.stages.segment_journal import Journal
-from pipeline.stages.segment_report import CaseResult
+from pipeline.stages.segmenting.batch import Batch
+from pipeline.stages.segmenting.case import CaseSteps, SegmentSettings
+from pipeline.stages.segmenting.claims import left_by
+from pipeline.stages.segmenting.inputs import BOOKKEEPING, SegmentInput
+from pipeline.stages.segmenting.journal import Journal
+from pipeline.stages.segmenting.report import CaseResult
 from pipeline.stages.worker_processes import begin_work, log_level, start_worker, when_parent_ends
 
 log = logging.getLogger(__name__)

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from pipeline.stages.segment_case import CaseInHand, CaseSteps
-from pipeline.stages.segment_claims import Claim, Claims
-from pipeline.stages.segment_inputs import PROBABILITIES, SegmentInput
-from pipeline.stages.segment_journal import Journal
-from pipeline.stages.segment_page import PICTURES
-from pipeline.stages.segment_report import CaseResult
+from pipeline.stages.segmenting.case import CaseInHand, CaseSteps
+from pipeline.stages.segmenting.claims import Claim, Claims
+from pipeline.stages.segmenting.inputs import PROBABILITIES, SegmentInput
+from pipeline.stages.segmenting.journal import Journal
+from pipeline.stages.segmenting.page import PICTURES
+from pipeline.stages.segmenting.report import CaseResult
 
 log = logging.getLogger(__name__)
 

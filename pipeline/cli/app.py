@@ -17,9 +17,9 @@ from typing import Annotated
 
 import typer
 
-from pipeline import cli_options as options
-from pipeline.cli_aids import aids
-from pipeline.cli_loading import load
+from pipeline.cli import options as options
+from pipeline.cli.aids import aids
+from pipeline.cli.loading import load
 from pipeline.errors import PipelineError
 from pipeline.progress import lines_only
 

@@ -26,12 +26,12 @@ from pipeline.model import model_digest
 from pipeline.predictor import Engine, Predictor
 from pipeline.preparation.preprocessing import class_indices, label_values, prepared_label
 from pipeline.records import digest_of, file_digest
-from pipeline.stages.calibrating import VoxelJudge
-from pipeline.stages.evaluation_cases import LabelledCase, Task
-from pipeline.stages.evaluation_results import prediction_of
+from pipeline.stages.evaluating.cases import LabelledCase, Task
+from pipeline.stages.evaluating.out_of_fold import KeptCase, KeptRow, OutOfFold
+from pipeline.stages.evaluating.results import prediction_of
+from pipeline.stages.fold.calibrating import VoxelJudge
 from pipeline.stages.models import BEST
-from pipeline.stages.out_of_fold import KeptCase, KeptRow, OutOfFold
-from pipeline.stages.probability_files import probabilities_into
+from pipeline.stages.segmenting.probability_files import probabilities_into
 from pipeline.volumes.stored import content_digest
 from pipeline.volumes.volume import Volume, read_label
 from pipeline.volumes.writing import write_label

@@ -10,8 +10,8 @@ from pipeline.data.manifest import save_manifest
 from pipeline.data.plan import write_plan
 from pipeline.hardware import arithmetic_facts
 from pipeline.records import write_json, write_text
-from pipeline.stages.fold_hooks import shareable
-from pipeline.stages.fold_task import FACTS, FoldTask
+from pipeline.stages.fold.hooks import shareable
+from pipeline.stages.fold.task import FACTS, FoldTask
 from pipeline.stages.initialisation import Initialisation
 from pipeline.stages.preprocess import KEYS
 from pipeline.stages.workspace import EARLIER, Workspace

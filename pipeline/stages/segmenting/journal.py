@@ -17,8 +17,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from pipeline.records import Record
-from pipeline.stages.segment_inputs import BOOKKEEPING
-from pipeline.stages.segment_report import CaseResult
+from pipeline.stages.segmenting.inputs import BOOKKEEPING
+from pipeline.stages.segmenting.report import CaseResult
 
 JOURNAL = Path(BOOKKEEPING, "journal.jsonl")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.records import exclusively
-from pipeline.stages.sweep_study import Parameter, SweepStudy
+from pipeline.stages.sweeping.study import Parameter, SweepStudy
 
 if TYPE_CHECKING:
     import optuna

@@ -20,7 +20,7 @@ from pipeline.evaluation.scored import case_table, write_case_table
 from pipeline.pictures import PICTURE_ORIENTATION, draw_overlay
 from pipeline.preparation.preprocessing import class_indices
 from pipeline.records import atomic_path
-from pipeline.stages.evaluation_cases import LabelledCase, Task, descriptions_of, experiment_folder, read_labelled
+from pipeline.stages.evaluating.cases import LabelledCase, Task, descriptions_of, experiment_folder, read_labelled
 from pipeline.stages.workspace import Workspace
 from pipeline.tracking import RunLog, run_of_fetched, send_pending
 from pipeline.volumes.resampling import resample_image, resample_label

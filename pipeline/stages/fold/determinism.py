@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from pipeline.errors import TrainingError
-from pipeline.stages.fold_task import FoldTask
+from pipeline.stages.fold.task import FoldTask
 from pipeline.training.loop import Batches, train_step
 
 # How torch says it, in an error that has no type of its own.

@@ -10,7 +10,7 @@ from pipeline.errors import PipelineError, ResourceError
 from pipeline.hardware import resident_bytes
 from pipeline.inference.memory import MemoryPlan
 from pipeline.predictor import Predictor
-from pipeline.stages.segment_inputs import SegmentInput
+from pipeline.stages.segmenting.inputs import SegmentInput
 from pipeline.volumes.formats.header import Header
 from pipeline.volumes.stored import read_header
 

@@ -12,7 +12,7 @@ from pipeline.errors import TrainingError
 from pipeline.networks.contract import centre_crop
 from pipeline.pictures import Patch, draw_patches
 from pipeline.records import atomic_path
-from pipeline.stages.fold_task import FoldTask
+from pipeline.stages.fold.task import FoldTask
 from pipeline.stages.models import BEST
 from pipeline.tracking import RunLog
 from pipeline.training.checkpoints import load_checkpoint

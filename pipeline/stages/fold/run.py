@@ -14,11 +14,11 @@ from pipeline.model import WEIGHTS, weights_sha256
 from pipeline.pictures import draw_learning_curves
 from pipeline.progress import counter
 from pipeline.records import atomic_path, exclusively
-from pipeline.stages.fold_determinism import refuse_nondeterministic
-from pipeline.stages.fold_diagnosis import FoldDiagnosis
-from pipeline.stages.fold_hooks import FoldHooks, Listener, unheard_scores
-from pipeline.stages.fold_record import WEIGHTS_TAG, new_run
-from pipeline.stages.fold_task import FoldTask
+from pipeline.stages.fold.determinism import refuse_nondeterministic
+from pipeline.stages.fold.diagnosis import FoldDiagnosis
+from pipeline.stages.fold.hooks import FoldHooks, Listener, unheard_scores
+from pipeline.stages.fold.record import WEIGHTS_TAG, new_run
+from pipeline.stages.fold.task import FoldTask
 from pipeline.stages.initialisation import initialise
 from pipeline.stages.models import BEST, LAST
 from pipeline.tracking import RunLog, SilentLog, metric_history, start_follower

@@ -25,11 +25,11 @@ from pipeline.networks.fitting import fitted_plan, network_for, outputs_of
 from pipeline.networks.recomputing import recompute_activations
 from pipeline.predictor import Engine, Predictor
 from pipeline.records import digest_of
-from pipeline.stages.calibrating import PASS_COST, TEMPERATURE_CASES, calibration_of
+from pipeline.stages.fold.calibrating import PASS_COST, TEMPERATURE_CASES, calibration_of
+from pipeline.stages.fold.validation import DiceValidation, Validation
 from pipeline.stages.models import LAST, resolve_model
 from pipeline.stages.preprocess import CASES, KEYS, sources_digest
 from pipeline.stages.settling import plan_path
-from pipeline.stages.validation import DiceValidation, Validation
 from pipeline.stages.workspace import Workspace
 from pipeline.training.batch_norm import pool_batch_norms, pools_statistics
 from pipeline.training.diagnosis.stopwatch import Clock, untimed

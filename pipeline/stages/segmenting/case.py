@@ -31,12 +31,12 @@ from pipeline.predictor import Engine, Predictor, Segmentation
 from pipeline.preparation.preprocessing import PreparedImage
 from pipeline.records import Record, digest_of
 from pipeline.stages.familiarity import unfamiliar
-from pipeline.stages.probability_files import probabilities_into
-from pipeline.stages.segment_claims import Claim
-from pipeline.stages.segment_inputs import BOOKKEEPING, PROBABILITIES, SUFFIX, SegmentInput
-from pipeline.stages.segment_page import Preview
-from pipeline.stages.segment_plan import case_memory, wanted_bytes
-from pipeline.stages.segment_report import CaseResult
+from pipeline.stages.segmenting.claims import Claim
+from pipeline.stages.segmenting.inputs import BOOKKEEPING, PROBABILITIES, SUFFIX, SegmentInput
+from pipeline.stages.segmenting.page import Preview
+from pipeline.stages.segmenting.plan import case_memory, wanted_bytes
+from pipeline.stages.segmenting.probability_files import probabilities_into
+from pipeline.stages.segmenting.report import CaseResult
 from pipeline.volumes.stored import content_digest
 from pipeline.volumes.volume import Volume, read_image
 from pipeline.volumes.writing import write_label

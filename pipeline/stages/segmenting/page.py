@@ -15,7 +15,7 @@ from pipeline import evaluation
 from pipeline.geometry import Geometry
 from pipeline.pictures import PICTURE_ORIENTATION, draw_strip
 from pipeline.records import atomic_path, write_text
-from pipeline.stages.segment_report import CaseResult, SegmentReport
+from pipeline.stages.segmenting.report import CaseResult, SegmentReport
 from pipeline.volumes.label_tables import colour_of
 from pipeline.volumes.volume import Volume
 
@@ -114,7 +114,7 @@ def write_page(report: SegmentReport) -> None:
     facts |= {status: str(count) for status, count in counts.items() if count}
     cards = [Card(result, pictures.get(result.name)) for result in sorted(report.results, key=_place)]
     known = {key for card in cards for row in card.rows for key in row.dice}
-    page = _template("segment_page.html.j2").render(
+    page = _template("page_of_batch.html.j2").render(
         title=f"{len(report.results)} cases segmented",
         facts=facts | ({"not reached": str(report.not_reached)} if report.not_reached else {}),
         cards=cards,

@@ -16,7 +16,7 @@ from pipeline.config import Config
 from pipeline.errors import PipelineError
 from pipeline.progress import lines_only
 from pipeline.records import Record, write_text
-from pipeline.stages.fold_run import train_fold
+from pipeline.stages.fold.run import train_fold
 from pipeline.stages.train import fold_tasks
 from pipeline.stages.worker_processes import begin_work, interrupted_when_parent_ends
 

@@ -15,8 +15,8 @@ from pipeline.data.manifest import Case
 from pipeline.errors import TrainingError
 from pipeline.model import Model, ModelDescription, save_model
 from pipeline.records import atomic_path
-from pipeline.stages.fold_diagnosis import FoldDiagnosis
-from pipeline.stages.fold_task import FoldTask
+from pipeline.stages.fold.diagnosis import FoldDiagnosis
+from pipeline.stages.fold.task import FoldTask
 from pipeline.stages.models import BEST
 from pipeline.tracking import RunLog
 from pipeline.training.checkpoints import save_checkpoint

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline import cli_options as options
-from pipeline.cli_loading import load
+from pipeline.cli import options as options
+from pipeline.cli.loading import load
 
 aids = typer.Typer()
 
@@ -130,7 +130,7 @@ def sweep(
     worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
 ) -> None:
     """Search settings with Optuna: train trials, end hopeless ones, write the best; the same command goes on."""
-    from pipeline.cli_loading import option_checks
+    from pipeline.cli.loading import option_checks
     from pipeline.stages import sweep as stage
 
     if worker:

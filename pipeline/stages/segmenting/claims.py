@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from pipeline.stages.segment_inputs import BOOKKEEPING
+from pipeline.stages.segmenting.inputs import BOOKKEEPING
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Labelled cases to score: which, how, and where results land."""

@@ -1,0 +1,1 @@
+"""One fold's training: its task, its run, what happens beside the loop."""

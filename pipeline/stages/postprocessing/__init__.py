@@ -1,0 +1,1 @@
+"""Rules chosen on out-of-fold predictions."""

@@ -1,0 +1,1 @@
+"""A batch of volumes to segment: inputs, claims, journal, workers, report."""

@@ -1,0 +1,1 @@
+"""The search of settings: its study and its trials."""
