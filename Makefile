@@ -11,7 +11,7 @@ LOG := $(VENV)/install.log
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -rs --durations=5
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format test-fast test-slow wheel pins clean
+.PHONY: help setup demo test lint format test-fast test-slow peers wheel pins clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -48,6 +48,15 @@ test-fast: setup ## the tests for between two edits
 test-slow: setup ## whole stages, and real data where ../shared/data is
 	@$(PYTEST) -m slow
 
+# Tests and benchmarks hold medseg against these; they pin what medseg does not, so each has an environment of its own.
+peers: .peers/nnunet/.installed .peers/panoptica/.installed ## nnU-Net with MONAI, and panoptica, in .peers
+
+.peers/%/.installed: benchmarks/peers/%.txt
+	@$(PYTHON) -m venv .peers/$*
+	@.peers/$*/bin/python -m pip install --disable-pip-version-check -r $< >.peers/$*/install.log 2>&1 || \
+	  { tail -n 20 .peers/$*/install.log; echo "the peer $* could not be installed"; exit 1; }
+	@touch $@
+
 wheel: setup ## the wheel, into dist
 	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
@@ -56,4 +65,4 @@ pins: setup ## write down what is installed now
 	@mv constraints.new constraints.txt
 
 clean: ## remove the environment and what was built; never the workspace
-	@rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) .peers dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis

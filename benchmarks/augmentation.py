@@ -1,7 +1,8 @@
 """Augmentation: milliseconds a batch of ours, nnU-Net's and MONAI's, in interleaved rounds on one thread each.
 
-    python benchmarks/augmentation.py --peer-python PEERS/bin/python [--rounds 5] [--batches 10] [--batch-size 4]
-    python benchmarks/augmentation.py --device cuda --peer-python PEERS/bin/python   # ours on the GPU
+    python benchmarks/augmentation.py
+        --peer-python .peers/nnunet/bin/python [--rounds 5] [--batches 10] [--batch-size 4]
+    python benchmarks/augmentation.py --device cuda --peer-python .peers/nnunet/bin/python   # ours on the GPU
 
 CPU time, which other processes on the machine change less than they do the wall's; with --device cuda ours is the
 wall's, waiting for the device once a round. From patches in memory as they are read to patches as the network takes

@@ -1,6 +1,7 @@
 """Cases per hour of `medseg segment` and of nnU-Net's predictor: the same volumes, network and weights, start-up apart.
 
-    python benchmarks/cases_per_hour.py --peer-python PEERS/bin/python --data DATA [--hippocampus MODEL] [--sts MODEL]
+    python benchmarks/cases_per_hour.py
+        --peer-python .peers/nnunet/bin/python --data DATA [--hippocampus MODEL] [--sts MODEL]
 
 DATA holds Task04_Hippocampus/ (the first 60 volumes are taken) and STS/ (every MR volume); a set that isn't there is
 skipped. MODEL is a trained model of one MR channel and medseg's plain `unet`; without one the network has random

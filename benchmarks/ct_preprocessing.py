@@ -1,6 +1,6 @@
 """Preparing one full-size CT from files to arrays: seconds and peak memory beside nnU-Net's `DefaultPreprocessor`.
 
-    python benchmarks/ct_preprocessing.py --peer-python PEERS/bin/python [--shape 512 512 300] [--threads 1]
+    python benchmarks/ct_preprocessing.py --peer-python .peers/nnunet/bin/python [--shape 512 512 300] [--threads 1]
 
 Image and label are read, resampled (the image by cubic splines, the label linearly) and normalised, and foreground is
 sampled: `prepare_case` against `run_case`, each in a process of its own, on the same uncompressed files. Memory is the

@@ -1,7 +1,8 @@
 """The window engine: over its own bare forward passes, beside nnU-Net's and MONAI's sliding windows, and in bf16.
 
     python benchmarks/engine.py bare                                   # wanted: 1.05 in float32, 1.10 in bf16
-    python benchmarks/engine.py peers --peer-python PEERS/bin/python   # wanted: 0.35 of the time, 0.5 of the memory
+    python benchmarks/engine.py peers
+        --peer-python .peers/nnunet/bin/python   # wanted: 0.35 of the time, 0.5 of the memory
     python benchmarks/engine.py precision --model MODEL IMAGE...       # wanted: 99.9 % of the labels as in float32
 
 The network is a U-Net of 16-32-64-128-128 maps with InstanceNorm, windows of 96^3 overlap by half, blended by a

@@ -1,7 +1,7 @@
 """Logits to the native label map: ours, plane by plane, beside two ways that interpolate all K volumes first.
 
     python benchmarks/labelling.py                                                 # beside plain torch
-    python benchmarks/labelling.py --classes 25 --peer-python PEERS/bin/python     # and beside nnU-Net's export
+    python benchmarks/labelling.py --classes 25 --peer-python .peers/nnunet/bin/python     # and beside nnU-Net's export
     python benchmarks/labelling.py --classes 118 --skip-torch                      # where K volumes don't fit
     python benchmarks/labelling.py --classes 25 --skip-torch --probabilities 1 2   # on request
 

@@ -1,6 +1,7 @@
 """Dice on the soft-tissue sarcomas, fold by fold: medseg's configurations beside nnU-Net, each for the same minutes.
 
-    python benchmarks/sts.py --out OUT --peer-python PEERS/bin/python [--minutes 30] [--folds 0] [--channels MR_T1 all]
+    python benchmarks/sts.py --out OUT
+        --peer-python .peers/nnunet/bin/python [--minutes 30] [--folds 0] [--channels MR_T1 all]
 
 Same cases, folds and machine, one party after another; the learning-rate schedule of each ends with the minutes. For
 medseg they hold start-up, probe and validation, for nnU-Net training steps alone, with the allocator's settings that

@@ -1,7 +1,7 @@
 """Minutes of training to a Dice, on a fold of the hippocampus: medseg, nnU-Net and MONAI's DynUNet, each by its own
 recipe, its schedule ending with each of several budgets.
 
-    python benchmarks/time_to_dice.py --peer-python PEERS/bin/python --out OUT [--fold 0] [--minutes 10 25 60]
+    python benchmarks/time_to_dice.py --peer-python .peers/nnunet/bin/python --out OUT [--fold 0] [--minutes 10 25 60]
 
 Same cases, same machine, one party after another. Minutes are those of training steps, batches and augmentation
 included; start-up, preprocessing and validation are not in them (medseg's budget holds them, which costs it steps).

@@ -1,6 +1,7 @@
 """Patches a second in training, medseg over nnU-Net, and over the bare network: the same network, patch and batch.
 
-    python benchmarks/training_throughput.py --out OUT [--peer-python PEERS/bin/python] [--device cuda] [--rounds 5]
+    python benchmarks/training_throughput.py --out OUT [--peer-python .peers/nnunet/bin/python]
+        [--device cuda] [--rounds 5]
 
 The network is the one that nnU-Net plans for the hippocampus, a PlainConvUNet 32-64-128-256 with instance norm and deep
 supervision, on patches of 40x56x40; each party reads, augments and steps in its own way and its own precision. Rounds

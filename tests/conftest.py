@@ -1,5 +1,6 @@
 """Fixtures that many tests share."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,3 +13,16 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the real volumes (../shared/data) are not beside this checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def peer_python() -> Callable[[str], Path]:
+    """Return the interpreter of a peer's own environment (`make peers`): nnunet, with MONAI, or panoptica."""
+
+    def of(name: str) -> Path:
+        python = Path(__file__).parents[1] / ".peers" / name / "bin" / "python"
+        if not (python.parents[1] / ".installed").exists():
+            pytest.skip(f"the peer {name} is not installed; `make peers` does it")
+        return python
+
+    return of

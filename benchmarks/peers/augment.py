@@ -1,6 +1,6 @@
 """A peer's augmentation, patch by patch on one thread, as its loader does it; benchmarks/augmentation.py runs it.
 
-    PEERS/bin/python benchmarks/peers/augment.py nnunet|monai X Y Z BATCH
+    .peers/nnunet/bin/python benchmarks/peers/augment.py nnunet|monai X Y Z BATCH
 
 Prints "ready"; then, for each line with a number of batches on its standard input, the seconds that they took, in CPU
 time. nnunet: the transforms of its trainer, on patches of the size that its loader cuts out. monai: a chain of its

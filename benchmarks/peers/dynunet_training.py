@@ -1,6 +1,6 @@
 """MONAI's DynUNet by its published recipe for the Decathlon's task 4; benchmarks/peer_training.py calls it.
 
-    PEERS/bin/python benchmarks/peers/dynunet_training.py FOLDER MINUTES SNAPSHOTS OUT
+    .peers/nnunet/bin/python benchmarks/peers/dynunet_training.py FOLDER MINUTES SNAPSHOTS OUT
 
 The recipe is that of MONAI's tutorials (modules/dynunet_pipeline, commands/task04): SGD with Nesterov momentum 0.99,
 500 epochs at a learning rate of 0.1 and 50 at 0.001, here the same shares of the steps that fill the budget; batch 9 of

@@ -1,6 +1,6 @@
 """nnU-Net's export of one case, from logits to the label map on the native grid; benchmarks/labelling.py runs it.
 
-    PEERS/bin/python benchmarks/peers/nnunet_export.py FOLDER THREADS
+    .peers/nnunet/bin/python benchmarks/peers/nnunet_export.py FOLDER THREADS
 
 Reads FOLDER/logits.npy (K, X, Y, Z) float32 and FOLDER/grids.json (shape, spacing_mm and native_spacing_mm), writes
 FOLDER/labels.npy, and prints as JSON the seconds of the one call, of the wall and of the CPU, and its peak memory

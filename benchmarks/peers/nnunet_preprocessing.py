@@ -1,6 +1,6 @@
 """nnU-Net's preprocessing of one case, from files to arrays; benchmarks/ct_preprocessing.py runs it.
 
-    PEERS/bin/python benchmarks/peers/nnunet_preprocessing.py FOLDER
+    .peers/nnunet/bin/python benchmarks/peers/nnunet_preprocessing.py FOLDER
 
 Reads FOLDER/image.nii, FOLDER/label.nii and FOLDER/plan.json (spacing_mm, low, high, mean, std, labels), writes
 FOLDER/nnunet.npy (X, Y, Z), and prints as JSON the seconds of the one call, of the wall and of the CPU, and its peak

@@ -1,6 +1,6 @@
 """nnU-Net's training steps, so many when asked; benchmarks/training_throughput.py calls it.
 
-    PEERS/bin/python benchmarks/peers/nnunet_steps.py FOLDER
+    .peers/nnunet/bin/python benchmarks/peers/nnunet_steps.py FOLDER
 
 Says batch, patch and parameters as JSON, then answers each line "ours N" or "bare N" on stdin with the seconds of N
 steps: on batches of its own loaders and augmentation, or on one fixed batch.

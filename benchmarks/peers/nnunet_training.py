@@ -1,6 +1,6 @@
 """nnU-Net's own training on a fold, its schedule ending with a budget; benchmarks/peer_training.py calls it.
 
-    PEERS/bin/python benchmarks/peers/nnunet_training.py FOLDER MINUTES SNAPSHOTS OUT
+    .peers/nnunet/bin/python benchmarks/peers/nnunet_training.py FOLDER MINUTES SNAPSHOTS OUT
 
 FOLDER/cases.json names the fold's cases. nnU-Net plans and preprocesses them as always, into FOLDER/nnunet, once. Its
 trainer is told how many epochs of how many iterations fill the minutes, measured on this machine, so that its poly

@@ -1,6 +1,6 @@
 """nnU-Net's predictor over a folder of volumes, as its users run it; benchmarks/cases_per_hour.py calls it.
 
-    PEERS/bin/python benchmarks/peers/predict_cases.py FOLDER nnunet_files|nnunet_sequential OUT
+    .peers/nnunet/bin/python benchmarks/peers/predict_cases.py FOLDER nnunet_files|nnunet_sequential OUT
 
 FOLDER holds images/*.nii.gz of one channel, the network (plain_unet.py), and plan.json: spacing_mm, patch_size and
 labels of a plan that scales each case by its own mean and deviation. nnunet_files is predict_from_files with one

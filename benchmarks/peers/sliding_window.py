@@ -1,7 +1,7 @@
 """One sliding window of a peer, as it comes: MONAI's `sliding_window_inference` or nnU-Net's
 `predict_sliding_window_return_logits`, Gaussian, overlap 0.5, no mirroring; benchmarks/engine.py runs it.
 
-    PEERS/bin/python benchmarks/peers/sliding_window.py FOLDER monai|nnunet X Y Z   # the window
+    .peers/nnunet/bin/python benchmarks/peers/sliding_window.py FOLDER monai|nnunet X Y Z   # the window
 
 Reads FOLDER/image.npy (C, X, Y, Z) and the network (plain_unet.py), writes FOLDER/PEER.npy, the labels, and prints the
 seconds of the one call, after a first forward pass, as JSON.
