@@ -1,8 +1,13 @@
 """The errors a user can mend: one tree under PipelineError.
 
-A message says what, where, got, expected and what to do. `cli.py` prints it without a traceback and exits with 2; any
+A message says what, where, got, expected and what to do. `cli/` prints it without a traceback and exits with 2; any
 other exception is a bug and keeps its traceback.
 """
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class PipelineError(Exception):
@@ -47,3 +52,19 @@ class EvaluationError(PipelineError):
 
 class ResourceError(PipelineError):
     """The machine has not the memory or the disk space that a case needs."""
+
+
+@contextmanager
+def config_errors_of(what: str) -> Iterator[None]:
+    """Turn a ValueError over what a configuration says into a ConfigError that names it.
+
+    Args:
+        what: the key and its value, such as "network unet".
+
+    Raises:
+        ConfigError: in place of a ValueError.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"{what}: {error}") from error

@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.data.plan import Plan, read_plan
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, config_errors_of
 from pipeline.networks.contract import NetworkTask
 from pipeline.networks.description import Description, Layer, describe
 from pipeline.networks.fitting import fitted_plan, network_for, network_task, outputs_of
@@ -75,12 +75,10 @@ def run(config: Config) -> Explanation:
     manifest = dataset_of(config)
     plan, source = plan_of(config, manifest)
     outputs = outputs_of(config.task, plan, plan.output)
-    try:
+    with config_errors_of(f"network {config.network.name}"):
         plan = fitted_plan(plan, config.network, config.training.batch_size)
         task = network_task(plan, config.network, outputs)
         description = describe(network_for(plan, config.network, outputs), task)
-    except ValueError as error:
-        raise ConfigError(f"network {config.network.name}: {error}") from error
     return Explanation(config.network.name, source, config.training.batch_size or plan.batch_size, task, description)
 
 

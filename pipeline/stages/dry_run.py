@@ -11,7 +11,7 @@ from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.data.plan import Plan
 from pipeline.data.store import CaseStore
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, config_errors_of
 from pipeline.networks.fitting import fitted_plan, network_for, outputs_of
 from pipeline.stages.dataset import dataset_of
 from pipeline.stages.describe import plan_of
@@ -95,12 +95,10 @@ def _fitted(config: Config, plan: Plan) -> tuple[Plan, int]:
     Raises:
         ConfigError: it does not fit.
     """
-    try:
+    with config_errors_of(f"network {config.network.name}"):
         fitted = fitted_plan(plan, config.network, config.training.batch_size)
         with torch.device("meta"):
             network = network_for(fitted, config.network, outputs_of(config.task, fitted))
-    except ValueError as error:
-        raise ConfigError(f"network {config.network.name}: {error}") from error
     return fitted, sum(p.numel() for p in network.parameters())
 
 

@@ -22,10 +22,11 @@ from pipeline.hardware import give_freed_memory_back, keep_freed_memory, peak_me
 from pipeline.preparation.preprocessing import sample_class_voxels
 from pipeline.stages.fold.task import FoldTask
 from pipeline.stages.step_memory import task_of
+from pipeline.training.budget import pace_of
 from pipeline.training.loop import train_step
 
-# Steps that are measured behind a few that are not; fewer where they take longer than a minute.
-STEPS, WARMUP_STEPS, LONGEST_S = 20, 3, 60.0
+# Steps that are measured; fewer where they take longer than a minute.
+STEPS, LONGEST_S = 20, 60.0
 # A made-up case is so many patches long along each axis, or as the median case is.
 CASE_PATCHES = 1.5
 
@@ -63,21 +64,18 @@ def measured(
         state = task.new_state()
         rate = task.schedule(state)(0, 1)
         with closing(task.batches(state.network)) as batches:
-            for _ in range(WARMUP_STEPS):
+
+            def step() -> None:
                 train_step(state, batches, rate, task.settings)
-            state.sums.loss.item()  # waits for the device
-            start, done = time.monotonic(), 0
-            while done < steps and time.monotonic() - start < LONGEST_S:
-                train_step(state, batches, rate, task.settings)
-                state.sums.loss.item()
-                done += 1
-            step_s = (time.monotonic() - start) / done
+                state.sums.loss.item()  # waits for the device
+
+            pace = pace_of(step, steps, LONGEST_S)
         peak = peak_memory_bytes(device)
         cases = task.validation_cases
         start = time.monotonic()
         task.validation(state.network).scores(cases)
         voxels = sum(math.prod(task.store.open(case.id).shape[1:]) for case in cases)
-        return Measured(done, step_s, (time.monotonic() - start) / voxels, peak)
+        return Measured(pace.steps, pace.step_s, (time.monotonic() - start) / voxels, peak)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.data.plan import Fingerprint, Plan
 from pipeline.data.store import CaseStore
-from pipeline.errors import ConfigError
+from pipeline.errors import config_errors_of
 from pipeline.hardware import device_name, pick_device
 from pipeline.preparation.examination import CaseExamination
 from pipeline.preparation.planning import fingerprint
@@ -41,8 +41,7 @@ class Expected:
         device: where steps were measured; None: nowhere, for the GPU that is planned for is not here.
         training_bytes: of the GPU's memory, or on a CPU of the process's: measured where it was, else as computed.
         computed_bytes: what a step takes by the shapes of its tensors alone.
-        cases_bytes: the training cases, where they are kept in memory.
-        disk_bytes: of the store, at most.
+        cases_bytes: of the prepared cases at most, on disk or in memory.
         step_s: seconds of a step.
         fold_hours: of one fold, by the configured budget.
         all_hours: of all folds, one after another.
@@ -53,7 +52,6 @@ class Expected:
     training_bytes: int
     computed_bytes: int
     cases_bytes: int
-    disk_bytes: int
     step_s: float | None
     fold_hours: float | None
     all_hours: float | None
@@ -107,11 +105,9 @@ def run(config: Config, *, device: str = "auto", jobs: int | None = None, replan
     with CaseStore(folder / CASES).lock():
         facts = fingerprint(examinations.values(), manifest, config.preprocessing)
         plan = settle_plan(folder, facts, manifest, config, replan=replan, device=device)
-        try:
+        with config_errors_of(f"network {config.network.name}"):
             task = task_of(config, manifest, facts, plan)
             expected = _expected(task, facts, [examinations[case.id] for case in manifest.development_cases], device)
-        except ValueError as error:
-            raise ConfigError(f"network {config.network.name}: {error}") from error
         path = plan_path(folder, config)
         write_json(path.with_suffix(EXPECTED), {"expected": asdict(expected)})
     return PlanReport(path, task.plan, config.network.name, expected)
@@ -125,7 +121,6 @@ def _expected(task: FoldTask, facts: Fingerprint, cases: Sequence[CaseExaminatio
     found = None
     if not (is_elsewhere and device == "auto"):
         found = measured(config, task.manifest, facts, task.plan, chosen)
-    disk = sum(stored_bytes(case, task.plan) for case in cases)
     hours = None if found is None else _fold_hours(config, task.manifest, cases, task.plan, found)
     context = GPU_CONTEXT_BYTES if is_elsewhere or chosen.type == "cuda" else 0
     is_measured = found is not None and found.peak_bytes is not None
@@ -133,8 +128,7 @@ def _expected(task: FoldTask, facts: Fingerprint, cases: Sequence[CaseExaminatio
         device=None if found is None else device_name(chosen),
         training_bytes=(found.peak_bytes + context) if found and found.peak_bytes else step.peak_bytes + context,
         computed_bytes=step.peak_bytes,
-        cases_bytes=disk,
-        disk_bytes=disk,
+        cases_bytes=sum(stored_bytes(case, task.plan) for case in cases),
         step_s=None if found is None else found.step_s,
         fold_hours=hours,
         all_hours=None if hours is None else hours * len(task.manifest.folds),
@@ -179,7 +173,7 @@ def _texts(expected: Expected) -> dict[str, str]:
     return {
         "memory": _gigabytes(expected.training_bytes),
         "memory of the cases": _gigabytes(expected.cases_bytes),
-        "disk": _gigabytes(expected.disk_bytes),
+        "disk": _gigabytes(expected.cases_bytes),
         "step": "not measured" if expected.step_s is None else f"{expected.step_s:.3g} s",
         "time": times,
     }

@@ -30,21 +30,31 @@ class Costs:
     calibration_s: float = 0.0
 
 
-def seconds_per_step(step: Callable[[], object]) -> float:
-    """Return the mean time of a step, after a few that are not counted.
+@dataclass(frozen=True)
+class Pace:
+    """How fast steps are done: the mean seconds of one, and of how many."""
 
-    The first process's clock says when it is enough, so that all of them do the same steps.
+    step_s: float
+    steps: int
+
+
+def pace_of(step: Callable[[], object], most_steps: int = MOST_PROBE_STEPS, within_s: float = PROBE_S) -> Pace:
+    """Measure steps, after a few that are not counted, until they are enough or a time is over.
+
+    The first process's clock says when, so that all of them do the same steps.
 
     Args:
         step: does the next step, and waits until the device has done it.
+        most_steps: to measure; at least one.
+        within_s: seconds after which no other is begun.
     """
     for _ in range(WARMUP_STEPS):
         step()
     start, spent_s, done = time.monotonic(), 0.0, 0
-    while done < MOST_PROBE_STEPS and spent_s < PROBE_S:
+    while done < most_steps and spent_s < within_s:
         step()
         spent_s, done = from_first(time.monotonic() - start), done + 1
-    return spent_s / done
+    return Pace(spent_s / done, done)
 
 
 def steps_within(seconds: float, costs: Costs, *, steps_per_epoch: int, validation_every_epochs: int) -> int:

@@ -22,7 +22,7 @@ from pipeline.stages.fold.task import FoldTask
 from pipeline.stages.initialisation import initialise
 from pipeline.stages.models import BEST, LAST
 from pipeline.tracking import RunLog, SilentLog, metric_history, start_follower
-from pipeline.training.budget import Costs, seconds_per_step, steps_within
+from pipeline.training.budget import Costs, pace_of, steps_within
 from pipeline.training.checkpoints import load_checkpoint, save_checkpoint
 from pipeline.training.diagnosis.stopwatch import FINISHING, STARTING, Stopwatch
 from pipeline.training.distributed import agree, from_first, synchronised, this_share
@@ -169,7 +169,7 @@ def _probe(hooks: FoldHooks, batches: Batches) -> Costs:
         train_step(state, batches, task.schedule(state)(0, 1), task.settings)
         state.sums.loss.item()  # waits for the device
 
-    step_s = seconds_per_step(step)
+    step_s = pace_of(step).step_s
     every = task.validation_cases
     some = every[: PROBE_CASES * this_share().processes]
     start = time.monotonic()

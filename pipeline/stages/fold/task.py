@@ -17,7 +17,7 @@ from pipeline.config import AugmentationSection, Config
 from pipeline.data.manifest import Case, Manifest
 from pipeline.data.plan import Fingerprint, Plan, read_plan
 from pipeline.data.store import CaseStore
-from pipeline.errors import ConfigError, ModelError, StoreError
+from pipeline.errors import ConfigError, ModelError, StoreError, config_errors_of
 from pipeline.hardware import arithmetic_facts, autocast, pick_dtype, place
 from pipeline.model import model_digest
 from pipeline.networks import Network
@@ -104,10 +104,8 @@ class FoldTask:
         if not task.training_cases:
             raise ConfigError(NO_TRAINING_CASE.format(fold))
         task.refuse_stale_store(folder / KEYS)
-        try:
+        with config_errors_of(f"network {config.network.name}"):
             return replace(task, plan=fitted_plan(task.plan, config.network, config.training.batch_size))
-        except ValueError as error:
-            raise ConfigError(f"network {config.network.name}: {error}") from error
 
     def refuse_stale_store(self, record: Path) -> None:
         """See that the store was made from this manifest and plan, and that each case came out.
@@ -235,10 +233,8 @@ class FoldTask:
         place(network, self.device)
         if section.activation_checkpointing:
             recompute_activations(network, partial(autocast, self.device, self.dtype))
-        try:
+        with config_errors_of(f"training.optimiser {section.optimiser}"):
             optimiser = build_optimiser(network, section)
-        except ValueError as error:
-            raise ConfigError(f"training.optimiser {section.optimiser}: {error}") from error
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         return TrainState.begin(objective, optimiser, scaler, ema=section.ema_decay is not None)
 
@@ -249,10 +245,8 @@ class FoldTask:
             ConfigError: an option of the schedule is wrong.
         """
         section = self.config.training
-        try:
+        with config_errors_of(f"training.schedule {section.schedule}"):
             return build_schedule(section, state.optimiser)
-        except ValueError as error:
-            raise ConfigError(f"training.schedule {section.schedule}: {error}") from error
 
     def objective(self, network: Network) -> Objective:
         """Join the network to the loss that it learns by.
@@ -261,10 +255,8 @@ class FoldTask:
             ConfigError: the loss's options are wrong, or the network has no outputs for deep supervision.
         """
         section = self.config.training
-        try:
+        with config_errors_of(f"training.loss {section.loss}"):
             loss = build_loss(section.loss, section.loss_options)
-        except ValueError as error:
-            raise ConfigError(f"training.loss {section.loss}: {error}") from error
         if section.deep_supervision and not network.coarse_logits:
             raise ConfigError(
                 f"training.deep_supervision: network {self.config.network.name} has no coarser outputs; leave it false"
