@@ -74,7 +74,7 @@ def test_a_fold_recomputes_what_it_forgot_and_steps_as_if_it_had_not(prepared: C
 def test_a_probe_takes_whole_steps_and_leaves_the_training_alone(
     prepared: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(budget, "MOST_PROBE_STEPS", 1)
+    monkeypatch.setattr(fold_run, "MOST_PROBE_STEPS", 1)
     task = task_of(prepared.changed(name="probed"))
     state = task.new_state()
     before = {name: tensor.clone() for name, tensor in state.network.state_dict().items()}

@@ -69,7 +69,7 @@ def measured(
                 train_step(state, batches, rate, task.settings)
                 state.sums.loss.item()  # waits for the device
 
-            pace = pace_of(step, steps, LONGEST_S)
+            pace = pace_of(step, most_steps=steps, within_s=LONGEST_S)
         peak = peak_memory_bytes(device)
         cases = task.validation_cases
         start = time.monotonic()

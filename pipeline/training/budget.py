@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pipeline.errors import TrainingError
 from pipeline.training.distributed import from_first
 
-# The first steps pay for memory and for the choice of kernels; the mean of the later ones settles within a few seconds.
-WARMUP_STEPS, PROBE_S, MOST_PROBE_STEPS = 3, 8.0, 50
+# The first steps pay for memory and for the choice of kernels.
+WARMUP_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Pace:
     steps: int
 
 
-def pace_of(step: Callable[[], object], most_steps: int = MOST_PROBE_STEPS, within_s: float = PROBE_S) -> Pace:
+def pace_of(step: Callable[[], object], *, most_steps: int, within_s: float) -> Pace:
     """Measure steps, after a few that are not counted, until they are enough or a time is over.
 
     The first process's clock says when, so that all of them do the same steps.

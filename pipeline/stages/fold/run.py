@@ -36,6 +36,8 @@ TRACKING_WAIT_S = 15.0
 
 # Validation cases that the probe of a minutes budget looks at.
 PROBE_CASES = 3
+# The mean of a step settles within a few seconds.
+PROBE_S, MOST_PROBE_STEPS = 8.0, 50
 
 
 def train_fold(task: FoldTask, *, resume: bool, listener: Listener = unheard_scores) -> None:
@@ -169,7 +171,7 @@ def _probe(hooks: FoldHooks, batches: Batches) -> Costs:
         train_step(state, batches, task.schedule(state)(0, 1), task.settings)
         state.sums.loss.item()  # waits for the device
 
-    step_s = pace_of(step).step_s
+    step_s = pace_of(step, most_steps=MOST_PROBE_STEPS, within_s=PROBE_S).step_s
     every = task.validation_cases
     some = every[: PROBE_CASES * this_share().processes]
     start = time.monotonic()

@@ -1,0 +1,1 @@
+"""DICOM series: found in a folder, chosen, judged and read. DICOM's LPS millimetres become RAS+ here."""
