@@ -7,12 +7,13 @@ and how errors name their line, is `config_loading.py`'s part. Stages hand secti
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
-from pipeline.records import Record
+from pipeline.records import Record, says_nothing
 
 
 def _ascending(limits: tuple[float, float]) -> tuple[float, float]:
@@ -20,6 +21,13 @@ def _ascending(limits: tuple[float, float]) -> tuple[float, float]:
     if limits[0] > limits[1]:
         raise ValueError(f"expected the smaller number first, got {list(limits)}")
     return limits
+
+
+def _rising(thresholds: tuple[float, ...]) -> tuple[float, ...]:
+    """Refuse thresholds that do not rise, or none."""
+    if not thresholds or any(a >= b for a, b in itertools.pairwise(thresholds)):
+        raise ValueError(f"expected one number or more, each larger than the one before, got {list(thresholds)}")
+    return thresholds
 
 
 def _axis_code(code: str) -> str:
@@ -37,6 +45,7 @@ def _none_as_empty(options: Any) -> Any:
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Range = Annotated[tuple[NonNegative, NonNegative], AfterValidator(_ascending)]
 Factors = Annotated[tuple[Positive, Positive], AfterValidator(_ascending)]
@@ -46,6 +55,8 @@ Size = tuple[Count, Count, Count]
 Auto = Literal["auto"]
 Task = Literal["segment", "denoise"]
 Output = Literal["softmax", "regions"]
+
+LESION_THRESHOLDS = (0.1, 0.25, 0.5)
 
 
 class Section(Record):
@@ -305,6 +316,16 @@ class EvaluationSection(Section):
     """Resamples of the cases for the 95 % intervals."""
     picture_cases: Count = 3
     """Overlay pictures of so many worst, median and best cases each."""
+    lesions: tuple[str, ...] = Field(default=(), exclude_if=says_nothing)
+    """Labels, or regions where they are trained on, that are also counted lesion by lesion: by connected components."""
+    lesion_iou_thresholds: Annotated[tuple[Share, ...], AfterValidator(_rising)] = Field(
+        default=LESION_THRESHOLDS, exclude_if=lambda value: value == LESION_THRESHOLDS
+    )
+    """IoU from which on a predicted lesion is the one of the reference."""
+    lesion_connectivity: Literal[6, 18, 26] = Field(default=26, exclude_if=lambda value: value == 26)
+    """Voxels of one lesion touch by a face (6), by a face or an edge (18), or by a corner too (26)."""
+    smallest_lesion_mm3: NonNegative = Field(default=0.0, exclude_if=lambda value: value == 0)
+    """Lesions below this volume are left out, of reference and prediction alike."""
 
 
 class TrackingSection(Section):

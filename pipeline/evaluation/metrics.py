@@ -29,18 +29,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, reduce
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.evaluation.structures import Structures
+from pipeline.evaluation.structures import Mask, Structures
 
 FloatArray = NDArray[np.float64]
-Mask = NDArray[np.bool_]
 Millimetres = tuple[float, float, float]
-Box = tuple[slice, slice, slice]
 
 Status = Literal["scored", "missed", "spurious", "both_empty", "not_annotated"]
 
@@ -252,23 +250,12 @@ def score_case(
     Raises:
         ValueError: the grids differ, or an array holds an index outside the classes.
     """
-    if structures.ignored is not None and prediction.shape == reference.shape:
-        known = reference != structures.ignored
-        prediction, reference = (np.where(known, array, 0).astype(array.dtype) for array in (prediction, reference))
-    _check(prediction, reference, structures.num_classes)
-    boxes = _boxes(prediction, reference, structures.num_classes)
     chosen = [METRICS[name] for name in metrics]
     rows = []
-    for name, own in structures.classes.items():
-        box = _around([boxes[index - 1] for index in own])
-        masks = Comparison(_within(prediction[box], own), _within(reference[box], own), spacing_mm, tolerance_mm)
-        rows.append(_row(name, masks, chosen, annotated=name not in structures.unknown))
+    for found in structures.masks(prediction, reference):
+        masks = Comparison(found.prediction, found.reference, spacing_mm, tolerance_mm)
+        rows.append(_row(found.name, masks, chosen, annotated=found.name not in structures.unknown))
     return rows
-
-
-def _within(classes: NDArray[np.integer], own: Iterable[int]) -> Mask:
-    """Return the mask of the voxels of some classes."""
-    return reduce(np.logical_or, (classes == index for index in own))
 
 
 def _row(class_name: str, masks: Comparison, metrics: Sequence[Metric], *, annotated: bool) -> Row:
@@ -288,37 +275,6 @@ def _status(masks: Comparison) -> Status:
     if masks.reference_voxels:
         return "scored" if masks.prediction_voxels else "missed"
     return "spurious" if masks.prediction_voxels else "both_empty"
-
-
-def _check(prediction: NDArray[np.integer], reference: NDArray[np.integer], classes: int) -> None:
-    """Refuse arrays that are not class indices on one grid."""
-    if prediction.ndim != 3 or prediction.shape != reference.shape:
-        raise ValueError(f"prediction {prediction.shape} and reference {reference.shape} must share one 3-D grid")
-    for name, array in (("prediction", prediction), ("reference", reference)):
-        if array.min() < 0 or array.max() >= classes:
-            raise ValueError(f"{name}: class indices {array.min()} to {array.max()}, expected 0 to {classes - 1}")
-
-
-def _boxes(prediction: NDArray[np.integer], reference: NDArray[np.integer], classes: int) -> list[Box | None]:
-    """Return for each foreground class the box that holds it in both arrays; None where it is in neither."""
-    from scipy.ndimage import find_objects
-
-    found = zip(*(find_objects(array, max_label=classes - 1) for array in (prediction, reference)), strict=True)
-    return [None if pair == (None, None) else _around(pair) for pair in found]
-
-
-def _around(boxes: Iterable[Box | None]) -> Box:
-    """Return the smallest box that holds all given; an empty one where there are none."""
-    there = [box for box in boxes if box is not None]
-    if not there:
-        return slice(0, 0), slice(0, 0), slice(0, 0)
-    x, y, z = (_span(slices) for slices in zip(*there, strict=True))
-    return x, y, z
-
-
-def _span(slices: tuple[slice, ...]) -> slice:
-    """Return the smallest slice that holds all given."""
-    return slice(min(part.start for part in slices), max(part.stop for part in slices))
 
 
 def _surface(mask: Mask, spacing_mm: Millimetres) -> tuple[FloatArray, FloatArray]:

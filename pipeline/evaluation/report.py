@@ -13,8 +13,11 @@ import numpy as np
 
 from pipeline.evaluation.cross_validation import CrossValidation
 from pipeline.evaluation.cross_validation import as_json as folds_as_json
+from pipeline.evaluation.lesions.metrics import COUNTS, main_metrics, metric_names
+from pipeline.evaluation.lesions.scoring import LesionRules
+from pipeline.evaluation.lesions.summary import LesionSummary
 from pipeline.evaluation.metrics import METRICS, Metric
-from pipeline.evaluation.scored import MEASURES, NAN, RELIABILITY, UNCALIBRATED, ScoredCase
+from pipeline.evaluation.scored import MEASURES, NAN, NO_LESIONS, RELIABILITY, UNCALIBRATED, ScoredCase
 from pipeline.evaluation.self_assessment import DicePrediction, dice_pairs
 from pipeline.evaluation.statistics import MEAN, ClassSummary, Estimate
 from pipeline.pictures import COLOURS
@@ -48,6 +51,8 @@ class Evaluation:
         reliability: name in RELIABILITY -> mean over the cases.
         dice_predictions: how well the model knew its Dice, a line a class, and their mean; empty where it said none.
         cross_validation: the folds beside each other; None where it is not of an experiment's folds.
+        lesion_rules: which structures were counted lesion by lesion, and how.
+        lesions: a summary for each of them.
     """
 
     title: str
@@ -60,6 +65,8 @@ class Evaluation:
     reliability: Mapping[str, Estimate] = field(default_factory=dict)
     dice_predictions: tuple[DicePrediction, ...] = ()
     cross_validation: CrossValidation | None = None
+    lesion_rules: LesionRules = NO_LESIONS
+    lesions: tuple[LesionSummary, ...] = ()
 
 
 def write_summary(path: Path, evaluation: Evaluation) -> None:
@@ -87,6 +94,9 @@ def write_summary(path: Path, evaluation: Evaluation) -> None:
         "predicted_dice": {one.class_name: _prediction_as_json(one) for one in evaluation.dice_predictions},
         "cross_validation": evaluation.cross_validation and folds_as_json(evaluation.cross_validation),
     }
+    if evaluation.lesion_rules.structures:
+        content["lesion_rules"] = vars(evaluation.lesion_rules)
+        content["lesions"] = {one.class_name: one.as_json() for one in evaluation.lesions}
     write_json(path, content)
 
 
@@ -102,7 +112,8 @@ def as_text(evaluation: Evaluation) -> str:
     failures = [f"failed: {case}: {reason}" for case, reason in evaluation.failures.items()]
     title = f"{evaluation.title}: {len(evaluation.cases)} cases"
     folds = _folds_as_text(evaluation.cross_validation) if evaluation.cross_validation else []
-    return "\n".join([title, *_aligned(lines), *folds, *_assessment_as_text(evaluation), *failures])
+    lesions = _lesions_as_text(evaluation) if evaluation.lesions else []
+    return "\n".join([title, *_aligned(lines), *lesions, *folds, *_assessment_as_text(evaluation), *failures])
 
 
 def counted(evaluation: Evaluation) -> tuple[str, ...]:
@@ -119,6 +130,11 @@ def format_estimate(metric: Metric, estimate: Estimate) -> str:
     if math.isnan(estimate.low):
         return mean
     return f"{mean} [{estimate.low:.{metric.decimals}f}, {estimate.high:.{metric.decimals}f}]"
+
+
+def format_share(estimate: Estimate) -> str:
+    """Format a share's mean and its interval."""
+    return format_estimate(METRICS["dice"], estimate)
 
 
 def pick_cases(cases: Sequence[ScoredCase], count: int) -> dict[str, Rank]:
@@ -215,7 +231,10 @@ def render(template: str, **values: Any) -> str:
         "mean": MEAN,
         "format_estimate": format_estimate,
         "format_value": format_value,
+        "format_share": format_share,
         "heading": heading,
+        "lesion_counts": COUNTS,
+        "lesion_metrics": metric_names,
         "reliability_names": RELIABILITY,
         "nan": NAN,
     }
@@ -256,6 +275,17 @@ def _folds_as_text(folds: CrossValidation) -> list[str]:
         if of == metric.name
     ]
     return [*_aligned([header, *lines]), *([folds.remark] if folds.remark else [])]
+
+
+def _lesions_as_text(evaluation: Evaluation) -> list[str]:
+    """Return a table of the lesions: counts over all cases, means over the cases."""
+    shown = main_metrics(evaluation.lesion_rules)
+    lines = [["lesions", *COUNTS.values(), *shown.values()]] + [
+        [one.class_name, *(str(one.counts[name]) for name in COUNTS)]
+        + [format_share(one.metrics[name]) for name in shown]
+        for one in evaluation.lesions
+    ]
+    return _aligned(lines)
 
 
 def _assessment_as_text(evaluation: Evaluation) -> list[str]:

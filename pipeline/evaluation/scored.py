@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import EvaluationError
+from pipeline.evaluation.lesions.metrics import case_columns
+from pipeline.evaluation.lesions.scoring import LesionRules, LesionScore
 from pipeline.evaluation.metrics import METRICS, Row
 from pipeline.records import write_text
 
 NAN = float("nan")
+NO_LESIONS = LesionRules()
 
 # How far the model's probabilities can be believed, on the plan's grid: name -> what it is, for people. At temperature
 # 1 they are given beside where the model has a calibration, whose temperature is then in the others.
@@ -41,6 +44,7 @@ class ScoredCase:
         peak_memory_bytes: while it was predicted; None where the system does not tell.
         predicted_dice: class -> the Dice that the model expected of itself; without the classes of which it said none.
         reliability: name in RELIABILITY -> value; without those that have none.
+        lesions: of the structures that are counted lesion by lesion; a table that is read back has none.
     """
 
     case_id: str
@@ -51,12 +55,22 @@ class ScoredCase:
     peak_memory_bytes: int | None
     predicted_dice: Mapping[str, float] = field(default_factory=dict)
     reliability: Mapping[str, float] = field(default_factory=dict)
+    lesions: tuple[LesionScore, ...] = ()
+
+    def lesions_of(self, class_name: str) -> LesionScore | None:
+        """Return a structure's lesions; None where they are not counted."""
+        return next((score for score in self.lesions if score.class_name == class_name), None)
 
 
-def case_table(cases: Sequence[ScoredCase]) -> dict[str, list[Any]]:
-    """Return the per-case table as equally long columns: a line for each class of each case."""
+def case_table(cases: Sequence[ScoredCase], rules: LesionRules = NO_LESIONS) -> dict[str, list[Any]]:
+    """Return the per-case table as equally long columns: a line for each class of each case.
+
+    Args:
+        cases: in the order of the lines.
+        rules: by which lesions were counted; where none were there are no columns of them.
+    """
     lines = [(case, row) for case in cases for row in case.rows]
-    return {
+    table = {
         "case": [case.case_id for case, _ in lines],
         "patient": [case.patient for case, _ in lines],
         "fold": ["" if case.fold is None else case.fold for case, _ in lines],
@@ -70,11 +84,14 @@ def case_table(cases: Sequence[ScoredCase]) -> dict[str, list[Any]]:
         "peak_memory_bytes": [case.peak_memory_bytes or "" for case, _ in lines],
         **{name: [case.reliability.get(name, NAN) for case, _ in lines] for name in RELIABILITY},
     }
+    if rules.structures:
+        table |= case_columns([case.lesions_of(row.class_name) for case, row in lines], rules)
+    return table
 
 
-def write_case_table(path: Path, cases: Sequence[ScoredCase]) -> None:
+def write_case_table(path: Path, cases: Sequence[ScoredCase], rules: LesionRules = NO_LESIONS) -> None:
     """Write the per-case table as CSV; a metric without a value is `nan`, its reason in `status`."""
-    write_columns(path, case_table(cases))
+    write_columns(path, case_table(cases, rules))
 
 
 def read_case_table(path: Path) -> list[ScoredCase]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,15 +84,8 @@ def bootstrap_interval(
     """
     array = np.asarray(values, dtype=np.float64)
     known = ~np.isnan(array)
-    owners = np.arange(array.size) if patients is None else np.unique(np.asarray(patients), return_inverse=True)[1]
-    _, owners = np.unique(owners[known], return_inverse=True)
-    counts = np.bincount(owners)
-    if counts.size < 2:
-        return float("nan"), float("nan")
-    sums = np.bincount(owners, weights=array[known]).astype(np.float64)
-    means = _resampled_means(sums, counts, samples, np.random.default_rng(seed))
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+    owners = np.arange(array.size) if patients is None else np.asarray(patients)
+    return _ratio_interval(array[known], np.ones(known.sum()), owners[known], samples, seed, confidence)
 
 
 def estimate(values: FloatArray, *, samples: int, seed: int, patients: Sequence[str] | None = None) -> Estimate:
@@ -99,6 +93,26 @@ def estimate(values: FloatArray, *, samples: int, seed: int, patients: Sequence[
     known = values[~np.isnan(values)]
     low, high = bootstrap_interval(values, samples=samples, seed=seed, patients=patients)
     return Estimate(float(known.mean()) if known.size else float("nan"), low, high, int(known.size))
+
+
+def estimate_ratio(
+    ratios: Sequence[tuple[float, float]], *, samples: int, seed: int, patients: Sequence[str]
+) -> Estimate:
+    """Return the ratio of two sums over all cases, with its bootstrap interval; patients are drawn as for a mean.
+
+    Args:
+        ratios: (above, below) the line, one a case.
+        samples: number of resamples, at least 1.
+        seed: of the draw.
+        patients: whose each case is.
+
+    Returns:
+        nan where all that stands below the line is 0; its cases are those that have anything there.
+    """
+    above, below = np.asarray(ratios, dtype=np.float64).reshape(-1, 2).T
+    low, high = _ratio_interval(above, below, np.asarray(patients), samples, seed, CONFIDENCE)
+    total = float(below.sum())
+    return Estimate(float(above.sum()) / total if total else float("nan"), low, high, int(np.count_nonzero(below)))
 
 
 def summarise(
@@ -167,13 +181,26 @@ def _summary(class_name: str, rows: Sequence[Row], metrics: dict[str, Estimate])
     )
 
 
-def _resampled_means(
-    sums: FloatArray, counts: NDArray[np.integer], samples: int, rng: np.random.Generator
-) -> FloatArray:
-    """Return (samples,) means over cases, patients drawn with replacement; in blocks, so that memory stays bounded."""
+def _ratio_interval(
+    above: FloatArray, below: FloatArray, owners: NDArray[Any], samples: int, seed: int, confidence: float
+) -> tuple[float, float]:
+    """Return the bootstrap interval of a ratio of two sums, owners drawn; nan, nan with fewer than two of them."""
+    _, owners = np.unique(owners, return_inverse=True)
+    sums, counts = (np.bincount(owners, weights=values).astype(np.float64) for values in (above, below))
+    if counts.size < 2 or not counts.any():
+        return float("nan"), float("nan")
+    ratios = _resampled_ratios(sums, counts, samples, np.random.default_rng(seed))
+    # nan where, by chance, nobody was drawn who has anything below the line.
+    low, high = np.nanquantile(ratios, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def _resampled_ratios(sums: FloatArray, counts: FloatArray, samples: int, rng: np.random.Generator) -> FloatArray:
+    """Return (samples,) ratios, patients drawn with replacement; in blocks, so that memory stays bounded."""
     block = max(1, _DRAWS_AT_A_TIME // sums.size)
-    means = []
+    ratios = []
     for start in range(0, samples, block):
         drawn = rng.integers(sums.size, size=(min(block, samples - start), sums.size))
-        means.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
-    return np.concatenate(means)
+        above, below = sums[drawn].sum(axis=1), counts[drawn].sum(axis=1)
+        ratios.append(np.divide(above, below, out=np.full(below.shape, np.nan), where=below > 0))
+    return np.concatenate(ratios)

@@ -21,11 +21,9 @@ from pipeline.data.plan import Plan
 from pipeline.errors import ConfigError, ModelError
 from pipeline.geometry import Geometry
 from pipeline.records import Record, refuse_other_format, write_json
+from pipeline.volumes.components import components_of
 
 POSTPROCESSING, POSTPROCESSING_FORMAT_VERSION = "postprocessing.json", 1
-
-# Voxels that touch by a face, an edge or a corner are of one component (26-connectivity).
-_TOUCHING = np.ones((3, 3, 3), bool)
 
 
 class Rules(Protocol):
@@ -161,12 +159,6 @@ def postprocess(classes: NDArray[Any], plan: Plan, native: Geometry, rules: Rule
         stays = kept(np.bincount(components.ravel())[1:], smallest_voxels, name in rules.largest_component)
         within[np.concatenate(([False], ~stays))[components]] = 0
     return result
-
-
-def components_of(mask: NDArray[np.bool_]) -> NDArray[Any]:
-    """Number the 26-connected components of a mask from 1, in memory order of the axes; 0 elsewhere."""
-    components, _ = ndimage.label(mask, structure=_TOUCHING)
-    return np.asarray(components)
 
 
 def kept(sizes: NDArray[Any], smallest: float, largest_only: bool) -> NDArray[np.bool_]:

@@ -13,9 +13,12 @@ from pathlib import Path
 from pipeline.config import Config, EvaluationSection
 from pipeline.config_loading import load_config
 from pipeline.data.manifest import Case, Manifest, load_manifest
-from pipeline.errors import PipelineError
+from pipeline.data.plan import Plan
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.evaluation import report
 from pipeline.evaluation.cross_validation import CrossValidation, cross_validate
+from pipeline.evaluation.lesions.scoring import LesionRules
+from pipeline.evaluation.lesions.summary import summarise_lesions
 from pipeline.evaluation.report import Evaluation
 from pipeline.evaluation.scored import ScoredCase
 from pipeline.evaluation.self_assessment import assess_dice, estimate_reliability
@@ -112,6 +115,7 @@ def run(
         config = target if isinstance(target, Config) else load_config(models[0] / CONFIG, overrides)
     chosen_from = taking_part(load_manifest(manifest), config.preprocessing) if manifest else own_manifest(config)
     tasks = choose(models, chosen_from, config, cases)
+    lesions = _lesion_rules(config.evaluation, tasks[0].plan)
     label = cases if is_own(chosen_from, tasks[0].descriptions[0]) else chosen_from.name
     folder = (out or _results_folder(tasks, places, label)).resolve()
     scored_as = partial(
@@ -122,17 +126,41 @@ def run(
         folder=folder,
         probabilities=probabilities,
         overwrite=overwrite,
+        lesions=lesions,
     )
     of_experiment = isinstance(target, Config) or len(models) > 1
-    evaluation = _evaluate([*map(scored_as, tasks)], chosen_from, config.evaluation, label, of_experiment)
+    evaluation = _evaluate([*map(scored_as, tasks)], chosen_from, config.evaluation, lesions, label, of_experiment)
     write_results(evaluation, chosen_from, tasks[0].plan, config.evaluation, folder)
     run_log = run_of(tasks, folder, places, tracking_uri)
     track_results(evaluation, tasks, chosen_from, label, folder, run_log)
     return EvaluationReport(evaluation, folder)
 
 
+def _lesion_rules(settings: EvaluationSection, plan: Plan) -> LesionRules:
+    """Return how lesions are counted.
+
+    Raises:
+        ConfigError: a structure that is to be counted is none that is scored.
+    """
+    if unknown := [name for name in settings.lesions if name not in plan.structures]:
+        raise ConfigError(
+            f"evaluation.lesions: {', '.join(unknown)}: unknown; what is scored are {', '.join(plan.structures)}"
+        )
+    return LesionRules(
+        structures=settings.lesions,
+        iou_thresholds=settings.lesion_iou_thresholds,
+        connectivity=settings.lesion_connectivity,
+        smallest_mm3=settings.smallest_lesion_mm3,
+    )
+
+
 def _evaluate(
-    scorers: Sequence[CaseScorer], manifest: Manifest, settings: EvaluationSection, label: str, of_experiment: bool
+    scorers: Sequence[CaseScorer],
+    manifest: Manifest,
+    settings: EvaluationSection,
+    lesions: LesionRules,
+    label: str,
+    of_experiment: bool,
 ) -> Evaluation:
     """Score every case by its model, and summarise."""
     tasks = [scorer.task for scorer in scorers]
@@ -164,6 +192,8 @@ def _evaluate(
         summaries=tuple(summaries),
         reliability=estimate_reliability(scored, samples=settings.bootstrap_samples, seed=0),
         dice_predictions=tuple(assess_dice(scored)),
+        lesion_rules=lesions,
+        lesions=summarise_lesions(scored, lesions, samples=settings.bootstrap_samples, seed=0),
         cross_validation=_cross_validated(tasks, manifest, scored) if of_experiment and label == "fold" else None,
     )
 

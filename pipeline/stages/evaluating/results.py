@@ -15,8 +15,9 @@ from pipeline.data.plan import Plan
 from pipeline.errors import ModelError
 from pipeline.evaluation import report
 from pipeline.evaluation.cross_validation import cv_metrics, write_folds
+from pipeline.evaluation.lesions.summary import lesion_table
 from pipeline.evaluation.report import Evaluation
-from pipeline.evaluation.scored import case_table, write_case_table
+from pipeline.evaluation.scored import case_table, write_case_table, write_columns
 from pipeline.pictures import PICTURE_ORIENTATION, draw_overlay
 from pipeline.preparation.preprocessing import class_indices
 from pipeline.records import atomic_path
@@ -29,8 +30,8 @@ from pipeline.volumes.volume import Volume, read_label
 log = logging.getLogger(__name__)
 
 SEND_LIMIT_S = 60.0
-# The cross-validated table.
-FOLDS = "folds.csv"
+# The cross-validated table, and that of lesions.
+FOLDS, LESIONS = "folds.csv", "lesions.csv"
 
 
 def write_results(
@@ -39,9 +40,12 @@ def write_results(
     """Write tables, pictures and the page, in place of those of an earlier evaluation."""
     for earlier in (*folder.glob("*.png"), *(folder / "pictures").glob("[0-9][0-9]_*.png")):
         earlier.unlink(missing_ok=True)
-    write_case_table(folder / "cases.csv", evaluation.cases)
+    write_case_table(folder / "cases.csv", evaluation.cases, evaluation.lesion_rules)
     report.write_summary(folder / "summary.json", evaluation)
-    (folder / FOLDS).unlink(missing_ok=True)
+    for table in (FOLDS, LESIONS):
+        (folder / table).unlink(missing_ok=True)
+    if evaluation.lesion_rules.structures:
+        write_columns(folder / LESIONS, lesion_table(evaluation.cases))
     if evaluation.cross_validation and evaluation.cases:
         write_folds(folder / FOLDS, evaluation.cross_validation, evaluation.summaries)
     figures = _draw_figures(evaluation, folder)
@@ -121,7 +125,7 @@ def track_results(
     if evaluation.cross_validation and len(tasks) > 1:
         run_log.metrics(cv_metrics(evaluation.cross_validation, evaluation.summaries), step)
         run_log.tags({"medseg.cross_validation": evaluation.cross_validation.remark or "complete"})
-    run_log.table(f"evaluation_{label}", case_table(evaluation.cases))
+    run_log.table(f"evaluation_{label}", case_table(evaluation.cases, evaluation.lesion_rules))
     ids = [case.case_id for case in evaluation.cases]
     run_log.dataset(manifest.name, manifest.digest(), manifest.source, ids, "evaluation")
     # The page that compares runs lists only what lies at the top of their artifacts.
@@ -129,7 +133,7 @@ def track_results(
     for path in (folder / "report.html", folder / "distributions.png", folder / "predicted_dice.png"):
         if path.exists():
             run_log.artifact(path, top)
-    for name in ("cases.csv", "summary.json", FOLDS):
+    for name in ("cases.csv", "summary.json", FOLDS, LESIONS):
         if (folder / name).exists():
             run_log.artifact(folder / name, f"evaluation/{label}")
     if (folder / "pictures").is_dir():
@@ -150,6 +154,8 @@ def _metrics(evaluation: Evaluation, section: str) -> dict[str, float]:
         for name, estimate in summary.metrics.items():
             if estimate.cases:
                 values[f"{section}/{name}/{summary.class_name}"] = estimate.mean
+    for lesions in evaluation.lesions:
+        values |= lesions.as_metrics(section)
     for name, estimate in evaluation.reliability.items():
         values[f"{section}/{name}"] = estimate.mean
     for one in evaluation.dice_predictions:

@@ -16,8 +16,9 @@ from pipeline import __version__
 from pipeline.confidence.calibration import CALIBRATION
 from pipeline.data.manifest import Case, Manifest
 from pipeline.errors import VolumeError
+from pipeline.evaluation.lesions.scoring import LesionRules, score_lesions
 from pipeline.evaluation.metrics import Row, score_case
-from pipeline.evaluation.scored import ScoredCase
+from pipeline.evaluation.scored import NO_LESIONS, ScoredCase
 from pipeline.evaluation.structures import Structures
 from pipeline.hardware import device_name, peak_memory_bytes, pick_device, reset_peak_memory
 from pipeline.inference.postprocessing import common_rules, postprocess
@@ -56,6 +57,7 @@ class CaseScorer:
         folder: of the results; label maps go to it as they would ship.
         probabilities: whether the labels' probabilities are kept of out-of-fold predictions.
         overwrite: predict anew what is kept.
+        lesions: which structures are counted lesion by lesion, and how.
 
     Attributes:
         task: models and cases.
@@ -73,9 +75,10 @@ class CaseScorer:
         folder: Path,
         probabilities: bool = False,
         overwrite: bool = False,
+        lesions: LesionRules = NO_LESIONS,
     ) -> None:
         self.task, self._manifest, self._folder = task, manifest, folder
-        self._tolerance_mm, self._overwrite = tolerance_mm, overwrite
+        self._tolerance_mm, self._overwrite, self._lesions = tolerance_mm, overwrite, lesions
         self._engine, self._device = Engine(device), device_name(pick_device(device))
         self._wanted = tuple(list(task.plan.labels)[1:]) if probabilities else ()
         self.rules = common_rules(task.models)
@@ -113,10 +116,16 @@ class CaseScorer:
         spent = time.perf_counter() - start if self.rules.has_rules else 0.0
         label = Volume(label_values(classes, plan), native)
         write_label(prediction_of(self._folder, case.id), label, header_of=labelled.header_of, names=plan.labels)
+        # Never kept: which structures are counted, and how, is settled anew with each evaluation.
+        structures = Structures.of(plan, case)
+        scored = replace(
+            predicted.scored,
+            lesions=score_lesions(classes, labelled.reference.array, native, structures, self._lesions),
+        )
         if np.array_equal(classes, predicted.classes):
-            return predicted.scored
+            return scored
         rows = self._rows(case, classes, labelled)
-        return replace(predicted.scored, rows=rows, seconds=predicted.scored.seconds + spent)
+        return replace(scored, rows=rows, seconds=scored.seconds + spent)
 
     def _predict(self, case: Case, labelled: LabelledCase) -> Predicted:
         """Predict a case; keep it where its fold's model has done so."""

@@ -1,0 +1,1 @@
+"""Structures counted lesion by lesion: connected components of prediction and reference, one matched with one."""
