@@ -15,6 +15,7 @@ from pipeline.config import (
     BudgetSection,
     Config,
     DataSection,
+    EvaluationSection,
     PreprocessingSection,
     Section,
     TrainingSection,
@@ -59,6 +60,19 @@ def test_what_is_compiled_is_not_recomputed() -> None:
     assert TrainingSection(compile=True).compile
     with pytest.raises(ValidationError, match="compile cannot take activation_checkpointing in"):
         TrainingSection(compile=True, activation_checkpointing=True)
+
+
+@pytest.mark.parametrize("thresholds", [(), (0.5, 0.5), (0.5, 0.1)])
+def test_thresholds_of_lesions_rise(thresholds: tuple[float, ...]) -> None:
+    with pytest.raises(ValidationError, match="each larger than the one before"):
+        EvaluationSection(lesion_iou_thresholds=thresholds)
+
+
+def test_what_is_not_said_of_lesions_leaves_the_digest_of_an_evaluation_as_it_was() -> None:
+    assert EvaluationSection().model_dump(mode="json").keys() == {
+        *("surface_tolerance_mm", "bootstrap_samples", "picture_cases")
+    }
+    assert len(EvaluationSection(lesions=("lesion",), smallest_lesion_mm3=3).model_dump()) == 5
 
 
 @pytest.mark.parametrize("code", ["RAS", "LPS", "SAR", "ILP"])

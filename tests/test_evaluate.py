@@ -16,7 +16,7 @@ from pipeline.confidence.reliability import Reliability
 from pipeline.config import BudgetSection, Config, DataSection, EvaluationSection, TrainingSection
 from pipeline.config_loading import dump_config
 from pipeline.data.manifest import Case, ImageFile, Manifest, load_manifest, save_manifest
-from pipeline.errors import ManifestError, ModelError, PipelineError
+from pipeline.errors import ConfigError, ManifestError, ModelError, PipelineError
 from pipeline.evaluation.metrics import METRICS, score_case
 from pipeline.evaluation.structures import Structures
 from pipeline.geometry import Geometry
@@ -195,6 +195,31 @@ def test_settings_can_be_overridden_for_a_model_too(config: Config) -> None:
     assert (narrow.evaluation.tolerance_mm, wide.evaluation.tolerance_mm) == (0.5, 3.0)
     rows = [report.evaluation.cases[0].rows[0].values["nsd"] for report in (narrow, wide)]
     assert rows[0] < rows[1]
+
+
+def test_structures_are_counted_lesion_by_lesion_where_the_configuration_says_so(config: Config) -> None:
+    assert not (evaluate.run(best(config)).folder / "lesions.csv").exists()
+    settings = ["evaluation.lesions=[left]", "evaluation.lesion_iou_thresholds=[0.3, 0.9]"]
+    report = evaluate.run(best(config), overrides=settings)
+    with (report.folder / "lesions.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["case"], line["class"], line["side"], line["status"]) for line in lines] == [
+        (case, "left", side, "matched") for case in "ab" for side in ("reference", "prediction")
+    ]
+    # A box of 3 x 6 x 6 voxels of 2.5 mm3 beside itself one voxel further on, along one axis of 6 voxels: 5 of 7.
+    assert {line["volume_ml"] for line in lines} == {"0.27"}
+    assert [float(line["iou"]) for line in lines] == pytest.approx([5 / 7] * 4, rel=1e-5)
+    drawn = NATIVE.to_mm(np.argwhere(structures(1) == 1).mean(axis=0))
+    assert [float(lines[2][f"{axis}_mm"]) for axis in "xyz"] == pytest.approx(drawn, rel=1e-5)
+    found = json.loads((report.folder / "summary.json").read_text())["lesions"]["left"]
+    assert (found["lesions"], found["lesions_detected"], found["lesions_spurious"]) == (2, 2, 0)
+    means = {name: found["metrics"][f"lesion_{name}"]["mean"] for name in ("f1_iou30", "pq_iou30", "f1_iou90")}
+    assert means == {"f1_iou30": 1, "pq_iou30": pytest.approx(5 / 7), "f1_iou90": 0}
+    assert "F1, IoU 0.9" in report.as_text()
+    with (report.folder / "cases.csv").open(newline="") as file:
+        assert [line["lesions"] for line in csv.DictReader(file)] == ["1", "", "1", ""]
+    with pytest.raises(ConfigError, match=r"evaluation\.lesions: liver: unknown; what is scored are left, right"):
+        evaluate.run(best(config), overrides=["evaluation.lesions=[left, liver]"])
 
 
 def test_results_lie_in_the_run_folder(config: Config) -> None:

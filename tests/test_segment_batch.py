@@ -1,5 +1,6 @@
 """Long runs of `medseg segment`: shared, killed, interrupted, disks full; what is done is valid, the rest goes on."""
 
+import csv
 import errno
 import json
 import os
@@ -21,6 +22,7 @@ import nibabel as nib
 import numpy as np
 import psutil
 import pytest
+from scipy import ndimage
 from tiny_models import NEAREST_MEAN, make_model, make_plan, nearest_mean
 
 from pipeline.confidence.calibration import Calibration, save_calibration
@@ -563,12 +565,63 @@ def test_probabilities_are_written_on_request_and_asked_for_later(model: Path, s
     assert not (out / "probabilities" / "case_0.nii.gz").exists()  # They would be of another label map.
 
 
+def test_instances_are_numbered_on_request_and_asked_for_later(model: Path, scans: Path, tmp_path: Path) -> None:
+    files, out = [scans / "case_0.nii.gz", scans / "case_1.nii.gz"], tmp_path / "out"
+    segment.run(str(model), files, out, device="cpu")
+    before = label_files(out)
+    later = segment.run(str(model), files, out, device="cpu", instances=["all"])
+    # Of the label maps that are there: nothing is predicted again.
+    assert [result.status for result in later.results] == ["done", "done"]
+    assert label_files(out) == before
+    with (out / "instances.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    for result in later.results:
+        own = [line for line in lines if line["case"] == result.name]
+        label, instances = (read_label(out / folder / f"{result.name}.nii.gz") for folder in ("", "instances"))
+        assert instances.geometry == label.geometry
+        assert [line["instance"] for line in own] == [str(n) for n in range(1, instances.array.max() + 1)]
+        counts = Counter(line["label"] for line in own)
+        assert result.instances == {name: counts[name] for name in ("left", "right")}
+        for name, value in (("left", 1), ("right", 7)):
+            _, expected = ndimage.label(label.array == value, np.ones((3, 3, 3)))
+            assert counts[name] == expected
+            ml = [float(line["volume_ml"]) for line in own if line["label"] == name]
+            assert ml == sorted(ml, reverse=True)
+            assert sum(ml) == pytest.approx(result.volumes_ml[name], rel=1e-4)
+            assert [line["component"] for line in own if line["label"] == name] == [str(n + 1) for n in range(expected)]
+        for line in own[:3] + own[-3:]:
+            voxels = np.argwhere(instances.array == int(line["instance"]))
+            assert len({*label.array[tuple(voxels.T)]}) == 1
+            assert [float(line[f"{axis}_mm"]) for axis in "xyz"] == pytest.approx(
+                label.geometry.to_mm(voxels.mean(axis=0)), rel=1e-4, abs=1e-4
+            )
+    assert f",{later.results[0].instances['left']}," in (out / "report.csv").read_text().splitlines()[1]
+    # What is there is not made again; other labels are, and a label map that is made again takes its instances away.
+    same = segment.run(str(model), files, out, device="cpu", instances=["all"])
+    assert [result.status for result in same.results] == ["skipped", "skipped"]
+    assert same.results[0].instances == later.results[0].instances
+    (out / "instances" / "case_0.csv").unlink()
+    half = segment.run(str(model), files, out, device="cpu", instances=["all"])
+    assert [result.status for result in half.results] == ["done", "skipped"]
+    other = segment.run(str(model), files, out, device="cpu", instances=["right"])
+    assert [result.status for result in other.results] == ["done", "done"]
+    assert read_label(out / "instances" / "case_0.nii.gz").array.max() == other.results[0].instances["right"]
+    assert [*other.results[0].instances] == ["right"]
+    segment.run(str(model), files[:1], out, device="cpu", overwrite=True)
+    assert not [*(out / "instances").glob("case_0.*")]
+    assert len([*(out / "instances").glob("case_1.*")]) == 2
+    fresh = segment.run(str(model), files[:1], out, device="cpu", overwrite=True, instances=["right"])
+    assert fresh.results[0].instances == other.results[0].instances
+
+
 def test_what_cannot_be_asked_for_is_refused_before_anything_is_written(
     model: Path, scans: Path, tmp_path: Path
 ) -> None:
     out, scan = tmp_path / "out", scans / "case_0.nii.gz"
     with pytest.raises(PipelineError, match=r"liver: unknown; the labels are background, left, right, or all"):
         segment.run(str(model), [scan], out, device="cpu", probabilities=["liver"])
+    with pytest.raises(PipelineError, match=r"--instances background: unknown; the labels are left, right, or all"):
+        segment.run(str(model), [scan], out, device="cpu", instances=["background"])
     with pytest.raises(PipelineError, match="expected a size"):
         segment.run(str(model), [scan], out, device="cpu", max_memory="8 apples")
     with pytest.raises(PipelineError, match="'gpu': unknown; use auto"):

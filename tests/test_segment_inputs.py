@@ -237,10 +237,11 @@ def test_label_maps_never_land_beside_an_input(tmp_path: Path, given: str) -> No
     assert find(tmp_path / "scans/b.nii.gz", out=str(tmp_path / given))
 
 
-def test_probabilities_never_land_on_an_input(tmp_path: Path) -> None:
-    touch(tmp_path, "out/probabilities/a.nii.gz")
+@pytest.mark.parametrize("folder", ["probabilities", "instances"])
+def test_what_is_written_beside_label_maps_never_lands_on_an_input(tmp_path: Path, folder: str) -> None:
+    touch(tmp_path, f"out/{folder}/a.nii.gz")
     with pytest.raises(PipelineError, match="holds the input"):
-        find(tmp_path / "out/probabilities", out=str(tmp_path / "out"))
+        find(tmp_path / "out" / folder, out=str(tmp_path / "out"))
 
 
 def test_what_holds_no_volume_is_said_with_what_may_be_meant(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipeline.evaluation.metrics import Row, Status
-from pipeline.evaluation.statistics import MEAN, bootstrap_interval, mean_known, summarise
+from pipeline.evaluation.statistics import MEAN, bootstrap_interval, estimate_ratio, mean_known, summarise
 
 NAN = float("nan")
 
@@ -55,6 +55,21 @@ def test_nan_is_left_out_and_too_few_values_have_no_interval() -> None:
     assert bootstrap_interval([NAN, 0.5, 0.7, NAN, 0.9], samples=500, seed=0) == known
     for values in ([], [0.5], [NAN, 0.5], [NAN, NAN]):
         assert all(math.isnan(end) for end in bootstrap_interval(values, samples=10, seed=0))
+
+
+def test_a_ratio_of_sums_and_its_interval_by_hand() -> None:
+    # Of patient a 3 of 4, in two cases, of b 1 of 1, of c nothing of nothing: 4 of 5 in all.
+    ratios, patients = [(1, 2), (2, 2), (1, 1), (0, 0)], ["a", "a", "b", "c"]
+    found = estimate_ratio(ratios, samples=500, seed=0, patients=patients)
+    assert found.mean == pytest.approx(4 / 5)
+    assert found.cases == 3
+    # The resamples are aaa, aab, ...: 3/4 where a is drawn and b is not, 1 where b is drawn and a is not.
+    assert (found.low, found.high) == pytest.approx((0.75, 1.0))
+    nothing = estimate_ratio([(0, 0), (0, 0)], samples=10, seed=0, patients=["a", "b"])
+    assert all(math.isnan(value) for value in (nothing.mean, nothing.low, nothing.high))
+    alone = estimate_ratio([(1, 2)], samples=10, seed=0, patients=["a"])
+    assert alone.mean == 0.5
+    assert math.isnan(alone.low)
 
 
 def test_two_visits_of_a_patient_are_drawn_together() -> None:

@@ -76,6 +76,11 @@ def with_memory(overrides: list[str] | None, gpu_memory: float | None) -> list[s
     return [*(overrides or ()), f"preprocessing.memory_gb={gpu_memory:g}"]
 
 
+def names(text: str | None) -> list[str]:
+    """Return the names that commas part."""
+    return [name.strip() for name in text.split(",")] if text else []
+
+
 # Of `new-config`.
 Preset = Annotated[
     Literal["fast", "standard", "large"] | None,
@@ -110,6 +115,10 @@ Probabilities = Annotated[
 ]
 ProbabilitiesType = Annotated[
     Literal["uint8", "uint16"], typer.Option("--probabilities-type", help="Steps of 1/255, or of 1/65,535.")
+]
+Instances = Annotated[
+    str | None,
+    typer.Option("--instances", metavar="LABEL,...|all", help="Number these labels' connected components too."),
 ]
 NoSkip = Annotated[bool, typer.Option("--no-skip", help="Run the network on windows without body too.")]
 ModelWorkspace = Annotated[Path, typer.Option("--workspace", help="Where runs:/ and models:/ are looked up.")]

@@ -70,7 +70,7 @@ def case_table(cases: Sequence[ScoredCase], rules: LesionRules = NO_LESIONS) -> 
         rules: by which lesions were counted; where none were there are no columns of them.
     """
     lines = [(case, row) for case in cases for row in case.rows]
-    table = {
+    table: dict[str, list[Any]] = {
         "case": [case.case_id for case, _ in lines],
         "patient": [case.patient for case, _ in lines],
         "fold": ["" if case.fold is None else case.fold for case, _ in lines],

@@ -147,7 +147,7 @@ def _lesion_rules(settings: EvaluationSection, plan: Plan) -> LesionRules:
             f"evaluation.lesions: {', '.join(unknown)}: unknown; what is scored are {', '.join(plan.structures)}"
         )
     return LesionRules(
-        structures=settings.lesions,
+        structures=tuple(dict.fromkeys(settings.lesions)),
         iou_thresholds=settings.lesion_iou_thresholds,
         connectivity=settings.lesion_connectivity,
         smallest_mm3=settings.smallest_lesion_mm3,

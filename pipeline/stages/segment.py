@@ -6,7 +6,7 @@ import logging
 import secrets
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -24,6 +24,7 @@ from pipeline.stages.models import resolve_models
 from pipeline.stages.segmenting.batch import Batch
 from pipeline.stages.segmenting.case import CaseSteps, SegmentSettings
 from pipeline.stages.segmenting.inputs import SegmentInput, find_inputs
+from pipeline.stages.segmenting.instances import write_table
 from pipeline.stages.segmenting.page import write_page
 from pipeline.stages.segmenting.plan import bytes_of, plan_text
 from pipeline.stages.segmenting.report import CaseResult, SegmentReport
@@ -51,6 +52,7 @@ def run(
     stdin: TextIO | None = None,
     probabilities: Sequence[str] = (),
     probabilities_type: ProbabilityType = "uint8",
+    instances: Sequence[str] = (),
 ) -> SegmentReport:
     """Segment volumes: the next is read and the last written while one is predicted.
 
@@ -69,6 +71,7 @@ def run(
         tracking_uri: server or database of runs:/ and models:/; None: MLFLOW_TRACKING_URI, else the workspace's.
         probabilities: labels whose probabilities are written too, to OUT/probabilities; "all" stands for each.
         probabilities_type: of their numbers, uint8 or uint16.
+        instances: labels whose connected components are numbered too, in OUT/instances; "all" stands for each.
         max_memory: of all processes together, such as 8GB; None: what is free.
         stdin: where the list that `-` stands for is read.
 
@@ -84,6 +87,7 @@ def run(
     for one in devices:
         pick_device(one)  # Refused here once, rather than by each worker.
     trained_plan = read_plan(models[0] / PLAN)
+    background, *foreground = trained_plan.labels
     settings = SegmentSettings(
         models=tuple(models),
         out=out.resolve(),
@@ -94,8 +98,9 @@ def run(
         max_memory_bytes=_share(max_memory, len(devices)),
         compile=compile_networks,
         skip_empty=skip_empty,
-        probabilities=_wanted(probabilities, trained_plan.labels),
+        probabilities=_wanted("--probabilities", probabilities, [background], foreground),
         probabilities_type=probabilities_type,
+        instances=_wanted("--instances", instances, (), foreground),
     )
     cases = find_inputs(inputs, tuple(trained_plan.channels), out, stdin)
     try:
@@ -144,17 +149,17 @@ def _share(max_memory: str | None, processes: int) -> int | None:
     return bytes_of(max_memory) // processes
 
 
-def _wanted(names: Sequence[str], labels: Mapping[str, int]) -> tuple[str, ...]:
-    """Return the labels whose probabilities are wanted, in the model's order; "all" means each but the background.
+def _wanted(option: str, names: Sequence[str], background: Sequence[str], foreground: Sequence[str]) -> tuple[str, ...]:
+    """Return the labels that an option names, in the model's order; "all" means each but the background.
 
     Raises:
-        PipelineError: a label is none of the model's.
+        PipelineError: a label is none of them.
     """
+    labels = [*background, *foreground]
     unknown = [name for name in names if name not in labels and name != "all"]
     if unknown:
-        raise PipelineError(f"--probabilities {','.join(unknown)}: unknown; the labels are {', '.join(labels)}, or all")
-    foreground = list(labels)[1:] if "all" in names else []
-    return tuple(label for label in labels if label in names or label in foreground)
+        raise PipelineError(f"{option} {','.join(unknown)}: unknown; the labels are {', '.join(labels)}, or all")
+    return tuple(label for label in labels if label in names or ("all" in names and label in foreground))
 
 
 def _go_through(
@@ -188,6 +193,7 @@ def _write(report: SegmentReport) -> None:
     """Write the report and its page; where that fails, the label maps are none the worse for it."""
     try:
         report.write()
+        write_table(report.folder, report.results)
         write_page(report)
     except OSError as error:
         log.error("the report could not be written: %s", error)

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.stages.segmenting.case import CaseInHand, CaseSteps
 from pipeline.stages.segmenting.claims import Claim, Claims
-from pipeline.stages.segmenting.inputs import PROBABILITIES, SegmentInput
+from pipeline.stages.segmenting.inputs import INSTANCES, PROBABILITIES, SegmentInput
 from pipeline.stages.segmenting.journal import Journal
 from pipeline.stages.segmenting.page import PICTURES
 from pipeline.stages.segmenting.report import CaseResult
@@ -171,7 +171,7 @@ class Batch:
     def _clear_leftovers(self, name: str) -> None:
         """Remove what a process that died over a case left half written; nobody else writes for this case now."""
         # Eight letters stand in the temporary names: with any number of them those of the case a-NAME would go too.
-        for folder in (self._out, self._out / PICTURES, self._out / PROBABILITIES):
+        for folder in (self._out, *(self._out / own for own in (PICTURES, PROBABILITIES, INSTANCES))):
             for file in folder.glob(f".tmp-{'?' * 8}-{glob.escape(name)}.*"):
                 file.unlink(missing_ok=True)
 

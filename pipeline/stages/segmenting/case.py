@@ -28,17 +28,18 @@ from pipeline.inference.postprocessing import common_rules
 from pipeline.inference.probabilities import ProbabilityType
 from pipeline.model import FINGERPRINT, model_digest
 from pipeline.predictor import Engine, Predictor, Segmentation
-from pipeline.preparation.preprocessing import PreparedImage
+from pipeline.preparation.preprocessing import PreparedImage, class_indices
 from pipeline.records import Record, digest_of
 from pipeline.stages.familiarity import unfamiliar
 from pipeline.stages.segmenting.claims import Claim
 from pipeline.stages.segmenting.inputs import BOOKKEEPING, PROBABILITIES, SUFFIX, SegmentInput
+from pipeline.stages.segmenting.instances import instance_files, write_instances
 from pipeline.stages.segmenting.page import Preview
 from pipeline.stages.segmenting.plan import case_memory, wanted_bytes
 from pipeline.stages.segmenting.probability_files import probabilities_into
 from pipeline.stages.segmenting.report import CaseResult
 from pipeline.volumes.stored import content_digest
-from pipeline.volumes.volume import Volume, read_image
+from pipeline.volumes.volume import Volume, read_image, read_label
 from pipeline.volumes.writing import write_label
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class SegmentSettings(Record):
         max_memory_bytes: what a process may take; None: what is free.
         probabilities: labels whose probabilities are written too.
         probabilities_type: of their numbers.
+        instances: labels whose components are numbered in a label map of their own.
     """
 
     models: tuple[Path, ...]
@@ -72,6 +74,7 @@ class SegmentSettings(Record):
     max_memory_bytes: int | None = None
     probabilities: tuple[str, ...] = ()
     probabilities_type: ProbabilityType = "uint8"
+    instances: tuple[str, ...] = ()
 
     def probabilities_at(self, temperature: float) -> str:
         """Say all that the probabilities wanted depend on beside the key; empty where none are."""
@@ -186,7 +189,7 @@ class CaseSteps:
         with case.timed("read"):
             key = self._key(case.source)
             if before and self._is_done(before, key):
-                case.close(before.changed(status="skipped", inputs=case.result.inputs))
+                case.close(self._as_done(case, before))
                 return
             # Asked before the voxels are read: what does not fit is refused, and the process not killed.
             memory = case_memory(self.predictor, case.source, self._process_bytes)
@@ -222,12 +225,34 @@ class CaseSteps:
         with case.timed("write"):
             if not self._probabilities:  # Those of an earlier label map would be taken for this one's.
                 (self.settings.out / PROBABILITIES / output).unlink(missing_ok=True)
+            for file in instance_files(self.settings.out, case.source.name):  # Likewise.
+                file.unlink(missing_ok=True)
             label = Volume(self.predictor.values_of(case.classes), case.native)
             write_label(self.settings.out / output, label, header_of=case.first_file, names=plan.labels)
             self._draw(case, case.preview, case.classes)
+            instances = self._instances(case, case.classes, case.native)
             volumes = _volumes_ml(case.classes, case.native, tuple(plan.labels))
-        case.result = case.result.changed(output=output, volumes_ml=volumes, seconds=case.seconds)
+        case.result = case.result.changed(output=output, volumes_ml=volumes, instances=instances, seconds=case.seconds)
         case.classes = case.preview = None
+
+    def _instances(self, case: CaseInHand, classes: NDArray[Any], native: Geometry) -> dict[str, int]:
+        """Number the components that are wanted, and return how many there are of each label."""
+        wanted, plan = self.settings.instances, self.predictor.plan
+        if not wanted:
+            return {}
+        return write_instances(self.settings.out, case.source.name, classes, native, plan, wanted, case.first_file)
+
+    def _as_done(self, case: CaseInHand, before: CaseResult) -> CaseResult:
+        """Return what becomes of a case that is done and unchanged; instances that it lacks follow from its labels."""
+        out, wanted = self.settings.out, self.settings.instances
+        there = all(file.exists() for file in instance_files(out, before.name))
+        if not wanted or (there and tuple(before.instances) == wanted):
+            return before.changed(status="skipped", inputs=case.result.inputs)
+        assert before.output is not None
+        label = read_label(out / before.output)
+        classes = class_indices(label.array, self.predictor.plan)
+        counts = self._instances(case, classes, label.geometry)
+        return before.changed(status="done", inputs=case.result.inputs, instances=counts)
 
     def _draw(self, case: CaseInHand, preview: Preview, classes: NDArray[Any]) -> None:
         """Draw a case; a picture that fails, unless the disk is full, is no reason to do without the label map."""

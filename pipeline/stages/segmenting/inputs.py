@@ -32,6 +32,8 @@ from pipeline.volumes.stored import is_volume, stem_of
 SUFFIX = ".nii.gz"
 # Folder of the probabilities, in that of the label maps; they have the same names.
 PROBABILITIES = "probabilities"
+# Folder of the instance label maps, likewise.
+INSTANCES = "instances"
 # Folder of what lets a batch go on, in that of the label maps: claims, journal, unfinished planes.
 BOOKKEEPING = ".medseg"
 
@@ -310,7 +312,7 @@ def _refuse_same_names(cases: Sequence[SegmentInput]) -> None:
 
 def _refuse_beside_inputs(cases: Sequence[SegmentInput], out: Path) -> None:
     """Refuse to write where an input lies, or where a link leads to one."""
-    taken = {Path(os.path.realpath(folder)) for folder in (out, out / PROBABILITIES)}
+    taken = {Path(os.path.realpath(folder)) for folder in (out, out / PROBABILITIES, out / INSTANCES)}
     for case in cases:
         for file in case.files.values():
             if taken & {Path(os.path.realpath(file.path)).parent, Path(os.path.realpath(file.path.parent))}:

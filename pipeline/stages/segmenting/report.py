@@ -27,6 +27,7 @@ class CaseResult(Record):
         inputs: the files that were read.
         output: the label map's file name in the report's folder; None where the case failed.
         probabilities: which were written beside the label map, how, and at what temperature; empty where none were.
+        instances: label -> how many components were numbered beside the label map, of those that were asked for.
         reason: why it failed.
         key: digest of the inputs' contents, the models, and the settings that the label map depends on.
         seconds: step -> seconds; of the run in which the case was done.
@@ -42,6 +43,7 @@ class CaseResult(Record):
     inputs: tuple[str, ...]
     output: str | None = None
     probabilities: str = ""
+    instances: dict[str, int] = {}
     reason: str | None = None
     key: str | None = None
     seconds: dict[str, float] = {}
@@ -101,13 +103,15 @@ class SegmentReport:
         }
 
     def as_csv(self) -> str:
-        """Return a line a case; the columns of volumes are the labels that occur in any case."""
+        """Return a line a case; the columns of volumes and instances are the labels that occur in any case."""
+        counted = list(dict.fromkeys(label for result in self.results for label in result.instances))
         labels = list(dict.fromkeys(label for result in self.results for label in result.volumes_ml))
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         header = ["case", "status", "reason", "output", *(f"{step}_s" for step in STEPS)]
         header += ["peak_memory_mb", "windows_run", "windows_skipped", "doubt", "predicted_dice"]
-        writer.writerow([*header, *(f"{label}_ml" for label in labels), "warnings"])
+        header += [*(f"{label}_ml" for label in labels), *(f"{label}_instances" for label in counted)]
+        writer.writerow([*header, "warnings"])
         for result in self.results:
             row = [result.name, result.status, result.reason or "", result.output or ""]
             row += [f"{result.seconds[step]:.3f}" if step in result.seconds else "" for step in STEPS]
@@ -116,6 +120,7 @@ class SegmentReport:
             sure = result.confidence
             row += [_decimals(sure.doubt), _decimals(sure.predicted_dice)] if sure else ["", ""]
             row += [f"{result.volumes_ml[label]:.4f}" if label in result.volumes_ml else "" for label in labels]
+            row += [str(result.instances.get(label, "")) for label in counted]
             writer.writerow([*row, "; ".join(result.remarks)])
         return text.getvalue()
 
