@@ -6,6 +6,7 @@ CONSTRAINTS ?= -c constraints.txt -c constraints-torch.txt
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+VIEWER := $(VENV)/.viewer
 LOG := $(VENV)/install.log
 # One process a core; each with one thread, or they would fight for the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -rs --durations=5
@@ -16,7 +17,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -rs
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
 
-setup: $(INSTALLED) ## install into .venv; again only when the requirements changed
+setup: $(VIEWER) ## install into .venv; again only when the requirements changed
 
 $(INSTALLED): pyproject.toml constraints.txt constraints-torch.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -26,6 +27,11 @@ $(INSTALLED): pyproject.toml constraints.txt constraints-torch.txt
 	@echo "installing into $(VENV); the first time it takes a few minutes"
 	@$(BIN)/python -m pip install --disable-pip-version-check $(CONSTRAINTS) -e '.[dev]' >$(LOG) 2>&1 || \
 	  { tail -n 40 $(LOG); echo "the installation failed; all of it: $(LOG)"; exit 1; }
+	@touch $@
+
+# NiiVue, for the viewer in reports; without it, or npm, they have pictures only. Tried once.
+$(VIEWER): $(INSTALLED)
+	@$(BIN)/medseg install-viewer || echo "going on without the viewer; medseg install-viewer adds it at any time"
 	@touch $@
 
 demo: setup ## the whole way on phantoms, in minutes

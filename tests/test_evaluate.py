@@ -2,9 +2,11 @@
 
 import csv
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +31,7 @@ from pipeline.stages.evaluating.cases import choose, models_of
 from pipeline.stages.workspace import Workspace
 from pipeline.tracking import RunLog, read_state, send_pending
 from pipeline.tracking.log import read_events
+from pipeline.viewer.assets import niivue
 from pipeline.volumes.stored import read_header
 from pipeline.volumes.volume import Volume, read_label
 from pipeline.volumes.writing import write_image, write_label
@@ -231,6 +234,7 @@ def test_results_lie_in_the_run_folder(config: Config) -> None:
         "pictures",
         "predictions",
         "report.html",
+        "summary.html",
         "summary.json",
     ]
     with (report.folder / "cases.csv").open(newline="") as file:
@@ -388,6 +392,39 @@ def test_the_last_model_does_not_overwrite_the_best_ones_results(config: Config)
     assert evaluate.run(str(last)).folder.name == "fold_last"
 
 
+def viewer_facts(report: EvaluationReport) -> dict[str, Any]:
+    """What the page's viewer knows of the cases; nothing where there is no viewer."""
+    found = re.search(r'id="viewer-facts">(.*?)</script>', (report.folder / "report.html").read_text())
+    return json.loads(found.group(1)) if found else {}
+
+
+def test_the_page_lets_people_look_at_the_cases_the_worst_first_as_far_as_there_is_room(config: Config) -> None:
+    if niivue() is None:
+        pytest.skip("NiiVue is not installed; `make setup` or `medseg install-viewer` does it")
+    report = evaluate.run(config)
+    facts = viewer_facts(report)
+    assert [one["name"] for one in facts["classes"]] == ["left", "right"]
+    dice = {case.case_id: np.mean([row.values["dice"] for row in case.rows]) for case in report.evaluation.cases}
+    assert {case["name"]: case["score"] for case in facts["cases"]} == pytest.approx(dice)
+    assert [case["score"] for case in facts["cases"]] == sorted(dice.values())
+    assert all(case["shown"] for case in facts["cases"])
+    assert "viewer-facts" not in (report.folder / "summary.html").read_text()  # which goes to MLflow
+    sizes = {
+        number: len(text)
+        for number, text in re.findall(
+            r'id="viewer-volumes-(\d)">(.*?)</script>', (report.folder / "report.html").read_text()
+        )
+    }
+    # Room for one and a half: picked first are the worst, the median and the best.
+    room = 1.5 * max(sizes.values()) / 1e6
+    changed = config.changed(evaluation=config.evaluation.changed(viewer_mb=room))
+    small = viewer_facts(evaluate.run(changed))
+    assert [case["shown"] for case in small["cases"]] == [True, False, False, False]
+    assert small["cases"][0]["mark"] == "worst"
+    off = config.changed(evaluation=config.evaluation.changed(viewer="off"))
+    assert viewer_facts(evaluate.run(off)) == {}
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*noload.*:DeprecationWarning")
 def test_everything_is_in_mlflow(config: Config) -> None:
@@ -408,7 +445,8 @@ def test_everything_is_in_mlflow(config: Config) -> None:
     ece = report.evaluation.reliability["ece"].mean
     assert found.data.metrics["evaluation/fold/ece"] == pytest.approx(ece)
     top = {file.path for file in client.list_artifacts(found.info.run_id)}
-    assert {"report.html", "distributions.png", "evaluation_fold.json", "evaluation"} <= top
+    assert {"summary.html", "distributions.png", "evaluation_fold.json", "evaluation"} <= top
+    assert "report.html" not in top  # its volumes stay here
     assert [entry.dataset.name for entry in found.inputs.dataset_inputs] == ["phantoms"]
 
 

@@ -18,7 +18,7 @@ FLOORS = {
     1: ("volumes",),
     2: ("data",),
     3: ("networks", "tracking", "hardware", "pictures"),
-    4: ("preparation", "training", "inference", "confidence", "evaluation", "model"),
+    4: ("preparation", "training", "inference", "confidence", "evaluation", "viewer", "model"),
     5: ("predictor",),
     6: ("stages",),
     7: ("cli", "__main__"),

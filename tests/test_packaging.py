@@ -71,6 +71,11 @@ def test_the_wheel_holds_the_package_and_its_configurations(tmp_path: Path) -> N
     assert sources <= names
     assert shipped <= names
     assert "pipeline/configs/demo.yaml" in names
+    # What pages are made of, and NiiVue where it is installed, though git does not know it.
+    parts = ("*.j2", "viewer/*.css", "viewer/*.js", "viewer/assets/*")
+    made_of = {path.relative_to(ROOT).as_posix() for part in parts for path in (ROOT / "pipeline").rglob(part)}
+    assert "pipeline/viewer/assets/LICENSE" in made_of
+    assert made_of <= names
     assert not [
         name for name in names if name.startswith(("tests/", "benchmarks/")) or name.endswith((".nii.gz", ".pt"))
     ]

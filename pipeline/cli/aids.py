@@ -30,6 +30,19 @@ def ui(
     stage.run(loaded, workspace=workspace, port=port)
 
 
+@aids.command("install-viewer")
+def install_viewer(
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="FILE", help="NiiVue's package (.tgz) or niivue.umd.js, brought along."),
+    ] = None,
+) -> None:
+    """Fetch NiiVue by npm, for the viewer in reports: slices and 3-D in the browser, offline."""
+    from pipeline.viewer import assets
+
+    typer.echo(f"NiiVue {assets.VERSION}: {assets.install(source)}")
+
+
 @aids.command()
 def sync(
     workspace: Annotated[Path, typer.Option("--workspace", help="Its runs are looked at.")] = Path("work"),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from markupsafe import Markup
 
 from pipeline.evaluation.cross_validation import CrossValidation
 from pipeline.evaluation.cross_validation import as_json as folds_as_json
@@ -33,6 +34,7 @@ Rank = Literal["worst", "median", "best"]
 _TEXT_METRICS = ("dice", "nsd", "hd95")
 # More classes than this have no legend: it would hide the picture.
 _MOST_NAMED = 12
+NO_VIEWER = Markup("")
 _PLOTTED_METRICS = ("dice", "nsd", "hd95", "volume_error_percent")
 
 
@@ -146,7 +148,7 @@ def pick_cases(cases: Sequence[ScoredCase], count: int) -> dict[str, Rank]:
     Returns:
         Case id -> where it stands, worst first.
     """
-    places = {case.case_id: _place(case) for case in cases}
+    places = {case.case_id: mean_dice(case) for case in cases}
     order = sorted((case for case, place in places.items() if not math.isnan(place)), key=lambda case: places[case])
     size = min(count, -(-len(order) // 3))
     middle = (len(order) - size) // 2
@@ -156,6 +158,18 @@ def pick_cases(cases: Sequence[ScoredCase], count: int) -> dict[str, Rank]:
     for rank, chosen in ranks.items():
         picked |= {case: rank for case in chosen if case not in picked}
     return {case: picked[case] for case in order if case in picked}
+
+
+def mean_dice(case: ScoredCase) -> float:
+    """Return a case's mean Dice over classes, 0 for a missed or spurious one; nan where there is nothing to find."""
+    found = [row for row in case.rows if row.status not in ("both_empty", "not_annotated")]
+    return float(np.mean([row.values["dice"] if row.status == "scored" else 0.0 for row in found])) if found else NAN
+
+
+def worst_first(cases: Sequence[ScoredCase]) -> list[ScoredCase]:
+    """Return the cases by their mean Dice, those without one at the end."""
+    places = [(math.isnan(mean_dice(case)), mean_dice(case), index) for index, case in enumerate(cases)]
+    return [cases[index] for *_, index in sorted(places)]
 
 
 def draw_distributions(path: Path, evaluation: Evaluation) -> None:
@@ -197,7 +211,13 @@ def draw_predictions(path: Path, evaluation: Evaluation) -> None:
     _save(figure, path)
 
 
-def write_report(path: Path, evaluation: Evaluation, figures: Mapping[str, Path], pictures: Mapping[Path, str]) -> None:
+def write_report(
+    path: Path,
+    evaluation: Evaluation,
+    figures: Mapping[str, Path],
+    pictures: Mapping[Path, str],
+    viewer: Markup = NO_VIEWER,
+) -> None:
     """Write one page that needs no other file and asks for none.
 
     Args:
@@ -206,6 +226,7 @@ def write_report(path: Path, evaluation: Evaluation, figures: Mapping[str, Path]
         figures: "distributions" and "predictions" -> the PNG of `draw_distributions` and of `draw_predictions`; those
             that there is nothing to draw of are left out.
         pictures: PNG -> caption.
+        viewer: the part of the page in which cases can be looked at; empty: there is none.
     """
     page = render(
         "report.html.j2",
@@ -214,6 +235,7 @@ def write_report(path: Path, evaluation: Evaluation, figures: Mapping[str, Path]
         counts=counted(evaluation),
         figures={name: data_uri(figure) for name, figure in figures.items()},
         pictures=[(data_uri(picture), caption) for picture, caption in pictures.items()],
+        viewer=viewer,
     )
     write_text(path, page)
 
@@ -311,12 +333,6 @@ def _prediction_as_json(one: DicePrediction) -> dict[str, float | int | None]:
     """Return as JSON how well the model knew its Dice."""
     known = {"mean_absolute_error": one.mae, "spearman": one.spearman}
     return {"cases": one.cases} | {name: json_number(value) for name, value in known.items()}
-
-
-def _place(case: ScoredCase) -> float:
-    """Return the mean Dice over classes, 0 for a missed or spurious one; nan where there is nothing to find."""
-    found = [row for row in case.rows if row.status not in ("both_empty", "not_annotated")]
-    return float(np.mean([row.values["dice"] if row.status == "scored" else 0.0 for row in found])) if found else NAN
 
 
 def draw_panel(panel: Axes, metric: Metric, names: Sequence[str], columns: Sequence[Sequence[float]]) -> None:

@@ -129,6 +129,20 @@ def write_nifti(path: Path, nifti: Any, voxels: Iterable[Callable[[], memoryview
                 file.write(piece())
 
 
+def packed_nifti(volume: Volume, scaling: tuple[float, float] = (1, 0)) -> bytes:
+    """Return a volume (X, Y, Z) as the bytes of a .nii.gz file.
+
+    Args:
+        volume: of a type that NIfTI knows.
+        scaling: slope and intercept from the voxels to what they stand for.
+    """
+    nifti = nifti_header(volume.array.shape, volume.array.dtype, volume.geometry)
+    nifti.set_slope_inter(*scaling)
+    content = io.BytesIO()
+    write_gzip(content, [partial(_header_bytes, nifti), *_voxel_pieces(volume.array)])
+    return content.getvalue()
+
+
 def _write(path: Path, array: Array, geometry: Geometry, nifti: Any) -> None:
     """Write voxels (X, Y, Z) or (X, Y, Z, N) atomically in the format of the suffix."""
     name = path.name.lower()

@@ -22,6 +22,7 @@ from pipeline.pictures import PICTURE_ORIENTATION, draw_overlay
 from pipeline.preparation.preprocessing import class_indices
 from pipeline.records import atomic_path
 from pipeline.stages.evaluating.cases import LabelledCase, Task, descriptions_of, experiment_folder, read_labelled
+from pipeline.stages.evaluating.viewing import ViewedCases
 from pipeline.stages.workspace import Workspace
 from pipeline.tracking import RunLog, run_of_fetched, send_pending
 from pipeline.volumes.resampling import resample_image, resample_label
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 SEND_LIMIT_S = 60.0
 # The cross-validated table, and that of lesions.
 FOLDS, LESIONS = "folds.csv", "lesions.csv"
+# The page, and what MLflow gets of it: the same without volumes, which stay on this machine.
+PAGE, SUMMARY_PAGE = "report.html", "summary.html"
 
 
 def write_results(
@@ -50,12 +53,24 @@ def write_results(
         write_folds(folder / FOLDS, evaluation.cross_validation, evaluation.summaries)
     figures = _draw_figures(evaluation, folder)
     by_id = {case.id: case for case in manifest.cases}
-    pictures = {}
-    for number, (case, rank) in enumerate(report.pick_cases(evaluation.cases, settings.picture_cases).items()):
-        path = folder / "pictures" / f"{number:02d}_{rank}_{case}.png"
-        _draw(path, read_labelled(manifest, by_id[case], plan), read_label(prediction_of(folder, case)), plan)
-        pictures[path] = f"{rank}: {case}"
-    report.write_report(folder / "report.html", evaluation, figures, pictures)
+
+    def read(case_id: str) -> tuple[LabelledCase, Volume]:
+        return read_labelled(manifest, by_id[case_id], plan), read_label(prediction_of(folder, case_id))
+
+    viewed, pictures = ViewedCases(plan, settings), {}
+    picked = report.pick_cases(evaluation.cases, settings.picture_cases)
+    for number, (case_id, rank) in enumerate(picked.items()):
+        path = folder / "pictures" / f"{number:02d}_{rank}_{case_id}.png"
+        labelled, prediction = read(case_id)
+        _draw(path, labelled, prediction, plan)
+        viewed.take(case_id, labelled, prediction)
+        pictures[path] = f"{rank}: {case_id}"
+    for case_id in (case.case_id for case in report.worst_first(evaluation.cases) if case.case_id not in picked):
+        if viewed.full:
+            break
+        viewed.take(case_id, *read(case_id))
+    report.write_report(folder / SUMMARY_PAGE, evaluation, figures, pictures)
+    report.write_report(folder / PAGE, evaluation, figures, pictures, viewed.part(evaluation.cases, picked))
 
 
 def prediction_of(folder: Path, case_id: str) -> Path:
@@ -130,7 +145,7 @@ def track_results(
     run_log.dataset(manifest.name, manifest.digest(), manifest.source, ids, "evaluation")
     # The page that compares runs lists only what lies at the top of their artifacts.
     top = "" if label == "fold" else f"evaluation/{label}"
-    for path in (folder / "report.html", folder / "distributions.png", folder / "predicted_dice.png"):
+    for path in (folder / SUMMARY_PAGE, folder / "distributions.png", folder / "predicted_dice.png"):
         if path.exists():
             run_log.artifact(path, top)
     for name in ("cases.csv", "summary.json", FOLDS, LESIONS):
