@@ -326,9 +326,9 @@ class EvaluationSection(Section):
     """Voxels of one lesion touch by a face (6), by a face or an edge (18), or by a corner too (26)."""
     smallest_lesion_mm3: NonNegative = Field(default=0.0, exclude_if=lambda value: value == 0)
     """Lesions below this volume are left out, of reference and prediction alike."""
-    viewer: Literal["auto", "off"] = "auto"
+    viewer: Literal["auto", "off"] = Field(default="auto", exclude_if=lambda value: value == "auto")
     """auto: report.html holds cases to look at in slices and 3-D, where NiiVue is installed; off: pictures only."""
-    viewer_mb: Positive = 40.0
+    viewer_mb: Positive = Field(default=40.0, exclude_if=lambda value: value == 40.0)
     """Room for those cases in report.html, in MB; the worst, median and best come first."""
 
 

@@ -68,7 +68,7 @@ def test_thresholds_of_lesions_rise(thresholds: tuple[float, ...]) -> None:
         EvaluationSection(lesion_iou_thresholds=thresholds)
 
 
-def test_what_is_not_said_of_lesions_leaves_the_digest_of_an_evaluation_as_it_was() -> None:
+def test_what_is_not_said_of_lesions_or_the_viewer_leaves_the_digest_of_an_evaluation_as_it_was() -> None:
     assert EvaluationSection().model_dump(mode="json").keys() == {
         *("surface_tolerance_mm", "bootstrap_samples", "picture_cases")
     }
