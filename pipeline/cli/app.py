@@ -19,6 +19,7 @@ import typer
 
 from pipeline.cli import options as options
 from pipeline.cli.aids import aids
+from pipeline.cli.dicom import dicom as dicom_commands
 from pipeline.cli.loading import load
 from pipeline.errors import PipelineError
 from pipeline.progress import lines_only
@@ -229,12 +230,18 @@ def segment(
     probabilities_type: options.ProbabilitiesType = "uint8",
     instances: options.Instances = None,
     no_skip: options.NoSkip = False,
+    series: options.SeriesUid = None,
+    modality: options.SeriesModality = None,
+    description: options.SeriesDescription = None,
+    untilt: options.Untilt = False,
     workspace: options.ModelWorkspace = options.DEFAULT_WORKSPACE,
     tracking_uri: options.TrackingUri = None,
 ) -> None:
     """Segment new volumes: one label map each, in its input's own geometry."""
     from pipeline.stages import segment as stage
+    from pipeline.stages.segmenting.dicom_inputs import DicomOptions, SeriesChoice
 
+    dicom = DicomOptions(SeriesChoice(uid=series, modality=modality, description=description), untilt)
     if plan:
         typer.echo(
             stage.plan(
@@ -248,6 +255,7 @@ def segment(
                 tracking_uri=tracking_uri,
                 max_memory=max_memory,
                 stdin=sys.stdin,
+                dicom=dicom,
             )
         )
         return
@@ -268,6 +276,7 @@ def segment(
         workspace=workspace,
         tracking_uri=tracking_uri,
         stdin=sys.stdin,
+        dicom=dicom,
     )
     typer.echo(report.as_text())
     if report.not_reached:
@@ -344,6 +353,7 @@ def find_best(
 
 
 app.add_typer(aids)
+app.add_typer(dicom_commands)
 
 
 def main() -> None:

@@ -122,3 +122,16 @@ Instances = Annotated[
 ]
 NoSkip = Annotated[bool, typer.Option("--no-skip", help="Run the network on windows without body too.")]
 ModelWorkspace = Annotated[Path, typer.Option("--workspace", help="Where runs:/ and models:/ are looked up.")]
+
+# Of DICOM folders, in `segment` and `dicom convert`.
+SeriesUid = Annotated[
+    str | None, typer.Option("--series", metavar="UID|KEY", help="Of DICOM folders: the series of this UID or key.")
+]
+SeriesModality = Annotated[
+    str | None, typer.Option("--modality", metavar="CT|MR|PT|...", help="Of DICOM folders: series of this modality.")
+]
+SeriesDescription = Annotated[
+    str | None,
+    typer.Option("--description", metavar="TEXT", help="Of DICOM folders: series whose description has this, or a *."),
+]
+Untilt = Annotated[bool, typer.Option("--untilt", help="Resample DICOM series that a tilted gantry has sheared.")]

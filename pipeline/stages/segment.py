@@ -8,11 +8,12 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
-from pipeline.data.plan import read_plan
+from pipeline.data.plan import Plan, read_plan
 from pipeline.errors import PipelineError
 from pipeline.hardware import Precision, available_bytes, pick_device, threads_per_worker
 from pipeline.inference.postprocessing import common_rules
@@ -23,6 +24,7 @@ from pipeline.progress import track
 from pipeline.stages.models import resolve_models
 from pipeline.stages.segmenting.batch import Batch
 from pipeline.stages.segmenting.case import CaseSteps, SegmentSettings
+from pipeline.stages.segmenting.dicom_inputs import DicomOptions
 from pipeline.stages.segmenting.inputs import SegmentInput, find_inputs
 from pipeline.stages.segmenting.instances import write_table
 from pipeline.stages.segmenting.page import write_page
@@ -53,6 +55,7 @@ def run(
     probabilities: Sequence[str] = (),
     probabilities_type: ProbabilityType = "uint8",
     instances: Sequence[str] = (),
+    dicom: DicomOptions | None = None,
 ) -> SegmentReport:
     """Segment volumes: the next is read and the last written while one is predicted.
 
@@ -74,6 +77,7 @@ def run(
         instances: labels whose connected components are numbered too, in OUT/instances; "all" stands for each.
         max_memory: of all processes together, such as 8GB; None: what is free.
         stdin: where the list that `-` stands for is read.
+        dicom: how DICOM folders are read; None: every series of the model's modality, none resampled.
 
     Returns:
         What became of each case; a case that cannot be read or segmented is listed with the reason, the rest go on.
@@ -102,7 +106,7 @@ def run(
         probabilities_type=probabilities_type,
         instances=_wanted("--instances", instances, (), foreground),
     )
-    cases = find_inputs(inputs, tuple(trained_plan.channels), out, stdin)
+    cases = find_inputs(inputs, tuple(trained_plan.channels), out, stdin, _for_model(dicom, trained_plan))
     try:
         write_label_tables(out, trained_plan.labels)
     except OSError as error:
@@ -130,6 +134,7 @@ def plan(
     tracking_uri: str | None = None,
     max_memory: str | None = None,
     stdin: TextIO | None = None,
+    dicom: DicomOptions | None = None,
 ) -> str:
     """Say what each case will take in memory, from headers alone, and how many windows; nothing is written.
 
@@ -139,7 +144,13 @@ def plan(
     devices = shared_out(device, jobs)
     share = _share(max_memory, len(devices))
     predictor = Predictor.load(models, Engine(device=devices[0], precision=precision, limit_bytes=share))
-    return plan_text(predictor, find_inputs(inputs, tuple(predictor.plan.channels), out, stdin))
+    channels = tuple(predictor.plan.channels)
+    return plan_text(predictor, find_inputs(inputs, channels, out, stdin, _for_model(dicom, predictor.plan)))
+
+
+def _for_model(dicom: DicomOptions | None, plan: Plan) -> DicomOptions:
+    """Return how DICOM folders are read for a model: series of its channels' modalities are taken."""
+    return replace(dicom or DicomOptions(), modalities=plan.channels)
 
 
 def _share(max_memory: str | None, processes: int) -> int | None:

@@ -38,8 +38,7 @@ from pipeline.stages.segmenting.page import Preview
 from pipeline.stages.segmenting.plan import case_memory, wanted_bytes
 from pipeline.stages.segmenting.probability_files import probabilities_into
 from pipeline.stages.segmenting.report import CaseResult
-from pipeline.volumes.stored import content_digest
-from pipeline.volumes.volume import Volume, read_image, read_label
+from pipeline.volumes.volume import Volume, read_label
 from pipeline.volumes.writing import write_label
 
 log = logging.getLogger(__name__)
@@ -115,13 +114,13 @@ class CaseInHand:
     @classmethod
     def of(cls, source: SegmentInput, claim: Claim) -> CaseInHand:
         """Begin a case."""
-        files = tuple(str(file.path) for file in source.files.values())
+        files = tuple(str(file) for file in source.files.values())
         return cls(source, claim, CaseResult(name=source.name, status="done", inputs=files))
 
     @property
-    def first_file(self) -> Path:
-        """The file of the first channel that is there: the label map takes over its header."""
-        return next(iter(self.source.files.values())).path
+    def header_source(self) -> Path | None:
+        """The file of the first channel that is there: the label map takes over its header; None: a DICOM series."""
+        return next(iter(self.source.files.values())).header_source
 
     def close(self, result: CaseResult) -> None:
         """Let nothing more be done."""
@@ -194,7 +193,7 @@ class CaseSteps:
             # Asked before the voxels are read: what does not fit is refused, and the process not killed.
             memory = case_memory(self.predictor, case.source, self._process_bytes)
             log.debug("%s: %s", case.source.name, memory.as_text())
-            images = {channel: read_image(file.path, file.index) for channel, file in case.source.files.items()}
+            images = {channel: file.read_image() for channel, file in case.source.files.items()}
         with case.timed("prepare"):
             case.native = self.predictor.native_of(images)
             case.prepared = self.predictor.prepare(images, case.native)
@@ -228,7 +227,7 @@ class CaseSteps:
             for file in instance_files(self.settings.out, case.source.name):  # Likewise.
                 file.unlink(missing_ok=True)
             label = Volume(self.predictor.values_of(case.classes), case.native)
-            write_label(self.settings.out / output, label, header_of=case.first_file, names=plan.labels)
+            write_label(self.settings.out / output, label, header_of=case.header_source, names=plan.labels)
             self._draw(case, case.preview, case.classes)
             instances = self._instances(case, case.classes, case.native)
             volumes = _volumes_ml(case.classes, case.native, tuple(plan.labels))
@@ -240,7 +239,7 @@ class CaseSteps:
         wanted, plan = self.settings.instances, self.predictor.plan
         if not wanted:
             return {}
-        return write_instances(self.settings.out, case.source.name, classes, native, plan, wanted, case.first_file)
+        return write_instances(self.settings.out, case.source.name, classes, native, plan, wanted, case.header_source)
 
     def _as_done(self, case: CaseInHand, before: CaseResult) -> CaseResult:
         """Return what becomes of a case that is done and unchanged; instances that it lacks follow from its labels."""
@@ -275,7 +274,7 @@ class CaseSteps:
             settings.probabilities,
             dtype=settings.probabilities_type,
             temperature=predictor.temperature,
-            header_of=case.first_file,
+            header_of=case.header_source,
         )
         with wanted as request:
             segmentation = predictor.segment(prepared, native, probabilities=request)
@@ -292,7 +291,7 @@ class CaseSteps:
 
     def _key(self, source: SegmentInput) -> str:
         """Return a digest of all that a case's label map depends on."""
-        contents = {channel: [content_digest(file.path), file.index] for channel, file in source.files.items()}
+        contents = {channel: [file.content_digest(), file.index] for channel, file in source.files.items()}
         # The precision as it was asked for: where machines of two kinds share a folder, auto is as good on both.
         settings = {"precision": self.settings.precision, "skip_empty": self.settings.skip_empty}
         return digest_of({"models": self._models, "files": contents, **settings})

@@ -10,8 +10,12 @@ p1_T1 of scans/p1/T1.nii.gz. So a name depends on nothing but its own input, and
 
 A manifest names cases and channels itself. A CSV has a column `case` and one a channel of the model, by its name
 (`image` will do where there is one channel); an empty cell says that the case lacks the channel, other columns are left
-alone; with the single column `image`, files name the cases. Its paths are relative to its own folder; it is the user's
+alone; with the single column `image`, files name the cases. A cell may be a folder of one DICOM series, or FOLDER#KEY.
+Its paths are relative to its own folder; it is the user's
 list as much as the command line is, so they may be absolute and lead anywhere.
+
+A folder without volumes is looked through for DICOM, with the folders within: each series that fits the model is a case
+of a name that tells nothing of the patient, the modality and the series' key: CT_65b9607c04.
 """
 
 from __future__ import annotations
@@ -21,12 +25,14 @@ import glob
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 from pipeline.data.manifest import load_manifest
 from pipeline.errors import PipelineError
+from pipeline.stages.segmenting.dicom_inputs import DicomFolders, DicomOptions, is_folder
+from pipeline.stages.segmenting.sources import ChannelFile
+from pipeline.stages.segmenting.sources import SegmentInput as SegmentInput
 from pipeline.volumes.stored import is_volume, stem_of
 
 SUFFIX = ".nii.gz"
@@ -42,37 +48,22 @@ _FILE_NAME = re.compile(r"[^/.\x00-\x1f\x7f][^/\x00-\x1f\x7f]*")
 _SHOWN = 5  # Of the cases that an error is about.
 
 
-@dataclass(frozen=True)
-class ChannelFile:
-    """One channel's file; the index is its position in a 4-D file."""
-
-    path: Path
-    index: int | None = None
-
-
-@dataclass(frozen=True)
-class SegmentInput:
-    """One case to segment.
-
-    Attributes:
-        name: of its label map, without suffix.
-        files: channel -> file, in the model's order of channels; at least one.
-    """
-
-    name: str
-    files: dict[str, ChannelFile]
-
-
 def find_inputs(
-    inputs: Sequence[str | Path], channels: Sequence[str], out: Path, stdin: TextIO | None = None
+    inputs: Sequence[str | Path],
+    channels: Sequence[str],
+    out: Path,
+    stdin: TextIO | None = None,
+    dicom: DicomOptions | None = None,
 ) -> list[SegmentInput]:
     """Find the cases to segment.
 
     Args:
-        inputs: volumes, folders of volumes (theirs, not those of folders within), patterns, manifests, CSVs, or "-".
+        inputs: volumes, folders of volumes (theirs, not those of folders within) or of DICOM (those too), patterns,
+            manifests, CSVs, or "-".
         channels: the model's.
         out: folder of the label maps.
         stdin: where the lines of "-" are read.
+        dicom: how DICOM folders are read; None: every image series, none resampled.
 
     Returns:
         Those of manifests and CSVs, then the others, in the order in which they are given, folders and patterns by
@@ -85,11 +76,16 @@ def find_inputs(
     """
     given = [line for one in map(str, inputs) for line in (_lines_of(stdin) if one == "-" else [one])]
     cases: list[SegmentInput] = []
-    files: dict[tuple[Path, int | None], tuple[str, ChannelFile]] = {}
+    files: dict[tuple[Path, int | None, str], tuple[str, ChannelFile]] = {}
+    folders = DicomFolders(dicom or DicomOptions())
     for one in given:
         kind = Path(one).suffix.lower()
-        if kind in (".json", ".csv"):
-            cases += (_of_manifest if kind == ".json" else _of_csv)(Path(one), channels)
+        if kind == ".json":
+            cases += _of_manifest(Path(one), channels)
+        elif kind == ".csv":
+            cases += _of_csv(Path(one), channels, folders)
+        elif series := _series_cases(one, channels, folders):
+            cases += series
         else:
             for stem, file in _named_files(one):
                 files.setdefault(_place(file), (stem, file))
@@ -101,6 +97,17 @@ def find_inputs(
     _refuse_same_names(kept)
     _refuse_beside_inputs(kept, out)
     return kept
+
+
+def _series_cases(text: str, channels: Sequence[str], folders: DicomFolders) -> list[SegmentInput]:
+    """Return the DICOM series that a folder stands for, a case each; none of what is no folder, or one of volumes."""
+    folder = Path(text)
+    if not is_folder(folder):
+        found = folders.named(text, channels)
+    else:
+        found = [] if _volumes_among(_listed(folder)) else folders.cases_of(folder, channels)
+    made = [ChannelFile(one.folder, series=one, untilt=folders.options.untilt) for one in found]
+    return [SegmentInput(_name_of(file), {channels[0]: file}) for file in made]
 
 
 def _lines_of(stdin: TextIO | None) -> list[str]:
@@ -132,7 +139,7 @@ def _refuse_missing_channels(path: Path, channels: Iterable[str], declared: Iter
         raise PipelineError(f"{path}: lacks the model's channels {', '.join(missing)}; it has {known}{more}")
 
 
-def _of_csv(path: Path, channels: Sequence[str]) -> Iterator[SegmentInput]:
+def _of_csv(path: Path, channels: Sequence[str], folders: DicomFolders) -> Iterator[SegmentInput]:
     """Yield a CSV's cases; report every line that cannot be used."""
     columns, rows = _table(path)
     if len(channels) == 1 and channels[0] not in columns:
@@ -143,7 +150,7 @@ def _of_csv(path: Path, channels: Sequence[str]) -> Iterator[SegmentInput]:
     problems = []
     for line, cells in rows:
         row = {column: cell.strip() for column, cell in zip(columns, cells, strict=False)}
-        files = {c: _channel_file(row[c], path.parent) for c in channels if row.get(c)}
+        files = {c: _cell_file(row[c], c, path.parent, folders) for c in channels if row.get(c)}
         named = bool(row.get("case", "unnamed"))
         if len(cells) != len(columns) or not files or not named:
             # What the cells hold is the user's, and no log's.
@@ -170,6 +177,14 @@ def _table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     return [cell.strip() for cell in rows[0][1]], rows[1:]
 
 
+def _cell_file(text: str, channel: str, folder: Path, folders: DicomFolders) -> ChannelFile:
+    """Return the file or series that a cell names."""
+    series = folders.one_of(text, channel, folder)
+    if series is None:
+        return _channel_file(text, folder)
+    return ChannelFile(series.folder, series=series, untilt=folders.options.untilt)
+
+
 def _channel_file(text: str, folder: Path = Path()) -> ChannelFile:
     """Return the file that a text names, with the index that follows a # where no file has that very name."""
     if not text or "\0" in text:
@@ -181,7 +196,9 @@ def _channel_file(text: str, folder: Path = Path()) -> ChannelFile:
 
 
 def _name_of(file: ChannelFile, stem: str | None = None) -> str:
-    """Return the name of a case of one file."""
+    """Return the name of a case of one file, or series."""
+    if file.series:
+        return f"{file.series.modality}_{file.series.key}"
     stem = stem_of(file.path) if stem is None else stem
     return stem if file.index is None else f"{stem}_{file.index}"
 
@@ -189,7 +206,7 @@ def _name_of(file: ChannelFile, stem: str | None = None) -> str:
 def _named_files(text: str) -> Iterator[tuple[str, ChannelFile]]:
     """Yield the files of a path, folder or pattern, each with the stem that names its case and channel."""
     given = _channel_file(text)
-    if _is_folder(given.path):
+    if is_folder(given.path):
         yield from ((stem_of(file), ChannelFile(file, given.index)) for file in _volumes_of(given.path))
     elif re.search(r"[*?[]", str(given.path)) and not os.path.lexists(given.path):
         yield from ((name, ChannelFile(file, given.index)) for name, file in _matches(given.path))
@@ -197,26 +214,23 @@ def _named_files(text: str) -> Iterator[tuple[str, ChannelFile]]:
         yield stem_of(given.path), given
 
 
-def _is_folder(path: Path) -> bool:
-    """Tell a folder; what cannot be looked at is taken for a file, which fails when it is read."""
-    try:
-        return path.is_dir()
-    except OSError:
-        return False
-
-
 def _volumes_of(folder: Path) -> list[Path]:
     """Return a folder's volumes."""
-    try:
-        files = _volumes_among(sorted(folder.iterdir()))
-    except OSError as error:
-        raise PipelineError(f"{folder}: cannot be read ({error.strerror})") from error
+    files = _volumes_among(_listed(folder))
     if not files:
         raise PipelineError(
-            f"{folder}: the folder holds no volume (NIfTI, NRRD or MetaImage);"
-            f" those of the folders within are '{folder}/**', in quotes"
+            f"{folder}: the folder holds no volume (NIfTI, NRRD or MetaImage) and no DICOM series;"
+            f" volumes of the folders within are '{folder}/**', in quotes"
         )
     return files
+
+
+def _listed(folder: Path) -> list[Path]:
+    """Return what a folder holds, by name."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise PipelineError(f"{folder}: cannot be read ({error.strerror})") from error
 
 
 def _volumes_among(paths: Sequence[Path]) -> list[Path]:
@@ -247,9 +261,10 @@ def _matches(pattern: Path) -> list[tuple[str, Path]]:
     return [("_".join([*file.relative_to(root).parts[:-1], stem_of(file)]), file) for file in files]
 
 
-def _place(file: ChannelFile) -> tuple[Path, int | None]:
-    """Return what tells one file from another: its folder without links, its name, its index."""
-    return Path(os.path.realpath(file.path.parent)) / file.path.name, file.index
+def _place(file: ChannelFile) -> tuple[Path, int | None, str]:
+    """Return what tells one file from another: its folder without links, its name, its index or its series' key."""
+    key = file.series.key if file.series else ""
+    return Path(os.path.realpath(file.path.parent)) / file.path.name, file.index, key
 
 
 def _of_files(files: Iterable[tuple[str, ChannelFile]], channels: Sequence[str]) -> list[SegmentInput]:
@@ -314,8 +329,8 @@ def _refuse_beside_inputs(cases: Sequence[SegmentInput], out: Path) -> None:
     """Refuse to write where an input lies, or where a link leads to one."""
     taken = {Path(os.path.realpath(folder)) for folder in (out, out / PROBABILITIES, out / INSTANCES)}
     for case in cases:
-        for file in case.files.values():
-            if taken & {Path(os.path.realpath(file.path)).parent, Path(os.path.realpath(file.path.parent))}:
-                raise PipelineError(
-                    f"{out}: holds the input {file.path}; choose a folder of its own for the label maps"
-                )
+        for path in (
+            path for file in case.files.values() for path in (file.series.files if file.series else [file.path])
+        ):
+            if taken & {Path(os.path.realpath(path)).parent, Path(os.path.realpath(path.parent))}:
+                raise PipelineError(f"{out}: holds the input {path}; choose a folder of its own for the label maps")

@@ -34,7 +34,13 @@ def instance_files(out: Path, name: str) -> tuple[Path, Path]:
 
 
 def write_instances(
-    out: Path, name: str, classes: NDArray[Any], native: Geometry, plan: Plan, labels: Sequence[str], header_of: Path
+    out: Path,
+    name: str,
+    classes: NDArray[Any],
+    native: Geometry,
+    plan: Plan,
+    labels: Sequence[str],
+    header_of: Path | None,
 ) -> dict[str, int]:
     """Number the components of some labels of a case, and write them.
 
@@ -45,7 +51,7 @@ def write_instances(
         native: their grid.
         plan: names the labels, in the order of their class indices.
         labels: whose components are wanted; voxels that touch by a corner are of one.
-        header_of: an image on the native grid, whose affines and codes the label map takes over.
+        header_of: an image on the native grid, whose affines and codes the label map takes over; None: there is none.
 
     Returns:
         Label -> how many components it has.

@@ -12,7 +12,6 @@ from pipeline.inference.memory import MemoryPlan
 from pipeline.predictor import Predictor
 from pipeline.stages.segmenting.inputs import SegmentInput
 from pipeline.volumes.formats.header import Header
-from pipeline.volumes.stored import read_header
 
 # Of a longer batch the largest cases are shown.
 CASES_SHOWN = 5
@@ -31,7 +30,7 @@ def case_memory(predictor: Predictor, source: SegmentInput, process_bytes: int) 
     Raises:
         PipelineError, OSError: a header cannot be read, or the case does not fit in memory.
     """
-    headers = [read_header(file.path) for file in source.files.values()]
+    headers = [file.read_header() for file in source.files.values()]
     native = headers[0].geometry
     prepared = native.reoriented(predictor.plan.orientation).respaced(predictor.plan.spacing_mm)
     return predictor.memory_plan(

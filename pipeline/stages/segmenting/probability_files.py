@@ -23,7 +23,7 @@ def probabilities_into(
     *,
     dtype: ProbabilityType = "uint8",
     temperature: float,
-    header_of: Path,
+    header_of: Path | None,
 ) -> Iterator[ProbabilityRequest]:
     """Yield what a predictor is asked for; the file is written when the block ends well.
 
@@ -34,7 +34,7 @@ def probabilities_into(
         labels: whose probabilities are wanted.
         dtype: of the numbers, whose largest is 1.
         temperature: that logits are divided by.
-        header_of: an image on the native grid.
+        header_of: an image on the native grid; None: none that is NIfTI.
     """
     writer = PlaneWriter(
         path,

@@ -180,11 +180,12 @@ def _parts(planes: list[Plane]) -> dict[str, list[Plane]]:
     """
     if any(plane.problem for plane in planes) or _places(planes) == len(planes):
         return {"": planes}
-    root = os.path.commonpath([plane.path.parent for plane in planes])
-    folders = [os.path.relpath(plane.path.parent, root) for plane in planes]
+    # Numbered, since a folder's name may be a patient's.
+    parents = sorted({plane.path.parent for plane in planes})
+    folders = [str(parents.index(plane.path.parent) + 1) for plane in planes]
     told = [dict(plane.told) for plane in planes]
     tags = dict.fromkeys(tag for one in told for tag in one)
-    ways = [("folder", folders), *((tag, [one.get(tag, "none") for one in told]) for tag in tags)]
+    ways = [("copy", folders), *((tag, [one.get(tag, "none") for one in told]) for tag in tags)]
     for what, values in ways:
         parts: dict[str, list[Plane]] = {}
         for value, plane in zip(values, planes, strict=True):
