@@ -132,7 +132,7 @@ def convert(
     _refuse_beside(out, chosen)
     written, kept, failures = [], [], {}
     for one in track(chosen, "convert", len(chosen)):
-        path = out / f"{one.modality}_{one.key}{SUFFIX}"
+        path = out / (one.name + SUFFIX)
         if path.exists() and not force:
             kept.append(path)
             continue

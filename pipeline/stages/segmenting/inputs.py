@@ -198,7 +198,7 @@ def _channel_file(text: str, folder: Path = Path()) -> ChannelFile:
 def _name_of(file: ChannelFile, stem: str | None = None) -> str:
     """Return the name of a case of one file, or series."""
     if file.series:
-        return f"{file.series.modality}_{file.series.key}"
+        return file.series.name
     stem = stem_of(file.path) if stem is None else stem
     return stem if file.index is None else f"{stem}_{file.index}"
 

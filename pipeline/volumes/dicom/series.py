@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -68,6 +69,11 @@ class Series(Record):
     def key(self) -> str:
         """A short name that is the same wherever the files lie, and is nobody's: digits of a hash of the UID."""
         return hashlib.sha256(f"{self.uid} {self.part}".encode()).hexdigest()[:_KEY_DIGITS]
+
+    @property
+    def name(self) -> str:
+        """A name for a file or a case made of it, that tells nothing of the patient: CT_65b9607c04."""
+        return f"{re.sub('[^A-Za-z0-9]', '', self.modality) or 'series'}_{self.key}"
 
     @property
     def files(self) -> tuple[Path, ...]:
