@@ -7,6 +7,7 @@ MODEL/weights.safetensors   the network's weights
       config.yaml           the configuration it was trained with, as text
       calibration.json      what its validation cases taught about its confidence; where there were none, it is missing
       postprocessing.json   rules that `medseg find-best` chose on out-of-fold predictions; before that, it is missing
+      MODEL_CARD.md         for people: data, scores, what it is for; data.json beside it is of its data set
 """
 
 from __future__ import annotations

@@ -33,12 +33,16 @@ KEEPERS = {
     "SimpleITK": ("pipeline.volumes",),
     "nibabel": ("pipeline.volumes",),
     "blosc2": ("pipeline.data",),
-    "monai": ("pipeline.networks.monai_networks", "pipeline.training.losses.centreline", "pipeline.evaluation.metrics"),
+    "monai": (
+        *("pipeline.networks.monai_networks", "pipeline.training.losses.centreline", "pipeline.evaluation.metrics"),
+        "pipeline.stages.exporting.bundle_scripts",  # which run in MONAI's environment
+    ),
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), ("pipeline.stages.exporting.onnx_file",)),
     "optuna": ("pipeline.stages.sweeping.search",),
     "typer": ("pipeline.cli",),
 }
 # Libraries that cost a second or are missing on a bare node: imported inside the functions that need them.
-LAZY = ("SimpleITK", "monai")
+LAZY = ("SimpleITK", "monai", "onnx", "onnxscript", "onnxruntime")
 
 
 def modules() -> Iterator[tuple[str, Path]]:

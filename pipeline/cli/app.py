@@ -20,6 +20,7 @@ import typer
 from pipeline.cli import options as options
 from pipeline.cli.aids import aids
 from pipeline.cli.dicom import dicom as dicom_commands
+from pipeline.cli.export import exports
 from pipeline.cli.loading import load
 from pipeline.errors import PipelineError
 from pipeline.progress import lines_only
@@ -354,6 +355,7 @@ def find_best(
 
 app.add_typer(aids)
 app.add_typer(dicom_commands)
+app.add_typer(exports)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from pipeline.model import Model, ModelDescription, save_model
 from pipeline.records import atomic_path
 from pipeline.stages.fold.diagnosis import FoldDiagnosis
 from pipeline.stages.fold.task import FoldTask
+from pipeline.stages.model_card import DataFacts, write_card
 from pipeline.stages.models import BEST
 from pipeline.tracking import RunLog
 from pipeline.training.checkpoints import save_checkpoint
@@ -77,7 +78,7 @@ class FoldHooks:
             self.save_model(state, BEST, scores)
 
     def save_model(self, state: TrainState, to: Path, scores: dict[str, float]) -> None:
-        """Write the model, with the mean weights where there are any."""
+        """Write the model, with the mean weights where there are any, and its card."""
         task, plan = self.task, self.task.plan
         description = ModelDescription(
             name=task.config.name,
@@ -99,6 +100,7 @@ class FoldHooks:
         with averaged_weights(state):
             model = Model(description, state.network, plan, task.fingerprint, shareable(task.config))
             save_model(task.folder / to, model)
+        write_card(task.folder / to, DataFacts.of(task.manifest, task.training_cases, task.validation_cases))
 
     def checkpoint(self, state: TrainState) -> None:
         """Write the checkpoint: the first process's state, which is everyone's."""

@@ -20,6 +20,7 @@ from pipeline.stages.fold.hooks import FoldHooks, Listener, unheard_scores
 from pipeline.stages.fold.record import WEIGHTS_TAG, new_run
 from pipeline.stages.fold.task import FoldTask
 from pipeline.stages.initialisation import initialise
+from pipeline.stages.model_card import write_card
 from pipeline.stages.models import BEST, LAST
 from pipeline.tracking import RunLog, SilentLog, metric_history, start_follower
 from pipeline.training.budget import Costs, pace_of, steps_within
@@ -233,6 +234,7 @@ def _calibrate(task: FoldTask, tracked: RunLog, step: int) -> None:
     if calibration is None:
         return
     save_calibration(task.folder / BEST, calibration)
+    write_card(task.folder / BEST)
     tracked.metrics(
         {
             "calibration/temperature": calibration.temperature,

@@ -29,6 +29,7 @@ from pipeline.preparation.preprocessing import class_indices
 from pipeline.progress import track
 from pipeline.records import json_number, write_json
 from pipeline.stages.evaluating.out_of_fold import KeptCase, OutOfFold
+from pipeline.stages.model_card import write_card
 from pipeline.stages.postprocessing.rules import Pieces, Rule, candidates, pieces_of
 from pipeline.tracking import RunLog, is_tracked, send_pending
 from pipeline.volumes.volume import read_label
@@ -155,6 +156,7 @@ def keep_rules(found: Search, models: Sequence[Path]) -> None:
         # Where nothing was chosen now, what was chosen before goes; and stays away where there was nothing.
         if found.rules.has_rules or read_postprocessing(model).has_rules:
             save_postprocessing(model, found.rules)
+            write_card(model)
             _log_model(model)
     _log_evidence(found, models)
 
