@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pipeline.config_loading import load_config
 from pipeline.data.cases import read_case_images
@@ -78,7 +79,7 @@ def _validation_cases(folder: Path, description: ModelDescription) -> tuple[Chan
 
 def _phantoms(plan: Plan) -> tuple[Channels, ...]:
     """Make phantoms with the plan's channels, all of one grid."""
-    modality = "CT" if "CT" in plan.channels.values() else "MR"
+    modality: Literal["CT", "MR"] = "CT" if "CT" in plan.channels.values() else "MR"
     made = []
     for seed in range(CASES):
         (image,) = make_phantom(seed, modality=modality).images.values()
