@@ -23,6 +23,7 @@ _PIXEL_ATTRIBUTES = (
     *("SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "Rows", "Columns"),
     *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
 )
+_READ = ("SOPInstanceUID", *_PIXEL_ATTRIBUTES, "PixelData")
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _MULTI_FRAME_CAPTURE = "1.2.840.10008.5.1.4.1.1.7.3"
 
@@ -42,7 +43,7 @@ def stored_frames(path: Path, sop_uid: str) -> Array:
     """
     with reading(path):
         try:
-            content = pydicom_quiet().dcmread(path, force=True)
+            content = pydicom_quiet().dcmread(path, specific_tags=list(_READ), force=True)
             uid = content.get("SOPInstanceUID")
             syntax = content.file_meta.get("TransferSyntaxUID", "1.2.840.10008.1.2")
             shape = (int(content.get("NumberOfFrames") or 1), int(content.Rows), int(content.Columns))

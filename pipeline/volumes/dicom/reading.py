@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 
 import numpy as np
 
@@ -20,6 +19,7 @@ from pipeline.volumes.volume import Volume
 
 _READERS = 4  # Threads: NumPy, GDCM and the disk leave each other room.
 _SLICES_AT_ONCE = 16  # A cache line of each voxel column of float32.
+_WHOLE = 2**23  # Beside 16 bits more than this many are beyond float32's 24.
 
 
 def series_geometry(series: Series, *, untilt: bool = False) -> Geometry:
@@ -82,20 +82,31 @@ def read_series(series: Series, *, untilt: bool = False) -> Volume:
     series_geometry(series, untilt=untilt)
     geometry = series.geometry
     array = np.empty((1, *geometry.shape), np.float32)
-    frames_of = cache(stored_frames)  # A multi-frame file is read once.
+    multi_frame = {(one.path, one.sop_uid) for one in series.slices if one.frame is not None}
+    whole = {path: stored_frames(path, uid) for path, uid in multi_frame}
 
-    def plane_of(one: Slice) -> Array:
-        """Return a slice (rows, columns) in its units."""
-        frames = stored_frames(one.path, one.sop_uid) if one.frame is None else frames_of(one.path, one.sop_uid)
-        if (one.frame or 0) >= len(frames) or frames.shape[1:] != geometry.shape[1::-1]:
+    def fill(one: Slice, plane: Array) -> None:
+        """Write a slice in its units into a plane (rows, columns)."""
+        frames = stored_frames(one.path, one.sop_uid) if one.frame is None else whole[one.path]
+        number = one.frame or 0
+        if number >= len(frames) or frames.shape[1:] != plane.shape:
             raise VolumeError(f"{one.path.name}: has changed since it was found")
-        slope, intercept = one.scale
-        return np.asarray(frames[one.frame or 0] * np.float64(slope) + intercept, np.float32)
+        scale_into(plane, frames[number], *one.scale)
 
+    planes = np.empty((_SLICES_AT_ONCE, *geometry.shape[1::-1]), np.float32)  # (slices, rows, columns)
     with ThreadPoolExecutor(_READERS, "slices") as threads:
         for first in range(0, len(series.slices), _SLICES_AT_ONCE):
             some = series.slices[first : first + _SLICES_AT_ONCE]
-            planes = np.stack(list(threads.map(plane_of, some)))  # (slices, rows, columns)
-            copy_into(array[0, :, :, first : first + len(some)], planes.transpose(2, 1, 0))
+            list(threads.map(fill, some, planes))
+            copy_into(array[0, :, :, first : first + len(some)], planes[: len(some)].transpose(2, 1, 0))
     volume = Volume(array, geometry)
     return untilted(volume) if series.tilt_degrees else volume
+
+
+def scale_into(plane: Array, stored: Array, slope: float, intercept: float) -> None:
+    """Write stored values in their units into a float32 array: as float64 would be rounded."""
+    if slope == 1 and intercept.is_integer() and abs(intercept) < _WHOLE and stored.itemsize <= 2:
+        # A CT's: float32 holds every sum exactly.
+        np.add(stored, np.float32(intercept), out=plane)
+    else:
+        plane[...] = stored * np.float64(slope) + intercept
