@@ -1,0 +1,1 @@
+"""DICOM objects that hold label maps, SEG and RTSTRUCT: written for their series, and read onto it."""
