@@ -11,13 +11,14 @@ from __future__ import annotations
 import csv
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import PipelineError
 from pipeline.records import Record
+from pipeline.volumes.dicom.headers import pydicom_quiet
 
 PRIVATE_SCHEME = "99MEDSEG"  # PS3.16 section 8: private schemes begin with 99.
 Category = Literal["tissue", "anatomical structure", "abnormal structure", "physical object"]
@@ -120,7 +121,9 @@ def coding_of(name: str, table: Codings | None = None) -> Coding:
     words = _ALSO.get(words, words)
     known = _standard()
     # English plurals; the lists are in the singular.
-    found = next((known[word] for word in (words, words.removesuffix("s"), words.removesuffix("es")) if word in known), None)
+    found = next(
+        (known[word] for word in (words, words.removesuffix("s"), words.removesuffix("es")) if word in known), None
+    )
     roi_type = next((kind for kind in ("GTV", "CTV", "PTV") if re.match(rf"{kind}(?![a-z])", name, re.IGNORECASE)), "")
     if found is None and roi_type == "GTV":  # GTV_1, GTV_nodes: a gross tumour volume, whatever follows.
         found = known["neoplasm"]
@@ -157,7 +160,9 @@ def read_codes(path: Path) -> dict[str, Coding]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise PipelineError(f"{path}: cannot be read as a table of codes: {error}") from error
     if not set(_COLUMNS[:4]) <= set(columns) <= set(_COLUMNS):
-        raise PipelineError(f"{path}: expected the columns {','.join(_COLUMNS)}, the first four at least; got {columns}")
+        raise PipelineError(
+            f"{path}: expected the columns {','.join(_COLUMNS)}, the first four at least; got {columns}"
+        )
     table: dict[str, Coding] = {}
     problems = []
     for line, row in rows:
@@ -222,7 +227,10 @@ def _standard() -> dict[str, tuple[Category, Concept]]:
     for category, (_, number) in _LISTS.items():
         for keyword, code in getattr(codes, f"CID{number}").concepts.items():
             concept = _concept(code)
-            for words in (" ".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z]*|\d+", keyword)).lower(), concept.meaning.lower()):
+            for words in (
+                " ".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z]*|\d+", keyword)).lower(),
+                concept.meaning.lower(),
+            ):
                 if words not in _NO_LABELS:
                     known.setdefault(words, (category, concept))
     return known
@@ -263,3 +271,20 @@ def _hashed(name: str) -> str:
 def dicom_text(text: str, longest: int = _LONGEST_MEANING) -> str:
     """Return a text as one value of DICOM holds it: no backslash, which parts values, no line breaks, cut to length."""
     return " ".join(text.replace("\\", "/").split())[:longest].strip() or "unnamed"
+
+
+def code_item(concept: Concept) -> Any:
+    """Return a code as the item of a code sequence."""
+    item = pydicom_quiet().Dataset()
+    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = concept.value, concept.scheme, concept.meaning
+    return item
+
+
+def coding_schemes(codings: Iterable[Coding]) -> list[Any]:
+    """Return what an object says of the schemes of its codes that are our own, if there are such codes."""
+    if all(coding.type.scheme != PRIVATE_SCHEME for coding in codings):
+        return []
+    item = pydicom_quiet().Dataset()
+    item.CodingSchemeDesignator, item.CodingSchemeName = PRIVATE_SCHEME, "Names of labels that medseg has no code for"
+    item.CodingSchemeResponsibleOrganization = "medseg"
+    return [item]

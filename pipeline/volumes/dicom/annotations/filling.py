@@ -52,9 +52,11 @@ def fill(polygons: Sequence[FloatArray], shape: tuple[int, int]) -> BoolArray:
         return np.zeros(shape, dtype=np.bool_)
     start = np.concatenate(polygons)
     stop = np.concatenate([np.roll(polygon, -1, axis=0) for polygon in polygons])
-    return _enclosed(start, stop, shape) | _touched(start, stop, shape) | _touched(
-        start[:, ::-1], stop[:, ::-1], shape[::-1]
-    ).T
+    return (
+        _enclosed(start, stop, shape)
+        | _touched(start, stop, shape)
+        | _touched(start[:, ::-1], stop[:, ::-1], shape[::-1]).T
+    )
 
 
 def _enclosed(start: FloatArray, stop: FloatArray, shape: tuple[int, int]) -> BoolArray:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import __version__
+from pipeline.errors import VolumeError
 from pipeline.volumes.dicom.headers import pydicom_quiet
+from pipeline.volumes.dicom.series import Series
 
 # PS3.3 C.7.1.1 and C.7.2.1: types 1 and 2, who issued the ID, and whether identities were removed before.
 _PATIENT = ("PatientName", "PatientID", "IssuerOfPatientID", "PatientBirthDate", "PatientSex")
@@ -23,7 +25,7 @@ _IMAGE = (
     *("Rows", "Columns", "NumberOfFrames", "Modality", "InstanceNumber"),
 )
 _EMPTIED = ("PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID", "AccessionNumber")
-_TEXT_ENCODING = "ISO_IR 192"  # UTF-8.
+TEXT_ENCODING = "ISO_IR 192"  # UTF-8.
 MANUFACTURER, MODEL_NAME = "medseg", "medseg segment"
 
 
@@ -48,7 +50,7 @@ def source_header(path: Path, pseudonym: str | None = None) -> Any:
 
 
 def _with_pseudonym(header: Any, pseudonym: str) -> Any:
-    """Put a pseudonym in the place of a patient and empty the rest; UIDs stay, for they are what an object refers by."""
+    """Put a pseudonym in the place of a patient and empty the rest; UIDs stay: an object refers by them."""
     header.PatientName = header.PatientID = pseudonym
     for keyword in (*_EMPTIED, "ReferringPhysicianName"):
         setattr(header, keyword, "")
@@ -58,9 +60,24 @@ def _with_pseudonym(header: Any, pseudonym: str) -> Any:
     return header
 
 
+def reference_header(series: Series, pseudonym: str | None) -> Any:
+    """Return the header of a series' first image, which has what an object refers by.
+
+    Raises:
+        VolumeError: it has not.
+    """
+    header = source_header(series.slices[0].path, pseudonym)
+    wanted = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "FrameOfReferenceUID")
+    if lacks := [keyword for keyword in wanted if not header.get(keyword)]:
+        raise VolumeError(
+            f"{series}: its images lack {', '.join(lacks)}, by which DICOM objects refer to them; write NIfTI alone"
+        )
+    return header
+
+
 def copy_identity(header: Any, target: Any) -> None:
     """Give a new object the patient and the study of an image, and its frame of reference."""
-    target.SpecificCharacterSet = _TEXT_ENCODING
+    target.SpecificCharacterSet = TEXT_ENCODING
     kept = (*_PATIENT, *_REMOVED, *_STUDY, "FrameOfReferenceUID")
     for keyword in kept:
         if keyword in header:
@@ -75,7 +92,7 @@ def new_uid() -> Any:
 
 def now() -> tuple[str, str]:
     """Return date and time as DICOM writes them."""
-    moment = datetime.datetime.now()  # noqa: DTZ005 - DICOM's are local where no zone is given.
+    moment = datetime.datetime.now()  # Local, as DICOM's are where no zone is given.
     return moment.strftime("%Y%m%d"), moment.strftime("%H%M%S")
 
 

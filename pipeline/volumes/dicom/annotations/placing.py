@@ -7,18 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.errors import GeometryError
 from pipeline.geometry import FloatArray
 from pipeline.volumes.dicom.series import Series
 from pipeline.volumes.formats.itk import LPS_TO_RAS
+from pipeline.volumes.formats.layout import Array, copy_into
 from pipeline.volumes.volume import Volume
-
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +77,7 @@ class Placing:
         return np.asarray(points_mm @ inverse[:3, :3].T + inverse[:3, 3])
 
     def planes_of(self, label: Volume) -> Array:
-        """Return a view of a label map as (slices, rows, columns) of the series.
+        """Return a label map as (slices, rows, columns) of the series, in C order.
 
         Args:
             label: (X, Y, Z) on the series' grid, its axes in any order and direction.
@@ -96,5 +93,7 @@ class Placing:
                 "DICOM refers to the series' own pixels: resample the label map onto it"
             )
         axes = label.geometry.axes_for(own.orientation)
-        array = label.array.transpose([old for old, _ in axes])
-        return array[tuple(slice(None, None, sign) for _, sign in axes)].transpose(2, 1, 0)
+        array = label.array.transpose([old for old, _ in axes])[tuple(slice(None, None, sign) for _, sign in axes)]
+        planes = np.empty(array.shape, array.dtype, order="F")
+        copy_into(planes, array)
+        return planes.transpose()

@@ -8,24 +8,24 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import VolumeError
 from pipeline.geometry import FloatArray
 from pipeline.records import atomic_path
-from pipeline.volumes.dicom.annotations.coding import Coding, Concept, dicom_text
+from pipeline.volumes.dicom.annotations.coding import Coding, code_item, coding_schemes, dicom_text
 from pipeline.volumes.dicom.annotations.identity import (
     MANUFACTURER,
     MODEL_NAME,
     copy_identity,
     new_uid,
     now,
+    reference_header,
     software,
-    source_header,
 )
-from pipeline.volumes.dicom.annotations.placing import Array, Placing
+from pipeline.volumes.dicom.annotations.placing import Placing
 from pipeline.volumes.dicom.annotations.structures import Author, Structure
 from pipeline.volumes.dicom.annotations.tracing import trace
 from pipeline.volumes.dicom.headers import pydicom_quiet
 from pipeline.volumes.dicom.series import Series
+from pipeline.volumes.formats.layout import Array
 from pipeline.volumes.volume import Volume
 from pipeline.volumes.writing import writing
 
@@ -74,26 +74,13 @@ def write_rtstruct(
     dataset.StructureSetROISequence = [_roi(structure, header, author) for structure in structures]
     dataset.ROIContourSequence = [_contours(structure, placing, planes, images) for structure in structures]
     dataset.RTROIObservationsSequence = [_observation(structure) for structure in structures]
+    if schemes := coding_schemes(structure.coding for structure in structures):
+        dataset.CodingSchemeIdentificationSequence = schemes
     # Implicit: with explicit VRs a contour of more than 65,534 bytes has no length that old readers know.
     dataset.file_meta = pydicom.dataset.FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
     with writing(path), atomic_path(path) as temporary:
         dataset.save_as(temporary, enforce_file_format=True)
-
-
-def reference_header(series: Series, pseudonym: str | None) -> Any:
-    """Return the header of a series' first image, which has what an object refers by.
-
-    Raises:
-        VolumeError: it has not.
-    """
-    header = source_header(series.slices[0].path, pseudonym)
-    wanted = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "FrameOfReferenceUID")
-    if lacks := [keyword for keyword in wanted if not header.get(keyword)]:
-        raise VolumeError(
-            f"{series}: its images lack {', '.join(lacks)}, by which DICOM objects refer to them; only NIfTI is possible"
-        )
-    return header
 
 
 def _structure_set(header: Any, series: Series, author: Author) -> Any:
@@ -155,13 +142,14 @@ def _contours(structure: Structure, placing: Placing, planes: Array, images: Seq
     pydicom = pydicom_quiet()
     item = pydicom.Dataset()
     item.ReferencedROINumber, item.ROIDisplayColor = structure.number, list(structure.colour)
-    contours = []
+    contours: list[Any] = []
     for number, polygon in _polygons(planes, structure.value):
         contour = pydicom.Dataset()
         contour.ContourImageSequence = [images[number]]
         contour.ContourGeometricType = "CLOSED_PLANAR"
         contour.NumberOfContourPoints, contour.ContourNumber = len(polygon), len(contours) + 1
-        contour[_CONTOUR_DATA] = _decimals(placing.to_mm(number, polygon))
+        # Of the VR OB, as whose bytes nothing is converted; with implicit VRs none is written, and readers know DS.
+        contour.add_new(_CONTOUR_DATA, "OB", _decimals(placing.to_mm(number, polygon)))
         contours.append(contour)
     if contours:  # Type 3, and never empty: an empty sequence is refused by some.
         item.ContourSequence = contours
@@ -176,14 +164,11 @@ def _polygons(planes: Array, value: int) -> Iterator[tuple[int, FloatArray]]:
             yield number, polygon
 
 
-def _decimals(points_mm: FloatArray) -> Any:
-    """Return coordinates as DICOM's decimal strings, as they stand in a file: pydicom takes 10 times as long for it."""
-    from pydicom.dataelem import RawDataElement
-
+def _decimals(points_mm: FloatArray) -> bytes:
+    """Return coordinates as the bytes of DICOM's decimal strings; pydicom takes 10 times as long for them."""
     rounded = np.round(points_mm.ravel(), _DECIMALS) + 0.0  # No -0.
-    text = "\\".join([f"{number:.{_DECIMALS}f}" for number in rounded.tolist()]).encode()
-    text += b" " * (len(text) % 2)
-    return RawDataElement(_CONTOUR_DATA, "DS", len(text), text, 0, True, True)
+    text = "\\".join([f"{number:.{_DECIMALS}f}" for number in rounded.tolist()])
+    return (text + " " * (len(text) % 2)).encode()
 
 
 def _observation(structure: Structure) -> Any:
@@ -202,11 +187,4 @@ def _identification(coding: Coding) -> Any:
     item = code_item(coding.type)
     if coding.side:
         item.SegmentedPropertyTypeModifierCodeSequence = [code_item(coding.side)]
-    return item
-
-
-def code_item(concept: Concept) -> Any:
-    """Return a code as the item of a code sequence."""
-    item = pydicom_quiet().Dataset()
-    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = concept.value, concept.scheme, concept.meaning
     return item

@@ -54,7 +54,7 @@ def structures_of(labels: Mapping[str, int], codes: Codings | None = None) -> tu
             number=index,
             name=name,
             value=value,
-            colour=tuple(bytes.fromhex(colour_of(index)[1:])),  # type: ignore[arg-type]
+            colour=tuple(bytes.fromhex(colour_of(index)[1:])),
             coding=coding_of(name, codes),
         )
         for index, (name, value) in enumerate(labels.items())

@@ -13,6 +13,9 @@ row of pixels of the structure, so that software that fills what lies on an edge
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -41,11 +44,10 @@ def _parts(mask: NDArray[np.bool_]) -> list[list[FloatArray]]:
     """Return of each connected part its outer ring, and those of its holes; every crossing of a row is a point."""
     import contourpy
 
-    generator = contourpy.contour_generator(z=mask.astype(np.float64), fill_type=contourpy.FillType.OuterOffset)
+    generator: Any = contourpy.contour_generator(z=mask.astype(np.float64), fill_type=contourpy.FillType.OuterOffset)
     points, offsets = generator.filled(0.5, 2.0)
     return [
-        [part[first : last - 1] for first, last in zip(cuts[:-1], cuts[1:], strict=True)]
-        for part, cuts in zip(points, offsets, strict=True)
+        [part[first : last - 1] for first, last in pairwise(cuts)] for part, cuts in zip(points, offsets, strict=True)
     ]
 
 
@@ -71,4 +73,5 @@ def _straightened(polygon: FloatArray) -> FloatArray:
     before, after = polygon - np.roll(polygon, 1, axis=0), np.roll(polygon, -1, axis=0) - polygon
     turns = before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]
     back = (before * after).sum(axis=1) < 0  # The end of a channel, where that is.
-    return polygon[turns | back]
+    straightened: FloatArray = polygon[turns | back]
+    return straightened
