@@ -77,8 +77,8 @@ def read_annotations(
         drawn = segments(dataset, placing, wanted, where, threshold)
     try:
         label = painted(drawn, series.geometry, overlap, where)
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise VolumeError(f"{path}: is damaged or incomplete ({type(error).__name__})") from error
+    except (AttributeError, RuntimeError) as error:  # An attribute is missing; pixels that cannot be decoded.
+        raise VolumeError(f"{path}: is damaged or incomplete: {error}") from error
     own = referenced_series(dataset)
     foreign = () if not own or series.uid in own else (f"drawn on another series than {series}; placed by position",)
     return LabelMap(label.label, label.labels, (*foreign, *label.remarks))

@@ -98,7 +98,10 @@ def _points(item: Any) -> FloatArray | None:
     data = item.get_item(_CONTOUR_DATA)
     # As it stands in the file: pydicom makes an object of each number, and takes 10 times as long.
     values = data.value.split(b"\\") if isinstance(data.value, bytes) else data.value
-    numbers = np.array(values or [], dtype=np.float64)
+    try:
+        numbers = np.array(values or [], dtype=np.float64)
+    except ValueError:
+        return None
     return numbers.reshape(-1, 3) if numbers.size >= 3 * _SHORTEST_CONTOUR and numbers.size % 3 == 0 else None
 
 

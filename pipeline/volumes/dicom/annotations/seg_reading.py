@@ -32,7 +32,8 @@ def segments(
         VolumeError: it holds no segment of a name that is wanted, or says not where its frames lie.
         GeometryError: its pixels are not the series'.
     """
-    described = list(dataset.get("SegmentSequence") or ())
+    # Number 0 is the background of a label map.
+    described = [segment for segment in dataset.get("SegmentSequence") or () if int(segment.SegmentNumber)]
     numbers = [int(segment.SegmentNumber) for segment in described]
     names = names_apart(numbers, [str(segment.get("SegmentLabel") or "") for segment in described])
     frames = _frames(dataset, where)
@@ -108,8 +109,21 @@ def _indices(holders: Sequence[Any], dataset: Any, placing: Placing, where: str)
 
 def _values(dataset: Any, frames: Sequence[int]) -> Iterator[Array]:
     """Yield the pixels (rows, columns) of some frames; never all of them at once."""
-    if frames:
+    if frames and int(dataset.BitsAllocated) == 1 and not dataset.file_meta.TransferSyntaxUID.is_compressed:
+        yield from (_bits(dataset, number) for number in frames)
+    elif frames:
         yield from pydicom_quiet().pixels.iter_pixels(dataset, indices=list(frames))
+
+
+def _bits(dataset: Any, number: int) -> Array:
+    """Return a frame of single bits, which may begin within a byte (PS3.5 8.2), as pydicom's own iterator knows not."""
+    rows, columns = int(dataset.Rows), int(dataset.Columns)
+    first = number * rows * columns
+    stored = np.frombuffer(dataset.PixelData, np.uint8)[first // 8 : -(-(first + rows * columns) // 8)]
+    bits = np.unpackbits(stored, bitorder="little")[first % 8 :][: rows * columns]
+    if bits.size < rows * columns:
+        raise RuntimeError("the pixels end before the last frame does")
+    return bits.reshape(rows, columns)
 
 
 def _inside(values: Array, kind: str, number: int, threshold: float, dataset: Any) -> Array:
