@@ -40,9 +40,12 @@ KEEPERS = {
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), ("pipeline.stages.exporting.onnx_file",)),
     "optuna": ("pipeline.stages.sweeping.search",),
     "typer": ("pipeline.cli",),
+    "pydicom": ("pipeline.volumes.dicom",),
+    "highdicom": ("pipeline.volumes.dicom.annotations.seg",),
+    "contourpy": ("pipeline.volumes.dicom.annotations.tracing",),
 }
 # Libraries that cost a second or are missing on a bare node: imported inside the functions that need them.
-LAZY = ("SimpleITK", "monai", "onnx", "onnxscript", "onnxruntime")
+LAZY = ("SimpleITK", "monai", "pydicom", "highdicom", "contourpy", "onnx", "onnxscript", "onnxruntime")
 
 
 def modules() -> Iterator[tuple[str, Path]]:

@@ -235,12 +235,16 @@ def segment(
     modality: options.SeriesModality = None,
     description: options.SeriesDescription = None,
     untilt: options.Untilt = False,
+    dicom_formats: options.DicomFormats = None,
+    codes: options.Codes = None,
+    deidentify: options.Deidentify = False,
     workspace: options.ModelWorkspace = options.DEFAULT_WORKSPACE,
     tracking_uri: options.TrackingUri = None,
 ) -> None:
     """Segment new volumes: one label map each, in its input's own geometry."""
     from pipeline.stages import segment as stage
     from pipeline.stages.segmenting.dicom_inputs import DicomOptions, SeriesChoice
+    from pipeline.stages.segmenting.dicom_objects import dicom_output
 
     dicom = DicomOptions(SeriesChoice(uid=series, modality=modality, description=description), untilt)
     if plan:
@@ -278,6 +282,7 @@ def segment(
         tracking_uri=tracking_uri,
         stdin=sys.stdin,
         dicom=dicom,
+        objects=dicom_output(options.names(dicom_formats), codes, deidentify),
     )
     typer.echo(report.as_text())
     if report.not_reached:

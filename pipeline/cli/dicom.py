@@ -1,17 +1,19 @@
-"""Commands about DICOM: what a folder holds, and series as NIfTI."""
+"""Commands about DICOM: what a folder holds, series as NIfTI, label maps from SEG and RTSTRUCT."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from pipeline.cli import options as options
 from pipeline.errors import PipelineError
 
-dicom = typer.Typer(name="dicom", help="DICOM series: list them, convert them to NIfTI.", no_args_is_help=True)
+dicom = typer.Typer(
+    name="dicom", help="DICOM series: list them, convert them to NIfTI, with their labels.", no_args_is_help=True
+)
 
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Looked through with the folders within.")]
 
@@ -52,3 +54,36 @@ def convert(
     typer.echo(done.as_text())
     if done.failures:
         raise typer.Exit(1)
+
+
+@dicom.command()
+def labels(
+    source: Annotated[Path, typer.Argument(metavar="SEG|RTSTRUCT", help="The DICOM object.")],
+    series: Annotated[
+        str, typer.Option("--series", metavar="FOLDER", help="Of the images it was drawn on; or FOLDER#KEY.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The label map, .nii.gz; a .csv beside it names the labels.")],
+    label: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--label", metavar="NAME", help="A structure to take; repeatable: values 1, 2, ... in this order."
+        ),
+    ] = None,
+    overlap: Annotated[
+        Literal["refuse", "first", "last"], typer.Option("--overlap", help="Whose a voxel of two structures is.")
+    ] = "refuse",
+    threshold: Annotated[
+        float, typer.Option("--threshold", min=0.0, max=1.0, help="Of fractional segments: what counts as inside.")
+    ] = 0.5,
+    force: Annotated[bool, typer.Option("--force", help="Replace a label map that is there.")] = False,
+) -> None:
+    """Write what was drawn in a DICOM SEG or RTSTRUCT as a label map on its series' grid."""
+    from pipeline.stages import dicom_labels as stage
+
+    try:
+        done = stage.import_labels(
+            source, series, out, wanted=label or (), overlap=overlap, threshold=threshold, force=force
+        )
+    except OSError as error:
+        raise PipelineError(str(error)) from error
+    typer.echo(done.as_text())

@@ -134,4 +134,13 @@ SeriesDescription = Annotated[
     str | None,
     typer.Option("--description", metavar="TEXT", help="Of DICOM folders: series whose description has this, or a *."),
 ]
+DicomFormats = Annotated[
+    str | None, typer.Option("--dicom", metavar="seg,rtstruct", help="Write these too, of cases that are DICOM series.")
+]
+Codes = Annotated[
+    Path | None, typer.Option("--codes", metavar="CSV", help="What labels are: label,scheme,value,meaning. See docs.")
+]
+Deidentify = Annotated[
+    bool, typer.Option("--deidentify", help="In DICOM objects: a pseudonym in the place of patient and study.")
+]
 Untilt = Annotated[bool, typer.Option("--untilt", help="Resample DICOM series that a tilted gantry has sheared.")]

@@ -25,6 +25,7 @@ from pipeline.stages.models import resolve_models
 from pipeline.stages.segmenting.batch import Batch
 from pipeline.stages.segmenting.case import CaseSteps, SegmentSettings
 from pipeline.stages.segmenting.dicom_inputs import DicomOptions
+from pipeline.stages.segmenting.dicom_objects import DicomOutput, refuse_cases
 from pipeline.stages.segmenting.inputs import SegmentInput, find_inputs
 from pipeline.stages.segmenting.instances import write_table
 from pipeline.stages.segmenting.page import write_page
@@ -56,6 +57,7 @@ def run(
     probabilities_type: ProbabilityType = "uint8",
     instances: Sequence[str] = (),
     dicom: DicomOptions | None = None,
+    objects: DicomOutput | None = None,
 ) -> SegmentReport:
     """Segment volumes: the next is read and the last written while one is predicted.
 
@@ -78,6 +80,7 @@ def run(
         max_memory: of all processes together, such as 8GB; None: what is free.
         stdin: where the list that `-` stands for is read.
         dicom: how DICOM folders are read; None: every series of the model's modality, none resampled.
+        objects: DICOM SEG and RTSTRUCT beside the label maps of DICOM series; None: none.
 
     Returns:
         What became of each case; a case that cannot be read or segmented is listed with the reason, the rest go on.
@@ -105,8 +108,10 @@ def run(
         probabilities=_wanted("--probabilities", probabilities, [background], foreground),
         probabilities_type=probabilities_type,
         instances=_wanted("--instances", instances, (), foreground),
+        objects=objects or DicomOutput(),
     )
     cases = find_inputs(inputs, tuple(trained_plan.channels), out, stdin, _for_model(dicom, trained_plan))
+    refuse_cases(cases, settings.objects)
     try:
         write_label_tables(out, trained_plan.labels)
     except OSError as error:

@@ -32,6 +32,13 @@ from pipeline.preparation.preprocessing import PreparedImage, class_indices
 from pipeline.records import Record, digest_of
 from pipeline.stages.familiarity import unfamiliar
 from pipeline.stages.segmenting.claims import Claim
+from pipeline.stages.segmenting.dicom_objects import (
+    DicomOutput,
+    are_written,
+    author_of,
+    remove_objects,
+    write_objects,
+)
 from pipeline.stages.segmenting.inputs import BOOKKEEPING, PROBABILITIES, SUFFIX, SegmentInput
 from pipeline.stages.segmenting.instances import instance_files, write_instances
 from pipeline.stages.segmenting.page import Preview
@@ -60,6 +67,7 @@ class SegmentSettings(Record):
         probabilities: labels whose probabilities are written too.
         probabilities_type: of their numbers.
         instances: labels whose components are numbered in a label map of their own.
+        objects: DICOM objects that are written too.
     """
 
     models: tuple[Path, ...]
@@ -74,6 +82,7 @@ class SegmentSettings(Record):
     probabilities: tuple[str, ...] = ()
     probabilities_type: ProbabilityType = "uint8"
     instances: tuple[str, ...] = ()
+    objects: DicomOutput = DicomOutput()
 
     def probabilities_at(self, temperature: float) -> str:
         """Say all that the probabilities wanted depend on beside the key; empty where none are."""
@@ -173,6 +182,7 @@ class CaseSteps:
         self._models = [model_digest(folder) for folder in settings.models]
         if (rules := common_rules(settings.models)).has_rules:
             self._models.append(rules.digest())
+        self._author = author_of(settings.models, self._models)
         self._probabilities = settings.probabilities_at(self.predictor.temperature)
         self._process_bytes = resident_bytes()
         limit = settings.max_memory_bytes
@@ -226,12 +236,15 @@ class CaseSteps:
                 (self.settings.out / PROBABILITIES / output).unlink(missing_ok=True)
             for file in instance_files(self.settings.out, case.source.name):  # Likewise.
                 file.unlink(missing_ok=True)
+            remove_objects(self.settings.out, case.source.name)
             label = Volume(self.predictor.values_of(case.classes), case.native)
             write_label(self.settings.out / output, label, header_of=case.header_source, names=plan.labels)
             self._draw(case, case.preview, case.classes)
             instances = self._instances(case, case.classes, case.native)
+            objects = self._objects(case, label)
             volumes = _volumes_ml(case.classes, case.native, tuple(plan.labels))
-        case.result = case.result.changed(output=output, volumes_ml=volumes, instances=instances, seconds=case.seconds)
+        done = case.result.changed(output=output, volumes_ml=volumes, instances=instances, objects=objects)
+        case.result = done.changed(seconds=case.seconds)
         case.classes = case.preview = None
 
     def _instances(self, case: CaseInHand, classes: NDArray[Any], native: Geometry) -> dict[str, int]:
@@ -241,17 +254,28 @@ class CaseSteps:
             return {}
         return write_instances(self.settings.out, case.source.name, classes, native, plan, wanted, case.header_source)
 
+    def _objects(self, case: CaseInHand, label: Volume) -> str:
+        """Write the DICOM objects that are wanted of a label map, and say which."""
+        settings = self.settings
+        return write_objects(
+            settings.out, case.source, label, self.predictor.plan.labels, self._author, settings.objects
+        )
+
     def _as_done(self, case: CaseInHand, before: CaseResult) -> CaseResult:
-        """Return what becomes of a case that is done and unchanged; instances that it lacks follow from its labels."""
-        out, wanted = self.settings.out, self.settings.instances
-        there = all(file.exists() for file in instance_files(out, before.name))
-        if not wanted or (there and tuple(before.instances) == wanted):
+        """Return what becomes of a case that is done and unchanged; what its labels lack beside them is made of them."""
+        out, wanted = self.settings.out, self.settings
+        counted = all(file.exists() for file in instance_files(out, before.name))
+        counted = not wanted.instances or (counted and tuple(before.instances) == wanted.instances)
+        written = not wanted.objects.formats or are_written(out, before.name, before.objects, wanted.objects)
+        if counted and written:
             return before.changed(status="skipped", inputs=case.result.inputs)
         assert before.output is not None
         label = read_label(out / before.output)
-        classes = class_indices(label.array, self.predictor.plan)
-        counts = self._instances(case, classes, label.geometry)
-        return before.changed(status="done", inputs=case.result.inputs, instances=counts)
+        result = before.changed(status="done", inputs=case.result.inputs)
+        if not counted:
+            classes = class_indices(label.array, self.predictor.plan)
+            result = result.changed(instances=self._instances(case, classes, label.geometry))
+        return result if written else result.changed(objects=self._objects(case, label))
 
     def _draw(self, case: CaseInHand, preview: Preview, classes: NDArray[Any]) -> None:
         """Draw a case; a picture that fails, unless the disk is full, is no reason to do without the label map."""

@@ -28,6 +28,7 @@ class CaseResult(Record):
         output: the label map's file name in the report's folder; None where the case failed.
         probabilities: which were written beside the label map, how, and at what temperature; empty where none were.
         instances: label -> how many components were numbered beside the label map, of those that were asked for.
+        objects: which DICOM objects were written beside the label map, and how; empty where none were.
         reason: why it failed.
         key: digest of the inputs' contents, the models, and the settings that the label map depends on.
         seconds: step -> seconds; of the run in which the case was done.
@@ -44,6 +45,7 @@ class CaseResult(Record):
     output: str | None = None
     probabilities: str = ""
     instances: dict[str, int] = {}
+    objects: str = ""
     reason: str | None = None
     key: str | None = None
     seconds: dict[str, float] = {}
