@@ -215,6 +215,25 @@ def test_patient_and_study_are_the_series_own(kind: str, tmp_path: Path) -> None
     assert all(word not in content for word in (b"Rome", b"Elsewhere", b"Benny"))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:pydicom")  # When the series is made.
+@pytest.mark.parametrize("kind", WRITERS)
+def test_values_that_are_not_valid_are_left_out(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    """As anonymisers leave them."""
+    odd = {"PatientBirthDate": "00000000", "StudyDate": "20171819", "StudyTime": "noon", "PatientSex": "FEMALE"}
+    long = {"PatientName": "Doe Jane " * 9, "PatientID": "4711" * 17}
+    write_series(tmp_path / "series", np.zeros(SHAPE, np.int16), grid(SHAPE).affine, **odd, **long)
+    series = only(tmp_path / "series")
+    caplog.clear()
+    recwarn.clear()
+    path = written(kind, tmp_path, Volume(blocks(), grid(SHAPE)), series)
+    data = pydicom.dcmread(path)
+    assert [data[keyword].value or "" for keyword in odd] == ["", "", "", ""]
+    assert data.PatientID == long["PatientID"]
+    assert caplog.text == "" and len(recwarn) == 0  # They would quote the values.
+
+
 @pytest.mark.parametrize("kind", WRITERS)
 def test_a_pseudonym_takes_the_patients_place(kind: str, tmp_path: Path) -> None:
     change = {"AccessionNumber": "A-99", "ReferringPhysicianName": "House^Greg", "IssuerOfPatientID": "Princeton"}

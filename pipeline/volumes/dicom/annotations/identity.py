@@ -46,7 +46,25 @@ def source_header(path: Path, pseudonym: str | None = None) -> Any:
     for keyword in (*_PATIENT, *_STUDY):
         if keyword not in header and keyword != "IssuerOfPatientID":
             setattr(header, keyword, "")
+    _empty_invalid(header)
     return header if pseudonym is None else _with_pseudonym(header, pseudonym)
+
+
+def _empty_invalid(header: Any) -> None:
+    """Empty dates, times and sexes that are none: an object must be valid, whatever its series is; all are type 2."""
+    pydicom = pydicom_quiet()
+    kinds = {
+        "PatientBirthDate": pydicom.valuerep.DA,
+        "StudyDate": pydicom.valuerep.DA,
+        "StudyTime": pydicom.valuerep.TM,
+    }
+    for keyword, kind in kinds.items():
+        try:
+            kind(header[keyword].value)
+        except (ValueError, TypeError):
+            setattr(header, keyword, "")
+    if header.PatientSex not in ("M", "F", "O"):
+        header.PatientSex = ""
 
 
 def _with_pseudonym(header: Any, pseudonym: str) -> Any:

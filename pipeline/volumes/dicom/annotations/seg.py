@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,6 +45,9 @@ def require_highdicom() -> Any:
         raise PipelineError(
             "DICOM SEG is written by highdicom, which is missing; pip install 'medseg[dicom]'"
         ) from error
+    # What it finds wrong with values it keeps to itself: they may be a patient's.
+    warnings.filterwarnings("ignore", module=r"highdicom\.")
+    logging.getLogger("highdicom").setLevel(logging.CRITICAL)
     return highdicom
 
 
@@ -82,27 +86,25 @@ def write_seg(
             f"{series}: a DICOM SEG of enhanced multi-frame images is not written; RTSTRUCT and NIfTI are"
         )
     sources = [source_header(one.path, pseudonym) for one in series.slices]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Of values of the source, a patient's among them, and of empty label maps.
-        dataset = highdicom.seg.Segmentation(
-            source_images=sources,
-            pixel_array=_numbered(planes, structures),
-            segmentation_type="BINARY",
-            segment_descriptions=[_described(structure, author, highdicom) for structure in structures],
-            series_instance_uid=new_uid(),
-            series_number=1,
-            sop_instance_uid=new_uid(),
-            instance_number=1,
-            manufacturer=MANUFACTURER,
-            manufacturer_model_name=MODEL_NAME,
-            software_versions=software(),
-            device_serial_number="0",
-            content_label="MEDSEG",
-            content_description=dicom_text(f"Segmentation by {author.name or _ALGORITHM_NAME}"),
-            content_creator_name=MANUFACTURER,
-            series_description=dicom_text(f"Segmentation by {author.name or _ALGORITHM_NAME}"),
-            specific_character_set=TEXT_ENCODING,
-        )
+    dataset = highdicom.seg.Segmentation(
+        source_images=sources,
+        pixel_array=_numbered(planes, structures),
+        segmentation_type="BINARY",
+        segment_descriptions=[_described(structure, author, highdicom) for structure in structures],
+        series_instance_uid=new_uid(),
+        series_number=1,
+        sop_instance_uid=new_uid(),
+        instance_number=1,
+        manufacturer=MANUFACTURER,
+        manufacturer_model_name=MODEL_NAME,
+        software_versions=software(),
+        device_serial_number="0",
+        content_label="MEDSEG",
+        content_description=dicom_text(f"Segmentation by {author.name or _ALGORITHM_NAME}"),
+        content_creator_name=MANUFACTURER,
+        series_description=dicom_text(f"Segmentation by {author.name or _ALGORITHM_NAME}"),
+        specific_character_set=TEXT_ENCODING,
+    )
     if schemes := coding_schemes(structure.coding for structure in structures):
         dataset.CodingSchemeIdentificationSequence = schemes
     with writing(path), atomic_path(path) as temporary:
