@@ -5,36 +5,35 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from layout_files import files_of, touch
 
-from pipeline.data.formats import FORMATS, find_cases, modality_of, pairs_of, patient_of
-from pipeline.data.phantoms import write_phantom_dataset
+from pipeline.data.formats import FORMATS, Reading, find_cases, modality_of, pairs_of, patient_of
+from pipeline.data.phantoms import make_phantom, write_phantom_dataset
 from pipeline.errors import ManifestError
-from pipeline.volumes.volume import read_image
+from pipeline.volumes.volume import read_image, read_label
 
-
-def touch(root: Path, *names: str) -> Path:
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
-    return root
-
-
-def files_of(root: Path, layout: str | None = None) -> dict[str, tuple[dict[str, str], str | None]]:
-    cases = find_cases(root, layout).cases
-    return {c.id: ({n: f.path for n, f in c.images.items()}, c.label.path if c.label else None) for c in cases}
+# What a layout must be asked, where it cannot tell by itself.
+ASKED = {"patterns": Reading(images=("scans/{case}_{channel}.nii.gz",), labels="masks/{case}.nii.gz")}
 
 
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("layout", FORMATS)
 def test_the_phantoms_come_back_from_each_layout(tmp_path: Path, layout: str, channels: int) -> None:
-    source = write_phantom_dataset(tmp_path, cases=3, channels=channels, layout=layout)  # type: ignore[arg-type]
-    found = find_cases(source)
+    source = write_phantom_dataset(tmp_path, cases=4, channels=channels, layout=layout)
+    found = find_cases(source, reading=ASKED.get(layout))
     assert list(found.channels.values()) == ["MR"] * channels
-    assert [len(case.images) for case in found.cases] == [channels] * 3
-    assert all(case.label for case in found.cases)
-    for case in found.cases:
-        for file in case.images.values():
-            assert read_image(found.root / file.path, file.index).array.std() > 0
+    # Two visits of the first patient, and two more.
+    patients = [case.patient for case in found.cases]
+    assert patients[0] == patients[1]
+    assert len(set(patients)) == 3
+    grids = {"shared_grid": layout in ("decathlon", "nnunet"), "channels": channels}
+    for case, (seed, visit) in zip(found.cases, [(0, 0), (0, 1), (2, 0), (3, 0)], strict=True):
+        made = make_phantom(seed, visit=visit, empty=seed == 3, **grids)  # type: ignore[arg-type]
+        assert case.label is not None
+        assert np.array_equal(read_label(found.root / case.label.path).array, made.label.array)
+        for (name, file), image in zip(sorted(case.images.items()), made.images.values(), strict=True):
+            assert name[:2] in ("T1", "T2")
+            assert np.array_equal(read_image(found.root / file.path, file.index).array, image.array)
 
 
 def test_the_decathlons_channels_stand_in_one_file(tmp_path: Path) -> None:
@@ -104,7 +103,14 @@ def test_nnunets_files_take_the_names_of_its_channels(tmp_path: Path) -> None:
         ({"modality": ["MRI"]}, "modality: expected"),
         ({"labels": {"whole": ["a", 2]}}, "labels: each name needs one whole number"),
         ({"labels": {"whole": [1, 2]}}, "labels: beside regions, background needs one whole number"),
-        ({"labels": {"background": 0, "whole": [1, 2, 3], "core": [3]}}, "regions_class_order: None, .*1, 2.* to see"),
+        (
+            {"labels": {"background": 0, "core": [3], "whole": [1, 2, 3]}},
+            r"regions_class_order: None, .*\[\], .*to see",
+        ),
+        (
+            {"labels": {"background": 0, "whole": [1, 2, 3], "core": [3], "spots": [2, 3]}},
+            r"regions_class_order: None, .*\[1\], \[\], \[2, 3\]",
+        ),
         (
             {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": [2, 1]},
             r"regions_class_order: \[2, 1\], but",
@@ -219,7 +225,7 @@ def test_a_source_that_is_nothing_known_is_refused(tmp_path: Path) -> None:
         (tmp_path / "none", None, "does not exist"),
         (tmp_path / "a.txt", None, "no known layout"),
         (tmp_path, None, "no case found"),
-        (tmp_path, "bids", "format 'bids': unknown; one of decathlon, csv, folder"),
+        (tmp_path, "zarr", "format 'zarr': unknown; one of nnunet, decathlon, csv, monai"),
     ):
         with pytest.raises(ManifestError, match=reason):
             find_cases(source, layout)

@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 
+from pipeline.data.formats import Reading
+from pipeline.data.label_options import named_labels
 from pipeline.data.manifest import FORMAT_VERSION, load_manifest, save_manifest
 from pipeline.data.phantoms import write_phantom_dataset
 from pipeline.errors import ManifestError
+from pipeline.preparation.survey import compare_cases, examine_cases
 from pipeline.records import file_digest
-from pipeline.stages.manifest import named_labels, run
+from pipeline.stages.manifest import run
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -222,3 +225,79 @@ def test_the_committed_sarcoma_manifest_has_missing_channels() -> None:
 def test_the_committed_manifest_is_what_the_data_give(shared_data: Path, tmp_path: Path) -> None:
     again = run(shared_data / "Task04_Hippocampus", tmp_path / "hippocampus.json")
     assert again.digest() == load_manifest(REPOSITORY / "data_manifests" / "hippocampus.json").digest()
+
+
+def csv_with(tmp_path: Path, columns: dict[str, list[str]]) -> Path:
+    """Write phantoms and a CSV with further columns, a cell a case."""
+    source = write_phantom_dataset(tmp_path / "data", cases=6, layout="csv")
+    first, *lines = source.read_text().splitlines()
+    cells = zip(*columns.values(), strict=True)
+    rows = [",".join([first, *columns]), *(",".join([line, *own]) for line, own in zip(lines, cells, strict=True))]
+    source.write_text("\n".join(rows) + "\n")
+    return source
+
+
+def test_groups_and_strata_come_from_columns(tmp_path: Path) -> None:
+    columns = {"site": ["a", "a", "b", "a", "b", "c"], "sex": ["f", "f", "m", "m", "m", "f"]}
+    source = csv_with(tmp_path, columns)
+    asked = {"group_by": "site", "stratify_by": "sex"}
+    grouped = run(source, tmp_path / "grouped.json", folds=3, **asked)  # type: ignore[arg-type]
+    assert list(grouped.channels) == ["T1"]
+    assert [case.group for case in grouped.cases] == columns["site"]
+    folds = {(case.group, case.fold) for case in grouped.cases}
+    assert len(folds) == 3
+    with pytest.raises(ManifestError, match="no column age; there are case, patient, T1, label, site, sex"):
+        run(source, tmp_path / "a.json", group_by="age")
+    with pytest.raises(ManifestError, match="the format decathlon knows no columns; csv, bids do"):
+        run(write_phantom_dataset(tmp_path / "other", cases=2), tmp_path / "a.json", group_by="site")
+    # Torn by hand, it is found; the first two cases are one patient.
+    torn = grouped.changed(cases=tuple(case.changed(fold=int(case.id[8:11]) % 2) for case in grouped.cases))
+    found = {(p.case_id, p.message.split(" is ")[0]) for p in compare_cases(torn, examine_cases(torn, tmp_path))}
+    assert ("phantom_003", "group 'a'") in found
+    assert not any("group 'c'" in message for _, message in found)
+
+
+def test_strata_are_spread_evenly(tmp_path: Path) -> None:
+    source = csv_with(tmp_path, {"sex": ["f", "f", "m", "m", "f", "m"]})
+    split = run(source, tmp_path / "a.json", folds=2, stratify_by="sex")
+    sexes = dict(zip((case.id for case in split.cases), "ffmmfm", strict=True))
+    # By the labels alone both f would stand in one fold. The last phantom is empty: a stratum of its own.
+    sides = sorted((sexes[case.id], case.fold) for case in split.cases[:-1] if not case.id.endswith("visit2"))
+    assert [{fold for sex, fold in sides if sex == one} for one in "fm"] == [{0, 1}, {0, 1}]
+
+
+def test_a_data_sets_own_folds_are_taken_unless_new_ones_are_asked_for(tmp_path: Path) -> None:
+    source = csv_with(tmp_path, {"fold": ["1", "1", "0", "", "2", "2"]})
+    own = run(source, tmp_path / "own.json")
+    assert [case.fold for case in own.cases] == [1, 1, 0, None, 2, 2]
+    new = run(source, tmp_path / "new.json", folds=2)
+    assert new.folds == (0, 1)
+    assert not new.test_cases
+    with pytest.raises(ManifestError, match=r"the column fold of cases\.csv: 1 folds, at least 2"):
+        run(csv_with(tmp_path / "one", {"fold": ["0", "0", "", "0", "0", "0"]}), tmp_path / "a.json")
+
+
+def test_test_cases_of_a_layout_stay_held_out(tmp_path: Path) -> None:
+    source = write_phantom_dataset(tmp_path / "data", cases=6, layout="nnunet")
+    for side in ("images", "labels"):
+        (source / f"{side}Ts").mkdir()
+        for path in source.glob(f"{side}Tr/phantom_003*"):
+            path.rename(source / f"{side}Ts" / path.name)
+    split = run(source, tmp_path / "a.json", folds=2)
+    assert [case.id for case in split.test_cases] == ["phantom_003"]
+    assert split.test_cases[0].label is not None
+
+
+def test_links_are_followed_below_a_root_above_both(tmp_path: Path) -> None:
+    real = write_phantom_dataset(tmp_path / "real", cases=4)
+    linked = tmp_path / "linked"
+    (linked / "imagesTr").mkdir(parents=True)
+    (linked / "labelsTr").mkdir()
+    for path in real.glob("*Tr/*"):
+        (linked / path.relative_to(real)).symlink_to(path)
+    (linked / "dataset.json").write_text((real / "dataset.json").read_text())
+    with pytest.raises(ManifestError, match=r"leads out of the manifest's root, .*--root FOLDER"):
+        run(linked, tmp_path / "a.json", folds=2)
+    above = run(linked, tmp_path / "a.json", folds=2, reading=Reading(root=tmp_path))
+    assert above.root == tmp_path
+    assert above.cases[0].images["T1"].path == "linked/imagesTr/phantom_000_visit1.nii.gz"

@@ -12,7 +12,6 @@ from pipeline.data.phantoms import (
     LABELS,
     NESTED_LABELS,
     NESTED_REGIONS,
-    Layout,
     Phantom,
     draw_geometry,
     make_phantom,
@@ -101,7 +100,7 @@ def test_an_empty_phantom_has_a_body_and_no_structure() -> None:
 
 @pytest.mark.parametrize("layout", ["decathlon", "folder", "csv"])
 @pytest.mark.parametrize("channels", [1, 2])
-def test_a_data_set_comes_back_as_the_same_cases(tmp_path: Path, layout: Layout, channels: int) -> None:
+def test_a_data_set_comes_back_as_the_same_cases(tmp_path: Path, layout: str, channels: int) -> None:
     found = find_cases(write_phantom_dataset(tmp_path / "set", cases=4, channels=channels, layout=layout))
     assert list(found.channels.values()) == ["MR"] * channels
     assert [case.patient for case in found.cases] == ["phantom_000", "phantom_000", "phantom_002", "phantom_003"]

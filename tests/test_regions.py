@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.data.regions import own_labels, region_problems
+from pipeline.data.regions import named_regions, own_labels, region_problems
 
 LABELS = ("background", "edema", "necrosis", "enhancing")
 NESTED = {"whole": ("necrosis", "edema", "enhancing"), "core": ("necrosis", "enhancing"), "enhancing": ("enhancing",)}
@@ -63,3 +63,20 @@ def test_regions_must_be_mirrored_as_their_labels_are(regions: dict[str, tuple[s
     found = region_problems(regions, SIDES, [("left", "right")])
     assert (found == []) is agrees
     assert region_problems(regions, SIDES) == []
+
+
+def test_values_that_are_always_together_are_one_label() -> None:
+    labels, stored, regions = named_regions({"background": [0], "whole": [1, 2, 4], "core": [4]}, [2, 4])
+    assert labels == {"background": 0, "whole_rest": 2, "core": 4}
+    assert stored == {"whole_rest": (2, 1)}
+    assert regions == {"whole": ("whole_rest", "core"), "core": ("core",)}
+
+
+def test_regions_that_overlap_nowhere_are_labels() -> None:
+    found = named_regions({"background": [0], "kidney": [1, 2], "tumour": [3]})
+    assert found == ({"background": 0, "kidney": 1, "tumour": 3}, {"kidney": (1, 2)}, {})
+
+
+def test_values_of_one_label_may_not_be_told_apart_elsewhere() -> None:
+    with pytest.raises(ValueError, match=r"\[1, 2\] belong to one region alone, but another has only some"):
+        named_regions({"background": [0], "bone": [1, 3], "organ": [1, 2]})

@@ -80,3 +80,27 @@ def test_a_case_without_a_label_gets_no_fold() -> None:
 def test_more_folds_than_patients_are_refused() -> None:
     with pytest.raises(ManifestError, match="2 labelled patients are left for 3 folds"):
         assign_folds(cohort([4, 4]), {}, folds=3)
+
+
+def test_a_group_stands_on_one_side() -> None:
+    cases = [c.changed(group=f"site {int(c.patient[1:]) % 7}") for c in cohort([1, 2] * 20)]
+    split = assign_folds(cases, {}, folds=3, test_fraction=0.3)
+    sides: dict[str | None, set[int | None]] = {}
+    for c in split:
+        sides.setdefault(c.group, set()).add(c.fold)
+    assert all(len(own) == 1 for own in sides.values())
+    assert sum(own == {None} for own in sides.values()) == 2  # of 7 groups
+    with pytest.raises(ManifestError, match="7 labelled groups are left for 8 folds"):
+        assign_folds(cases, {}, folds=8)
+
+
+def test_a_patient_of_two_groups_is_refused() -> None:
+    first, second = (c.changed(group=g) for c, g in zip(cohort([2]), ("a", "b"), strict=True))
+    with pytest.raises(ManifestError, match="patient 'p0': is in group a and in b"):
+        assign_folds([first, second], {}, folds=2)
+
+
+def test_a_group_with_the_name_of_a_patient_is_not_that_patient() -> None:
+    cases = [*cohort([1, 1, 1]), *(case(f"q{n}", f"q{n}").changed(group="p0") for n in range(3))]
+    split = assign_folds(cases, {}, folds=4)
+    assert len({c.fold for c in split}) == 4

@@ -58,22 +58,42 @@ def _setup(
 
 @app.command()
 def manifest(
-    source: Annotated[Path, typer.Argument(help="Folder of the data set, or a CSV with a line per case.")],
+    source: Annotated[Path, typer.Argument(help="Folder of the data set, a CSV with a line per case, or a datalist.")],
     out: Annotated[Path, typer.Option("--out", help="The manifest to write, data_manifests/NAME.json.")],
-    layout: Annotated[
-        str | None, typer.Option("--format", help="decathlon, folder or csv; default: recognised.")
-    ] = None,
-    folds: Annotated[int, typer.Option("--folds", min=2)] = 5,
+    layout: options.Layout = None,
+    root: options.Root = None,
+    images: options.ImagePatterns = None,
+    labels: options.LabelPattern = None,
+    patient: options.PatientPattern = None,
+    label: options.LabelValues = None,
+    folds: options.Folds = None,
+    splits: options.Splits = None,
     test_fraction: Annotated[
         float, typer.Option("--test-fraction", min=0.0, max=0.9, help="Share of the patients held out.")
     ] = 0.0,
     seed: Annotated[int, typer.Option("--seed", help="Of the split.")] = 0,
+    group_by: options.GroupBy = None,
+    stratify_by: options.StratifyBy = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a manifest that is there.")] = False,
 ) -> None:
     """Find the cases of a data set, split them by patient, and write the manifest."""
+    from pipeline.data.formats import Reading
+    from pipeline.data.label_options import parse_label
     from pipeline.stages import manifest as stage
 
-    stage.run(source, out, layout=layout, folds=folds, test_fraction=test_fraction, seed=seed, force=force)
+    stage.run(
+        source,
+        out,
+        layout=layout,
+        reading=Reading(root=root, images=tuple(images or ()), labels=labels, patient=patient, splits=splits),
+        labels=[parse_label(text) for text in label or ()],
+        folds=folds,
+        test_fraction=test_fraction,
+        seed=seed,
+        group_by=group_by,
+        stratify_by=stratify_by,
+        force=force,
+    )
 
 
 @app.command()

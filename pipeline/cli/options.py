@@ -27,6 +27,49 @@ TrackingUri = Annotated[
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Devices = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N; cuda:0,cuda:1: a process for each.")]
 
+# Of `manifest`.
+Layout = Annotated[
+    str | None,
+    typer.Option("--format", help="nnunet, decathlon, csv, monai, bids, patterns or folder; default: recognised."),
+]
+Root = Annotated[
+    Path | None, typer.Option("--root", help="A folder above all files; of a datalist, what its paths are relative to.")
+]
+ImagePatterns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--images",
+        metavar="PATTERN",
+        help="'scans/{case}_{channel}.nii.gz', or T1='{case}/t1.nii.gz'; repeatable. Of BIDS: which images.",
+    ),
+]
+LabelPattern = Annotated[
+    str | None, typer.Option("--labels", metavar="PATTERN", help="'masks/{case}.nii.gz'. Of BIDS: which labels.")
+]
+PatientPattern = Annotated[
+    str | None, typer.Option("--patient", metavar="REGEX", help="What of a case's id, its first group, is the patient.")
+]
+LabelValues = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--label",
+        metavar="NAME[:VALUE]=VALUES",
+        help="Names values in the files: kidney=1,4; background=0,9 drops 9; ignore=255. Repeatable.",
+    ),
+]
+Folds = Annotated[
+    int | None, typer.Option("--folds", min=2, help="Split anew; default: the data set's own folds, else 5.")
+]
+Splits = Annotated[Path | None, typer.Option("--splits", help="Take the folds of nnU-Net's splits_final.json.")]
+GroupBy = Annotated[
+    str | None,
+    typer.Option("--group-by", metavar="COLUMN", help="Of participants.tsv or the CSV: its values are not torn."),
+]
+StratifyBy = Annotated[
+    str | None,
+    typer.Option("--stratify-by", metavar="COLUMN", help="Of the same: its values are spread evenly over the folds."),
+]
+
 # Of `train`.
 Fold = Annotated[str, typer.Option("--fold", metavar="K|all", help="Fold to hold out, or all of them.")]
 FoldJobs = Annotated[

@@ -22,6 +22,8 @@ from pipeline.errors import ManifestError
 from pipeline.records import Record, digest_of, refuse_other_format, said, says_nothing, write_text
 
 FORMAT_VERSION = 1
+# The name, beside those of labels, of voxels of which nobody knows what they are; nnU-Net's own.
+IGNORE = "ignore"
 
 Modality = Literal["CT", "MR", "PET", "US", "other"]
 
@@ -58,6 +60,8 @@ class Case(Record):
         images: channel name -> file; a channel that the case lacks is left out.
         label: the label drawn by people; None for an unlabelled case.
         fold: the fold in which the case is validated; None for a held-out test case.
+        group: what the patient belongs to, such as a site or a family; cases of one group never stand on both sides of
+            a split either. None: to nothing but itself.
         annotated_classes: names of the labels that people looked for in this case, the background aside; of the others
             nothing is known. None: all of them.
     """
@@ -67,6 +71,7 @@ class Case(Record):
     images: dict[str, ImageFile]
     label: ImageFile | None = None
     fold: Annotated[int, Field(ge=0)] | None = None
+    group: str | None = Field(default=None, exclude_if=says_nothing)
     annotated_classes: tuple[str, ...] | None = Field(default=None, exclude_if=says_nothing)
 
     def is_annotated(self, names: Iterable[str]) -> bool:
@@ -83,8 +88,10 @@ class Manifest(Record):
         description, licence, source: where the data come from and what may be done with them.
         root: folder of the images; absolute in memory, relative to the manifest's folder in the file.
         channels: channel name -> modality, in the order in which the network sees them.
-        labels: label name -> value in the files, any integers; the first is the background. The position is the class
+        labels: label name -> value in label maps, any integers; the first is the background. The position is the class
             index.
+        file_values: label name, or `ignore`, -> the values in this data set's files that stand for it, where that is
+            not its own value alone: several of one class, or others than a model writes. The files stay as they are.
         label_pairs: names of labels that swap when left and right are flipped.
         regions: region name -> the labels that it is the union of, in the order in which they are painted, so that what
             lies within comes later; a network then learns regions, which overlap, in place of labels. Each region has
@@ -92,8 +99,8 @@ class Manifest(Record):
         ignore_label: value in the files of voxels of which nobody knows what they are; None: there are none.
         cases: in the order of their ids.
 
-    Regions, ignore_label and annotated_classes are left out of the file and of the digest where they say nothing:
-    manifests that do without them are what they were before there were any.
+    What came later (file_values, regions, ignore_label, group and annotated_classes) is left out of the file and of the
+    digest where it says nothing: manifests that do without are what they were before there was any.
     """
 
     format_version: int = FORMAT_VERSION
@@ -104,6 +111,7 @@ class Manifest(Record):
     root: Path
     channels: dict[str, Modality]
     labels: dict[str, int]
+    file_values: dict[str, tuple[int, ...]] = Field(default={}, exclude_if=says_nothing)
     label_pairs: tuple[tuple[str, str], ...] = ()
     regions: dict[str, tuple[str, ...]] = Field(default={}, exclude_if=says_nothing)
     ignore_label: int | None = Field(default=None, exclude_if=says_nothing)
@@ -141,6 +149,7 @@ class Manifest(Record):
         taken = next((name for name, value in self.labels.items() if value == self.ignore_label), None)
         if taken is not None:
             problems.append(f"ignore_label: {self.ignore_label} is the value of label {taken!r}; one of them is wrong")
+        problems += self._file_value_problems()
         problems += region_problems(self.regions, list(self.labels), self.label_pairs)
         seen: set[str] = set()
         for case in self.cases:
@@ -156,6 +165,39 @@ class Manifest(Record):
             ]
             problems += [f"case {case.id!r}: annotated_classes: {what}" for what in self._annotation_problems(case)]
         return problems
+
+    def _file_value_problems(self) -> Iterator[str]:
+        """Yield the values in the files that stand for nothing, or for two things."""
+        if not self.file_values:
+            return
+        if IGNORE in self.labels and self.ignore_label is not None:
+            yield f"file_values: {IGNORE!r} is a label here; rename it, for it stands for ignored voxels too"
+        for name, values in self.file_values.items():
+            if name not in self._own_values:
+                yield f"file_values: {name!r} is not a label; labels are {', '.join(self._own_values)}"
+            if not values:
+                yield f"file_values: {name}: no value; leave the name out where it is its label's own"
+        owners: dict[int, str] = {}
+        for name, stored in self.stored_values.items():
+            for value in stored:
+                if (first := owners.setdefault(value, name)) != name:
+                    yield f"file_values: {value} stands for both {first} and {name}; one of them is wrong"
+
+    @property
+    def _own_values(self) -> dict[str, int]:
+        """Each label's value, and that of `ignore` where there is one."""
+        return {**self.labels, **({} if self.ignore_label is None else {IGNORE: self.ignore_label})}
+
+    @property
+    def stored_values(self) -> dict[str, tuple[int, ...]]:
+        """Label name, or `ignore` -> the values in the files that stand for it."""
+        return {name: self.file_values.get(name, (value,)) for name, value in self._own_values.items()}
+
+    @property
+    def value_table(self) -> dict[int, int]:
+        """Value in the files -> value of its label, or `ignore_label`: by which label maps are read."""
+        own = self._own_values
+        return {value: own[name] for name, stored in self.stored_values.items() for value in stored}
 
     def _annotation_problems(self, case: Case) -> Iterator[str]:
         """Yield what is wrong with a case's annotated classes."""
@@ -202,18 +244,28 @@ class Manifest(Record):
         Raises:
             ManifestError: a symbolic link leads out of the root.
         """
-        path = self.root / file.path
-        # Links are followed only to be judged: what is opened is the path as the manifest gives it.
-        # Not by pathlib, which raises where links lead round in a circle.
-        if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.root)):
-            raise ManifestError(
-                f"{file.path}: leads out of the manifest's root, {self.root}; move the file below the root"
-            )
-        return path
+        return path_inside(self.root, file.path)
 
     def digest(self) -> str:
         """Return a SHA-256 digest that does not depend on where the data lie."""
         return digest_of(self.model_dump(mode="json", exclude={"root"}))
+
+
+def path_inside(root: Path, file: str) -> Path:
+    """Return the path of a file below a manifest's root.
+
+    Raises:
+        ManifestError: a symbolic link leads out of the root.
+    """
+    path = root / file
+    # Links are followed only to be judged: what is opened is the path as the manifest gives it.
+    # Not by pathlib, which raises where links lead round in a circle.
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
+        raise ManifestError(
+            f"{file}: leads out of the manifest's root, {root}; move the file below the root, or make the manifest with"
+            " a root above both (`medseg manifest --root FOLDER`)"
+        )
+    return path
 
 
 def load_manifest(path: Path, root: Path | None = None) -> Manifest:

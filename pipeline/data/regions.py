@@ -6,6 +6,7 @@ needs one label that is its own: all of its labels but those of the regions pain
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import TypeVar
 
@@ -62,7 +63,7 @@ def region_problems(regions: Regions, labels: Sequence[str], pairs: Sequence[tup
 
 def named_regions(
     values: Mapping[str, Sequence[int]], class_order: object = None
-) -> tuple[dict[str, int], dict[str, tuple[str, ...]]]:
+) -> tuple[dict[str, int], dict[str, tuple[int, ...]], dict[str, tuple[str, ...]]]:
     """Name the labels of regions that are known by their values, as nnU-Net's are.
 
     Args:
@@ -70,28 +71,44 @@ def named_regions(
         class_order: nnU-Net's `regions_class_order`, the value that each region paints; None: not said.
 
     Returns:
-        Label -> value, and region -> labels. A region of one value is a label of that name; what the others leave to
-        see is called after them, such as tumour_rest.
+        Label -> value; label -> the values in the files that stand for it, where they are several; and region ->
+        labels. A region of one label is a label of that name; what the others leave to see is called after them, such
+        as tumour_rest.
 
     Raises:
-        ValueError: there is no background, or a region does not have one value of its own, or another than
-            `class_order` says.
+        ValueError: there is no background, a region leaves nothing to see, or another value than `class_order` says, or
+            values of one label are not always together.
     """
     names = [name for name in values if name != "background"]
     if len(values.get("background", ())) != 1:
         raise ValueError(f"labels: beside regions, background needs one whole number, got {dict(values)}")
-    own = own_labels({name: values[name] for name in names})
-    painted = [value for left in own.values() for value in left]
-    if any(len(left) != 1 for left in own.values()) or (class_order is not None and painted != class_order):
-        raise ValueError(
-            f"regions_class_order: {class_order}, but painted in their order the regions leave {list(own.values())} to "
-            "see; list regions from the outermost to the innermost, each with one value of its own"
-        )
-    named = {
-        value: name if len(values[name]) == 1 else f"{name}_rest" for name, value in zip(names, painted, strict=True)
-    }
-    labels = {"background": values["background"][0], **{name: value for value, name in named.items()}}
-    return labels, {name: tuple(named[value] for value in values[name]) for name in names}
+    own = list(own_labels({name: values[name] for name in names}).values())
+    order = _painted(own, class_order)
+    torn = [left for left in own for name in names if 0 < len({*left} & {*values[name]}) < len({*left})]
+    if torn:
+        raise ValueError(f"labels: {torn[0]} belong to one region alone, but another has only some of them: {values}")
+    labels, stored = {"background": values["background"][0]}, {}
+    for name, value, left in zip(names, order, own, strict=True):
+        label = name if {*left} == {*values[name]} else f"{name}_rest"
+        labels[label] = value
+        if len(left) > 1:
+            stored[label] = (value, *(other for other in left if other != value))
+    named = {value: label for label in labels for value in stored.get(label, (labels[label],))}
+    regions = {name: tuple(dict.fromkeys(named[value] for value in values[name])) for name in names}
+    plain = all(own_one == (name,) for name, own_one in regions.items())
+    return labels, stored, {} if plain else regions
+
+
+def _painted(own: Sequence[Sequence[int]], class_order: object) -> list[int]:
+    """Return the value that each region paints: nnU-Net's, where it says one, else the first of its own."""
+    if all(own):
+        order = [left[0] for left in own] if class_order is None else class_order
+        if isinstance(order, list) and len(order) == len(own) and all(map(operator.contains, own, order)):
+            return order
+    raise ValueError(
+        f"regions_class_order: {class_order}, but painted in their order the regions leave {own} to see; list "
+        "regions from the outermost to the innermost, each with a value of its own"
+    )
 
 
 def _homonyms(regions: Regions, labels: Sequence[str]) -> list[str]:

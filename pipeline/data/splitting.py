@@ -1,4 +1,4 @@
-"""Splitting: which side of a split each case stands on; by patient, stratified, the same on every machine."""
+"""Splitting: which side of a split each case stands on; by patient or group, stratified, the same on every machine."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ def assign_folds(
 ) -> tuple[Case, ...]:
     """Give each labelled case its fold, or None where it is held out.
 
-    All cases of a patient stand on one side. Patients are stratified by the labels that occur in them, so that a rare
-    structure is spread evenly; folds differ by as few cases as the patients allow.
+    All cases of a patient stand on one side, and all of a group where cases say theirs; below, "patient" is the larger
+    of the two. Patients are stratified by what occurs in them, so that a rare structure is spread evenly; folds differ
+    by as few cases as the patients allow.
 
     Args:
         cases: of a data set; those without a label get no fold: nothing can be learned from them or measured on them.
-        present: case id -> names of the labels that occur in it.
+        present: case id -> names of the labels that occur in it, and of whatever else shall be spread evenly.
         folds: number of folds, at least 2.
         test_fraction: share of the patients held out, from 0 to below 1.
         seed: another seed, another split.
@@ -34,26 +35,41 @@ def assign_folds(
         The cases in their order, with their fold.
 
     Raises:
-        ManifestError: fewer patients are left for development than there are folds.
+        ManifestError: fewer patients are left for development than there are folds, or a patient is in two groups.
     """
+    units = _units(cases)
     sizes: dict[str, int] = defaultdict(int)
     for case in cases:
-        sizes[case.patient] += case.label is not None
+        sizes[units[case.id]] += case.label is not None
     fold_of: dict[str, int] = {}
     totals = [0] * folds
     seen = held_out = 0
-    for stratum in _strata(cases, present, seed):
+    for stratum in _strata(cases, units, present, seed):
         seen += len(stratum)
         # Rounded over the strata together: many small ones would each round their share away.
         take = round(seen * test_fraction) - held_out
         held_out += take
         _spread({patient: sizes[patient] for patient in stratum[take:]}, totals, fold_of)
     if len(fold_of) < folds:
-        raise ManifestError(f"{len(fold_of)} labelled patients are left for {folds} folds; ask for fewer with --folds")
-    return tuple(case.changed(fold=fold_of.get(case.patient) if case.label else None) for case in cases)
+        what = "groups" if any(case.group for case in cases) else "patients"
+        raise ManifestError(f"{len(fold_of)} labelled {what} are left for {folds} folds; ask for fewer with --folds")
+    return tuple(case.changed(fold=fold_of.get(units[case.id]) if case.label else None) for case in cases)
 
 
-def _strata(cases: Sequence[Case], present: Mapping[str, Collection[str]], seed: int) -> list[list[str]]:
+def _units(cases: Sequence[Case]) -> dict[str, str]:
+    """Return case id -> what stands on one side of a split as a whole: its group, else its patient."""
+    groups: dict[str, str | None] = {}
+    for case in cases:
+        first = groups.setdefault(case.patient, case.group)
+        if first != case.group:
+            raise ManifestError(f"patient {case.patient!r}: is in group {first} and in {case.group}; name one for all")
+    # Told apart by a mark, for a patient may have the name of a group; patients alone are what they always were.
+    return {case.id: case.patient if case.group is None else f"group\n{case.group}" for case in cases}
+
+
+def _strata(
+    cases: Sequence[Case], units: Mapping[str, str], present: Mapping[str, Collection[str]], seed: int
+) -> list[list[str]]:
     """Return the patients that have a label, grouped by the labels that occur in them, each group in the seed's order.
 
     The order within a group is that of a hash of seed and patient: it depends on neither machine nor library, and a
@@ -62,7 +78,7 @@ def _strata(cases: Sequence[Case], present: Mapping[str, Collection[str]], seed:
     labels: dict[str, set[str]] = defaultdict(set)
     for case in cases:
         if case.label:
-            labels[case.patient].update(present.get(case.id, ()))
+            labels[units[case.id]].update(present.get(case.id, ()))
     groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for patient, names in labels.items():
         groups[tuple(sorted(names))].append(patient)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,8 +30,9 @@ from pipeline.preparation.examination import (
 from pipeline.records import digest_of
 from pipeline.volumes.formats.header import Header
 from pipeline.volumes.formats.streams import bytes_of
+from pipeline.volumes.relabelling import relabelled
 from pipeline.volumes.stored import content_digest, files_of, pick_channel, read_stored
-from pipeline.volumes.volume import count_values, whole_numbers
+from pipeline.volumes.volume import count_values, smallest_type, whole_numbers
 
 Array = NDArray[Any]
 Value = TypeVar("Value")
@@ -58,6 +59,7 @@ def examination_key(manifest: Manifest, case: Case) -> str:
             "root": str(manifest.root),
             "labels": manifest.labels,
             **({} if manifest.ignore_label is None else {"ignore_label": manifest.ignore_label}),
+            **({"file_values": manifest.file_values} if manifest.file_values else {}),
             "channels": manifest.channels,
             "case": case.model_dump(mode="json", exclude={"patient", "fold"}),
         }
@@ -169,8 +171,21 @@ class _Examiner:
         if values is None:
             return None
         counts = count_values(values)
+        self._judge_values(header.path, counts)
+        if self.manifest.file_values:
+            values, counts = self._as_labels(values, counts)
         self._judge_label(header.path, counts)
         return _Drawn(values, counts, geometry) if geometry else None
+
+    def _as_labels(self, values: Array, counts: Mapping[int, int]) -> tuple[Array, dict[int, int]]:
+        """Return voxels and counts by the labels' own values; what stands for none, and is noted, is background."""
+        background = next(iter(self.manifest.labels.values()))
+        table = {value: self.manifest.value_table.get(value, background) for value in counts}
+        summed: dict[int, int] = {}
+        for value, voxels in counts.items():
+            summed[table[value]] = summed.get(table[value], 0) + voxels
+        kind = smallest_type(min(summed), max(summed))
+        return relabelled(values, table, kind, "its own"), summed
 
     @property
     def _no_structures(self) -> set[int]:
@@ -178,24 +193,28 @@ class _Examiner:
         ignored = self.manifest.ignore_label
         return {next(iter(self.manifest.labels.values())), *([] if ignored is None else [ignored])}
 
-    def _judge_label(self, path: Path, counts: dict[int, int]) -> None:
-        """Note values that are no label, structures that are not to be there, and a label map without any."""
-        known = self.manifest.labels
-        strange = counts.keys() - known.values() - self._no_structures
-        unknown = [f"{value} ({voxels} voxels)" for value, voxels in counts.items() if value in strange]
+    def _judge_values(self, path: Path, counts: Mapping[int, int]) -> None:
+        """Note the values in a file that stand for no label."""
+        known = self.manifest.value_table
+        unknown = [f"{value} ({voxels} voxels)" for value, voxels in counts.items() if value not in known]
         if unknown:
             more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-            declared = ", ".join(f"{name} = {value}" for name, value in known.items())
+            declared = ", ".join(
+                f"{name} = {', '.join(map(str, own))}" for name, own in self.manifest.stored_values.items()
+            )
             self._add(
                 "error",
                 "label_values",
                 f"{path}: holds {', '.join(unknown[:5])}{more}, but the labels are {declared}; mend it or declare them",
             )
-        elif counts.keys() <= self._no_structures:
+
+    def _judge_label(self, path: Path, counts: Mapping[int, int]) -> None:
+        """Note structures that are not to be there, and a label map without any."""
+        known = self.manifest.labels
+        if counts.keys() <= self._no_structures:
             self._add(
                 "warning", "empty_label", f"{path}: no structure is drawn; drop the case unless that is the truth"
             )
-
         for name, value in known.items():
             if value in counts.keys() - self._no_structures and not self.case.is_annotated([name]):
                 self._add(

@@ -21,6 +21,7 @@ from pipeline.geometry import Geometry
 from pipeline.preparation.body import body_of
 from pipeline.preparation.examination import nonzero_box
 from pipeline.volumes.body import Body
+from pipeline.volumes.relabelling import relabelled
 from pipeline.volumes.resampling import resample_image, resample_label
 from pipeline.volumes.volume import Volume, smallest_type
 
@@ -134,20 +135,10 @@ def class_indices(label: NDArray[Any], plan: Plan) -> Labels:
     Raises:
         VolumeError: a value is not one of the plan's.
     """
-    values = np.array([*plan.class_values, *([] if plan.ignore_label is None else [plan.ignore_label])])
-    order = np.argsort(values)
-    kind = np.uint8 if values.size <= 256 else np.int16
-    classes: Labels = np.empty(label.shape, kind)
-    for plane, result in zip(label, classes, strict=True):  # plane by plane: positions are 64-bit integers
-        position = np.searchsorted(values[order], plane).clip(max=values.size - 1)
-        unknown = values[order][position] != plane
-        if unknown.any():
-            raise VolumeError(
-                f"the label holds the value {plane[unknown][0]}, which is not one of the plan's, {plan.labels}; "
-                "name it in the manifest's labels"
-            )
-        result[...] = order[position]
-    return classes
+    values = [*plan.class_values, *([] if plan.ignore_label is None else [plan.ignore_label])]
+    kind = np.dtype(np.uint8 if len(values) <= 256 else np.int16)
+    table = {value: index for index, value in enumerate(values)}
+    return relabelled(label, table, kind, f"the plan's, {plan.labels}")
 
 
 def label_values(classes: NDArray[Any], plan: Plan) -> NDArray[Any]:

@@ -74,7 +74,7 @@ def compare_cases(manifest: Manifest, examinations: Sequence[CaseExamination]) -
     """
     return [
         *_changed_files(manifest, examinations),
-        *_torn_patients(manifest),
+        *_torn(manifest),
         *_duplicates(manifest, examinations),
         *_outliers(manifest, examinations),
     ]
@@ -165,20 +165,27 @@ def _changed_files(manifest: Manifest, examinations: Sequence[CaseExamination]) 
                 yield Problem(severity="error", kind="hash", case_id=case.id, message=message)
 
 
-def _torn_patients(manifest: Manifest) -> Iterator[Problem]:
-    """Yield the cases whose patient stands on another side of the split too."""
-    sides: dict[str, dict[int | None, str]] = defaultdict(dict)
+def _torn(manifest: Manifest) -> Iterator[Problem]:
+    """Yield the cases whose patient, or group, stands on another side of the split too."""
+    sides: dict[tuple[str, str], dict[int | None, str]] = defaultdict(dict)
     for case in manifest.cases:
-        if case.label:
-            sides[case.patient].setdefault(case.fold, case.id)
+        for unit in _units(case):
+            sides[unit].setdefault(case.fold, case.id)
     for case in manifest.cases:
-        others = [other for fold, other in sides[case.patient].items() if fold != case.fold and case.label]
-        if others:
-            message = (
-                f"patient {case.patient!r} is in {_side(case.fold)} here, but elsewhere in case {others[0]!r}: what is"
-                " measured there was learned from; put all cases of a patient into one fold"
-            )
-            yield Problem(severity="error", kind="split", case_id=case.id, message=message)
+        for what, name in _units(case):
+            others = [other for fold, other in sides[what, name].items() if fold != case.fold]
+            if others:
+                message = (
+                    f"{what} {name!r} is in {_side(case.fold)} here, but elsewhere in case {others[0]!r}: what is"
+                    f" measured there was learned from; put all cases of a {what} into one fold"
+                )
+                yield Problem(severity="error", kind="split", case_id=case.id, message=message)
+
+
+def _units(case: Case) -> list[tuple[str, str]]:
+    """Return what a labelled case belongs to that may not be torn by a split."""
+    units = {"patient": case.patient, "group": case.group}
+    return [(what, name) for what, name in units.items() if name is not None and case.label]
 
 
 def _side(fold: int | None) -> str:

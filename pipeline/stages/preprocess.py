@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 
@@ -80,7 +80,7 @@ def run(config: Config, *, jobs: int | None = None, replan: bool = False) -> Pre
     with store.lock():
         facts = fingerprint(examinations.values(), manifest, config.preprocessing)
         plan = settle_plan(folder, facts, manifest, config, replan=replan)
-        keys = {case.id: case_key(case, examinations[case.id], plan) for case in manifest.development_cases}
+        keys = {case.id: case_key(manifest, case, examinations[case.id], plan) for case in manifest.development_cases}
         write_json(folder / KEYS, {"sources": sources_digest(manifest, plan), "cases": keys})
         _drop_leftovers(store)
         with ThreadPoolExecutor(jobs or cores()) as pool:
@@ -102,10 +102,12 @@ def sources_digest(manifest: Manifest, plan: Plan) -> str:
     return digest_of([manifest.digest(), plan.preprocessing_digest()])
 
 
-def case_key(case: Case, examination: CaseExamination, plan: Plan) -> str:
-    """Return the digest of all that a stored case depends on: its files' bytes, the plan, the store's format."""
+def case_key(manifest: Manifest, case: Case, examination: CaseExamination, plan: Plan) -> str:
+    """Return the digest of all that a stored case depends on: its files' bytes and values, the plan, the format."""
     files = {**case.images, **({"": case.label} if case.label else {})}
-    content = {name: [examination.files[file.path].sha256, file.index] for name, file in files.items()}
+    content: dict[str, Any] = {name: [examination.files[file.path].sha256, file.index] for name, file in files.items()}
+    if case.label and manifest.file_values:
+        content[""].append(sorted(manifest.value_table.items()))
     return digest_of([content, plan.preprocessing_digest(), STORE_FORMAT_VERSION])
 
 

@@ -1,4 +1,4 @@
-"""Phantoms: small synthetic patients, for `medseg demo` and the tests.
+"""Making phantoms: an anatomy, and scans of it.
 
 A patient is a body with a bright midline and a pair of bright structures, one on each side. All are of one intensity,
 so that a network has to learn where a structure lies, not merely how bright it is. Nested phantoms have a brighter core
@@ -13,17 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
 from pipeline.geometry import FloatArray, Geometry
-from pipeline.records import write_json, write_text
 from pipeline.volumes.volume import Volume
-from pipeline.volumes.writing import write_image, write_label
 
 LABELS = {"background": 0, "left": 1, "right": 2}
 LABEL_PAIRS = (("left", "right"),)
@@ -34,7 +31,6 @@ NESTED_REGIONS = {"organ": ("organ_rest", "core"), "core": ("core",), "midline":
 IGNORED = 4
 
 Modality = Literal["MR", "CT"]
-Layout = Literal["decathlon", "folder", "csv"]
 
 # Channel names in the network's order, and each channel's modality.
 CHANNELS: dict[Modality, tuple[str, str]] = {"MR": ("T1", "T2"), "CT": ("CT", "PET")}
@@ -147,120 +143,6 @@ def draw_geometry(rng: Generator) -> Geometry:
     extent = affine[:3, :3] @ (shape[order] - 1)
     affine[:3, 3] = rng.uniform(-60, 60, 3) - extent / 2
     return Geometry(tuple(shape[order]), affine)
-
-
-def write_phantom_dataset(
-    folder: Path,
-    *,
-    cases: int = 8,
-    seed: int = 0,
-    channels: int = 1,
-    layout: Layout = "decathlon",
-    modality: Modality = "MR",
-    nested: bool = False,
-    sparse: bool = False,
-) -> Path:
-    """Write a labelled data set of phantoms in a layout that `medseg manifest` reads.
-
-    From four cases on, the first two are two visits of one patient, as their names say, and the last one's label is
-    empty.
-
-    Args:
-        folder: made where it is missing.
-        cases: number of examinations.
-        seed: of the first patient.
-        channels: 1 or 2; the Decathlon's layout keeps both in one 4-D file, so there they share a grid.
-        layout: of the files.
-        modality: of all cases.
-        nested: write nested phantoms, their regions as nnU-Net says them; only in the Decathlon's layout.
-        sparse: write only what `made_sparse` leaves of nested phantoms.
-
-    Returns:
-        What `medseg manifest` is to be given: the folder, or the CSV in it.
-
-    Raises:
-        ValueError: another layout than the Decathlon's cannot say what nested or sparse phantoms are.
-    """
-    if (sparse and not nested) or (nested and layout != "decathlon"):
-        raise ValueError(f"nested={nested}, sparse={sparse} in layout {layout!r}: only nested ones in decathlon")
-    write = {"decathlon": _write_decathlon, "folder": _write_folder, "csv": _write_csv}[layout]
-    phantoms = {}
-    for number in range(cases):
-        patient, visit = (0, number) if cases >= 4 and number < 2 else (number, 0)
-        name = f"phantom_{patient:03d}" + (f"_visit{visit + 1}" if cases >= 4 and patient == 0 else "")
-        phantom = make_phantom(
-            seed * 1000 + patient,
-            visit=visit,
-            modality=modality,
-            channels=channels,
-            shared_grid=layout == "decathlon",
-            empty=cases >= 4 and number == cases - 1,
-            nested=nested,
-        )
-        phantoms[name] = made_sparse(phantom, number) if sparse else phantom
-    return _write_decathlon(folder, phantoms, nested=True) if nested else write(folder, phantoms)
-
-
-def _write_decathlon(folder: Path, phantoms: dict[str, Phantom], nested: bool = False) -> Path:
-    """Write `dataset.json`, `imagesTr` and `labelsTr`; several channels become the fourth axis of one file."""
-    names = list(next(iter(phantoms.values())).images)
-    for case, phantom in phantoms.items():
-        stacked = np.concatenate([image.array for image in phantom.images.values()])
-        write_image(folder / "imagesTr" / f"{case}.nii.gz", Volume(stacked, phantom.label.geometry))
-        write_label(folder / "labelsTr" / f"{case}.nii.gz", phantom.label)
-    content: dict[str, Any] = {
-        "name": "Phantom",
-        "description": "Synthetic patients with a pair of structures",
-        "licence": "CC0",
-        "tensorImageSize": "3D" if len(names) == 1 else "4D",
-        "modality": {str(index): name for index, name in enumerate(names)},
-        **(_NESTED_JSON if nested else {"labels": {str(value): name for name, value in LABELS.items()}}),
-        "numTraining": len(phantoms),
-        "numTest": 0,
-        "training": [_entry(case, phantom) for case, phantom in phantoms.items()],
-        "test": [],
-    }
-    write_json(folder / "dataset.json", content)
-    return folder
-
-
-def _entry(case: str, phantom: Phantom) -> dict[str, Any]:
-    """Return what `dataset.json` says of a case; what is annotated is our own addition."""
-    said = {"image": f"./imagesTr/{case}.nii.gz", "label": f"./labelsTr/{case}.nii.gz"}
-    annotated = phantom.annotated_classes
-    return said if annotated is None else {**said, "annotated_classes": list(annotated)}
-
-
-_NESTED_JSON = {
-    "labels": {
-        "background": 0,
-        **{region: [NESTED_LABELS[name] for name in own] for region, own in NESTED_REGIONS.items()},
-        "ignore": IGNORED,
-    },
-    "regions_class_order": [1, 2, 3],
-}
-
-
-def _write_folder(folder: Path, phantoms: dict[str, Phantom]) -> Path:
-    """Write one folder per case: a file per channel, and the label."""
-    for case, phantom in phantoms.items():
-        for channel, image in phantom.images.items():
-            write_image(folder / case / f"{channel}.nii.gz", image)
-        write_label(folder / case / "label.nii.gz", phantom.label)
-    return folder
-
-
-def _write_csv(folder: Path, phantoms: dict[str, Phantom]) -> Path:
-    """Write the folders and a CSV with a line per case, its patient named."""
-    _write_folder(folder, phantoms)
-    names = list(next(iter(phantoms.values())).images)
-    lines = [["case", "patient", *names, "label"]]
-    for case in phantoms:
-        lines.append(
-            [case, case.partition("_visit")[0], *(f"{case}/{name}.nii.gz" for name in names), f"{case}/label.nii.gz"]
-        )
-    write_text(folder / "cases.csv", "".join(",".join(line) + "\n" for line in lines))
-    return folder / "cases.csv"
 
 
 def _draw_anatomy(rng: Generator) -> _Anatomy:
