@@ -118,7 +118,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o777 & ~UMASK)
         for file in temporary.rglob("*"):
-            if file.is_file():
+            if file.is_file() and not file.is_symlink():
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
         if not path.exists():

@@ -19,6 +19,7 @@ import typer
 
 from pipeline.cli import options as options
 from pipeline.cli.aids import aids
+from pipeline.cli.datasets import datasets
 from pipeline.cli.dicom import dicom as dicom_commands
 from pipeline.cli.export import exports
 from pipeline.cli.loading import load
@@ -379,6 +380,7 @@ def find_best(
 
 
 app.add_typer(aids)
+app.add_typer(datasets)
 app.add_typer(dicom_commands)
 app.add_typer(exports)
 

@@ -173,8 +173,8 @@ class Manifest(Record):
         if IGNORE in self.labels and self.ignore_label is not None:
             yield f"file_values: {IGNORE!r} is a label here; rename it, for it stands for ignored voxels too"
         for name, values in self.file_values.items():
-            if name not in self._own_values:
-                yield f"file_values: {name!r} is not a label; labels are {', '.join(self._own_values)}"
+            if name not in self.own_values:
+                yield f"file_values: {name!r} is not a label; labels are {', '.join(self.own_values)}"
             if not values:
                 yield f"file_values: {name}: no value; leave the name out where it is its label's own"
         owners: dict[int, str] = {}
@@ -184,19 +184,19 @@ class Manifest(Record):
                     yield f"file_values: {value} stands for both {first} and {name}; one of them is wrong"
 
     @property
-    def _own_values(self) -> dict[str, int]:
+    def own_values(self) -> dict[str, int]:
         """Each label's value, and that of `ignore` where there is one."""
         return {**self.labels, **({} if self.ignore_label is None else {IGNORE: self.ignore_label})}
 
     @property
     def stored_values(self) -> dict[str, tuple[int, ...]]:
         """Label name, or `ignore` -> the values in the files that stand for it."""
-        return {name: self.file_values.get(name, (value,)) for name, value in self._own_values.items()}
+        return {name: self.file_values.get(name, (value,)) for name, value in self.own_values.items()}
 
     @property
     def value_table(self) -> dict[int, int]:
         """Value in the files -> value of its label, or `ignore_label`: by which label maps are read."""
-        own = self._own_values
+        own = self.own_values
         return {value: own[name] for name, stored in self.stored_values.items() for value in stored}
 
     def _annotation_problems(self, case: Case) -> Iterator[str]:
