@@ -50,6 +50,10 @@ class EvaluationError(PipelineError):
     """Results of evaluations cannot be read, or cannot be compared with each other."""
 
 
+class DownloadError(PipelineError):
+    """A file cannot be fetched, or is not what it should be; or an archive cannot be unpacked safely."""
+
+
 class ResourceError(PipelineError):
     """The machine has not the memory or the disk space that a case needs."""
 

@@ -88,6 +88,39 @@ def _lines(items: Iterable[Item], title: str, total: int) -> Iterator[Item]:
 
 
 @contextmanager
+def transferred(title: str) -> Iterator[Callable[[int, int | None], None]]:
+    """Yield a function to call with the bytes that are there and those there will be, None where nobody knows.
+
+    On a terminal it draws a bar with the speed and the time left, elsewhere a line every ten seconds.
+    """
+    if not _shows_bars():
+        yield _transfer_lines(title)
+        return
+    from rich import progress as rich
+    from rich.console import Console
+
+    columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), rich.DownloadColumn())
+    with rich.Progress(
+        *columns, rich.TransferSpeedColumn(), rich.TimeRemainingColumn(), console=Console(stderr=True)
+    ) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _transfer_lines(title: str) -> Callable[[int, int | None], None]:
+    """Return what logs how many bytes are there, every ten seconds."""
+    said = time.monotonic()
+
+    def advance(done: int, total: int | None) -> None:
+        nonlocal said
+        if time.monotonic() - said > LINE_EVERY_S:
+            said = time.monotonic()
+            log.info("%s: %.1f MB%s", title, done / 1e6, "" if total is None else f" of {total / 1e6:.1f} MB")
+
+    return advance
+
+
+@contextmanager
 def counter(title: str, total: int, done: int = 0) -> Iterator[Callable[[], None]]:
     """Yield a function to call at each step done; a bar with the time left on a terminal, nothing elsewhere."""
     if not _shows_bars():

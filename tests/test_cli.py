@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import cli
-from pipeline.cli import aids, loading
+from pipeline.cli import aids, datasets, loading
 
 REPOSITORY = Path(__file__).parents[1]
 HEAVY = ("torch", "monai", "mlflow", "SimpleITK", "nibabel", "scipy", "matplotlib")
@@ -39,7 +39,7 @@ def medseg(*arguments: str, script: str = "from pipeline.cli import main; main()
 
 
 def commands() -> list[str]:
-    every = [*cli.app.registered_commands, *aids.aids.registered_commands]
+    every = [*cli.app.registered_commands, *aids.aids.registered_commands, *datasets.datasets.registered_commands]
     return [command.name or command.callback.__name__ for command in every if command.callback]
 
 

@@ -17,7 +17,7 @@ FLOORS = {
     ),
     1: ("volumes",),
     2: ("data",),
-    3: ("networks", "tracking", "hardware", "pictures"),
+    3: ("networks", "tracking", "hardware", "pictures", "downloads"),
     4: ("preparation", "training", "inference", "confidence", "evaluation", "viewer", "model"),
     5: ("predictor",),
     6: ("stages",),
@@ -35,6 +35,7 @@ KEEPERS = {
     "blosc2": ("pipeline.data",),
     "monai": (
         *("pipeline.networks.monai_networks", "pipeline.training.losses.centreline", "pipeline.evaluation.metrics"),
+        "pipeline.downloads.decathlon",
         "pipeline.stages.exporting.bundle_scripts",  # which run in MONAI's environment
     ),
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), ("pipeline.stages.exporting.onnx_file",)),

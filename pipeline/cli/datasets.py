@@ -1,4 +1,4 @@
-"""Commands that bring data sets to other tools."""
+"""Commands about whole data sets: from the internet, and to other tools."""
 
 from __future__ import annotations
 
@@ -10,6 +10,23 @@ import typer
 from pipeline.errors import PipelineError
 
 datasets = typer.Typer()
+
+
+@datasets.command()
+def fetch(
+    source: Annotated[
+        list[str],
+        typer.Argument(metavar="msd TASK | URL", help="A task of the Decathlon, by number or name; or an archive."),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder in which the data set's folder is made.")] = Path("data"),
+    sha256: Annotated[str | None, typer.Option("--sha256", help="What the archive must be.")] = None,
+    md5: Annotated[str | None, typer.Option("--md5", help="The same, where nothing better is known.")] = None,
+    keep_archive: Annotated[bool, typer.Option("--keep-archive", help="Do not remove it when it is unpacked.")] = False,
+) -> None:
+    """Fetch a data set from the internet, checked and unpacked; goes on after anything that stopped it."""
+    from pipeline.stages import fetch as stage
+
+    typer.echo(stage.run(source, out, sha256=sha256, md5=md5, keep_archive=keep_archive).as_text())
 
 
 @datasets.command("export-dataset")
