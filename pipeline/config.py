@@ -191,9 +191,11 @@ class TrainingSection(Section):
     """How the network learns."""
 
     init_from: str | None = None
-    """Model whose weights it begins with: a folder relative to this YAML, runs:/ID or models:/NAME@ALIAS; {fold} in it
-    stands for the fold. Other classes and channels are taken by their names; of a model of another task only the
-    encoder is. null: random weights."""
+    """Weights it begins with: a model's folder, a MONAI bundle's, or a state dict (.safetensors, .pt), relative to this
+    YAML; runs:/ID or models:/NAME@ALIAS; {fold} in it stands for the fold. Other classes and channels are taken by
+    their names; of a model of another task only the encoder is. null: random weights."""
+    init_parts: Literal["all", "encoder"] = Field(default="all", exclude_if=lambda value: value == "all")
+    """What of `init_from` is taken: all that fits, or the encoder alone."""
 
     budget: BudgetSection = BudgetSection(epochs=100)
     """How long."""

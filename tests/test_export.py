@@ -8,6 +8,7 @@ import pytest
 import torch
 from network_variants import TASK, VARIANTS
 from numpy.typing import NDArray
+from phantom_experiments import preprocessed
 from tiny_models import NEAREST_MEAN, NearestMean, make_model, make_plan, nearest_mean
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from pipeline.errors import ModelError, PipelineError
 from pipeline.model import save_model
 from pipeline.networks import NETWORKS, build_network
 from pipeline.networks.contract import NetworkTask
-from pipeline.stages import export
+from pipeline.stages import export, train
 from pipeline.stages.exporting.parity import Parity, compare_windows
 from pipeline.stages.exporting.program import LegalSizes, export_program
 from pipeline.volumes.writing import write_image
@@ -143,6 +144,20 @@ def test_sizes_are_free_as_far_as_the_network_bears(
         for size in program.some_sizes:
             batch = torch.randn(2, 1, *size)
             assert torch.allclose(program.exported.module()(batch), network(batch), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_runs_model_is_compared_on_its_validation_cases(tmp_path: Path) -> None:
+    settings = (
+        "preprocessing.patch_size=[16, 16, 16]",
+        "network.options={width: 4, levels: 2, norm: none, convs: 1}",
+        "training.budget.steps=1",
+    )
+    (run,) = train.run(preprocessed(tmp_path, settings, cases=4, folds=2))
+    report = export.run(str(run), "pt2", tmp_path / "out")
+    assert report.parity.images == "windows of 2 validation cases of mine"
+    assert report.parity.holds
+    assert "learned from" in (tmp_path / "out" / "MODEL_CARD.md").read_text()
 
 
 @pytest.mark.slow

@@ -19,9 +19,9 @@ from pipeline.config_loading import load_config
 from pipeline.config_yaml import Problem, read_file
 from pipeline.errors import ConfigError, EvaluationError, PipelineError
 from pipeline.evaluation.comparison.members import Member, MemberRun
-from pipeline.model import model_digest
 from pipeline.records import Record
 from pipeline.stages.fold.task import FACTS, configuration_digest, initial_model_of
+from pipeline.stages.initial_weights import initial_digest
 from pipeline.stages.member_runs import budget_of, read_run
 from pipeline.stages.workspace import Workspace
 
@@ -93,7 +93,7 @@ class StudyRun:
         if facts["configuration"] != configuration_digest(self.config):
             raise EvaluationError(f"{self.folder}: was trained with other settings than the study's")
         initial = initial_model_of(self.config, self.fold)
-        if facts.get("initial model") != (None if initial is None else model_digest(initial)):
+        if facts.get("initial model") != (None if initial is None else initial_digest(initial)):
             raise EvaluationError(f"{self.folder}: began with another model than training.init_from names now")
         return read_run(self.folder, "fold")
 

@@ -252,6 +252,8 @@ def _metadata(model: Model, program: Program, facts: DataFacts | None) -> dict[s
         "eval_metrics": dict(description.scores),
         "intended_use": "Research only: not a medical device, not for decisions about patients",
         "references": [],
+        # For a training that begins with it: whether it has seen the cases held out there.
+        "medseg": {"manifest": description.manifest_name, "fold": description.fold},
         "network_data_format": {
             "inputs": {
                 "image": {

@@ -19,7 +19,6 @@ from pipeline.data.plan import Fingerprint, Plan, read_plan
 from pipeline.data.store import CaseStore
 from pipeline.errors import ConfigError, ModelError, StoreError, config_errors_of
 from pipeline.hardware import arithmetic_facts, autocast, pick_dtype, place
-from pipeline.model import model_digest
 from pipeline.networks import Network
 from pipeline.networks.fitting import fitted_plan, network_for, outputs_of
 from pipeline.networks.recomputing import recompute_activations
@@ -27,7 +26,8 @@ from pipeline.predictor import Engine, Predictor
 from pipeline.records import digest_of
 from pipeline.stages.fold.calibrating import PASS_COST, TEMPERATURE_CASES, calibration_of
 from pipeline.stages.fold.validation import DiceValidation, Validation
-from pipeline.stages.models import LAST, resolve_model
+from pipeline.stages.initial_weights import find_initial, initial_digest
+from pipeline.stages.models import LAST
 from pipeline.stages.preprocess import CASES, KEYS, sources_digest
 from pipeline.stages.settling import plan_path
 from pipeline.stages.workspace import Workspace
@@ -184,7 +184,7 @@ class FoldTask:
             "plan": self.plan.digest(),
             "manifest": self.manifest.digest(),
             "fold": self.fold,
-            "initial model": None if self.initial_model is None else model_digest(self.initial_model),
+            "initial model": None if self.initial_model is None else initial_digest(self.initial_model),
         }
 
     @property
@@ -198,7 +198,7 @@ class FoldTask:
 
     @cached_property
     def initial_model(self) -> Path | None:
-        """Folder of the model with whose weights the training begins; None: with random ones."""
+        """Model, bundle or file with whose weights the training begins; None: with random ones."""
         return initial_model_of(self.config, self.fold)
 
     @cached_property
@@ -362,7 +362,7 @@ def class_weights(of_labels: Mapping[str, float], labels: Iterable[str]) -> dict
 
 
 def initial_model_of(config: Config, fold: int) -> Path | None:
-    """Return the folder of the model with whose weights a fold's training begins; None: with random ones.
+    """Return the model, bundle or file with whose weights a fold's training begins; None: with random ones.
 
     Raises:
         ModelError: there is no such model.
@@ -371,7 +371,7 @@ def initial_model_of(config: Config, fold: int) -> Path | None:
         return None
     name = config.training.init_from.replace("{fold}", str(fold))
     try:
-        return resolve_model(name, config.workspace, config.tracking.uri)
+        return find_initial(name, config.workspace, config.tracking.uri)
     except ModelError as error:
         raise ModelError(f"training.init_from: {error}") from error
 
