@@ -145,6 +145,23 @@ def test_series_are_chosen(tmp_path: Path) -> None:
         keys(folder="study#ffffffffff")
 
 
+def test_a_folder_without_the_series_is_told_and_the_others_go_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    venous = write_scan(tmp_path / "p1" / "1", 1, SeriesDescription="venous")
+    write_scan(tmp_path / "p2" / "1", 2, SeriesDescription="native")
+    choice = SeriesChoice(description="venous")
+    (case,) = find(tmp_path / "p1", tmp_path / "p2", channels={"x": "MR"}, out=tmp_path / "out", choice=choice)
+    assert case.files["x"].series == venous
+    assert "p2: no DICOM series fits modality 'MR', description 'venous'; there are: " in caplog.text
+
+
+def test_one_slice_is_not_its_series(tmp_path: Path) -> None:
+    series = write_scan(tmp_path / "scan")
+    with pytest.raises(PipelineError, match=r"\.dcm: is a file of a DICOM series; give its folder, .*scan"):
+        find(series.files[0], channels={"x": "MR"}, out=tmp_path / "out")
+
+
 def test_several_channels_come_from_a_csv(tmp_path: Path) -> None:
     study, channels = tmp_path / "study", {"T1": "MR", "T2": "MR", "CT": "CT"}
     t1, t2 = (write_scan(study / name, seed) for seed, name in enumerate(("a", "b"), 1))

@@ -113,6 +113,10 @@ def skewed(data: Dataset, z: int) -> None:
     data.ImageOrientationPatient = [1, 0, 0, 0.5, 0.8, 0]
 
 
+def flat(data: Dataset, z: int) -> None:
+    data.RescaleSlope = int(z != 1)
+
+
 def elsewhere(data: Dataset, z: int) -> None:
     data.FrameOfReferenceUID = "1.2.3" if z == 2 else "1.2.4"
 
@@ -131,6 +135,7 @@ def elsewhere(data: Dataset, z: int) -> None:
         (inverted, r"MONOCHROME1", (0, 1, 2, 3, 4)),
         (by_table, r"Modality LUT", (0, 1, 2, 3, 4)),
         (skewed, r"rows and columns are not at right angles", ()),
+        (flat, r"a slope of 0\.0 and an intercept of 0\.0", (1,)),
         (elsewhere, r"slices of more than one frame of reference", (2,)),
     ],
 )
@@ -194,6 +199,17 @@ def test_echoes_of_one_series_are_volumes_of_their_own(tmp_path: Path) -> None:
     assert [len(one.slices) for one in parts] == [5, 5] and not any(one.refusal() for one in parts)
     parts[0].files[2].unlink()  # The stacks are still told apart, and the slice is missed in its own.
     assert ["missing" in one.refusal() for one in find_series(tmp_path)] == [True, False]
+
+
+def test_stacks_that_overlap_are_not_two_volumes(tmp_path: Path) -> None:
+    lower, upper = grid(), grid()
+    upper = upper.cropped((0, 0, 4), (*upper.shape[:2], 9))  # It begins where the other ends.
+    for number, stack in enumerate((lower, upper)):
+        write_series(
+            tmp_path, affine=stack.affine, name=f"{number}_{{}}", change=renamed(number), AcquisitionNumber=number
+        )
+    reason = only(tmp_path).refusal()
+    assert "several slices in one place" in reason and "they differ in AcquisitionNumber" in reason
 
 
 def renamed(number: int) -> Callable[[Dataset, int], None]:

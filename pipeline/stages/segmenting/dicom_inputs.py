@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, VolumeError
 from pipeline.volumes.dicom.choosing import SeriesChoice as SeriesChoice
 from pipeline.volumes.dicom.choosing import choose, choose_one, dicom_term
+from pipeline.volumes.dicom.headers import is_dicom
 from pipeline.volumes.dicom.series import Series, find_series
+from pipeline.volumes.stored import is_volume
 
 log = logging.getLogger(__name__)
 
@@ -48,23 +50,32 @@ class DicomFolders:
 
     Args:
         options: how they are read.
+
+    Attributes:
+        without: of each folder of which no series fits, what there is.
     """
 
     def __init__(self, options: DicomOptions) -> None:
         self.options = options
+        self.without: list[str] = []
         self._found: dict[Path, list[Series]] = {}
 
-    def cases_of(self, folder: Path, channels: Sequence[str]) -> list[Series]:
-        """Return the series in a folder and those within that are cases; empty where there is no DICOM at all.
+    def cases_of(self, folder: Path, channels: Sequence[str]) -> list[Series] | None:
+        """Return the series in a folder and those within that are cases; None where there is no DICOM at all.
 
         Raises:
-            PipelineError: none of its series fits, or the model has several channels.
+            PipelineError: the model has several channels.
         """
         found = self._look(folder)
         if not found:
-            return []
+            return None
         _refuse_channels(folder, channels)
-        chosen = choose(found, self.options.choice_for(channels[0]), folder)
+        try:
+            chosen = choose(found, self.options.choice_for(channels[0]), folder)
+        except VolumeError as error:
+            log.warning("%s", error)
+            self.without.append(str(error))
+            return []
         if left := [one for one in found if one not in chosen]:
             log.info(
                 "%s: %d of %d DICOM series are taken; `medseg dicom list` shows all", folder, len(chosen), len(found)
@@ -72,17 +83,20 @@ class DicomFolders:
             log.debug("%s: left out: %s", folder, ", ".join(map(str, left)))
         return chosen
 
-    def named(self, text: str, channels: Sequence[str]) -> list[Series]:
-        """Return the series that FOLDER#KEY or FOLDER#UID names, if it does.
+    def named(self, text: str, channels: Sequence[str]) -> list[Series] | None:
+        """Return the series that FOLDER#KEY or FOLDER#UID names; None where it is none.
 
         Raises:
-            PipelineError: there is no such series, or the model has several channels.
+            PipelineError: there is no such series, the model has several channels, or it is a slice.
         """
         one = self.one_of(text, channels[0])
-        if one is None:
-            return []
-        _refuse_channels(one.folder, channels)
-        return [one]
+        if one is not None:
+            _refuse_channels(one.folder, channels)
+            return [one]
+        path = Path(text)
+        if not is_volume(path) and path.is_file() and is_dicom(path):
+            raise PipelineError(f"{path}: is a file of a DICOM series; give its folder, {path.parent}")
+        return None
 
     def one_of(self, text: str, channel: str, relative_to: Path = Path()) -> Series | None:
         """Return the series that FOLDER, FOLDER#KEY or FOLDER#UID stands for; None where it is no DICOM folder.

@@ -84,7 +84,7 @@ def find_inputs(
             cases += _of_manifest(Path(one), channels)
         elif kind == ".csv":
             cases += _of_csv(Path(one), channels, folders)
-        elif series := _series_cases(one, channels, folders):
+        elif (series := _series_cases(one, channels, folders)) is not None:
             cases += series
         else:
             for stem, file in _named_files(one):
@@ -92,20 +92,22 @@ def find_inputs(
     cases += _of_files(files.values(), channels)
     kept = list({(case.name, *map(_place, case.files.values())): case for case in cases}.values())
     if not kept:
-        raise PipelineError("nothing to segment: no volume was given")
+        raise PipelineError("\n".join(folders.without) or "nothing to segment: no volume was given")
     _refuse_names(kept)
     _refuse_same_names(kept)
     _refuse_beside_inputs(kept, out)
     return kept
 
 
-def _series_cases(text: str, channels: Sequence[str], folders: DicomFolders) -> list[SegmentInput]:
-    """Return the DICOM series that a folder stands for, a case each; none of what is no folder, or one of volumes."""
+def _series_cases(text: str, channels: Sequence[str], folders: DicomFolders) -> list[SegmentInput] | None:
+    """Return the DICOM series that a folder stands for, a case each; None of what is no folder of DICOM."""
     folder = Path(text)
     if not is_folder(folder):
         found = folders.named(text, channels)
     else:
-        found = [] if _volumes_among(_listed(folder)) else folders.cases_of(folder, channels)
+        found = None if _volumes_among(_listed(folder)) else folders.cases_of(folder, channels)
+    if found is None:
+        return None
     made = [ChannelFile(one.folder, series=one, untilt=folders.options.untilt) for one in found]
     return [SegmentInput(_name_of(file), {channels[0]: file}) for file in made]
 

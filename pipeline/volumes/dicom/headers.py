@@ -7,15 +7,17 @@ bytes; a DICOMDIR is an index of other files, and passed over too.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import VolumeError
+from pipeline.progress import track
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +31,7 @@ _FIRST_TAGS = tuple(
     for element in (b"\x00\x00", b"\x01\x00", b"\x05\x00", b"\x08\x00", b"\x12\x00", b"\x16\x00", b"\x18\x00")
 )
 _DICOMDIR = "1.2.840.10008.1.3.10"  # Media Storage Directory Storage.
+_MANY = 2000  # Files: some seconds, over which it is said how far it is.
 _READERS = 8  # Threads: on a network's disk what takes time is waiting.
 
 _STORAGE = "1.2.840.10008.5.1.4.1.1."
@@ -51,7 +54,7 @@ _FRAMES = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 # What tells the images of one series apart where several lie in one place, in the order in which it is asked.
 _TELLING = (
     *("AcquisitionNumber", "EchoNumbers", "EchoTime", "TemporalPositionIdentifier", "DiffusionBValue", "TriggerTime"),
-    *("FrameReferenceTime", "InversionTime", "ConvolutionKernel"),
+    *("FrameReferenceTime", "InversionTime", "ConvolutionKernel", "EffectiveEchoTime", "TemporalPositionIndex"),
 )
 _TAGS = [*_IDENTITY, *_NAMES, *_PLACE, *_VALUES, *_FRAMES, *_TELLING]
 
@@ -115,8 +118,12 @@ def read_planes(folder: Path) -> list[Plane]:
         VolumeError: the folder cannot be read.
     """
     pydicom_quiet()
+    files = files_in(folder)
     with ThreadPoolExecutor(_READERS, "headers") as threads:
-        return [plane for planes in threads.map(planes_of, files_in(folder)) for plane in planes]
+        read: Iterable[tuple[Plane, ...]] = threads.map(planes_of, files)
+        if len(files) > _MANY:
+            read = track(read, "headers", len(files))
+        return [plane for planes in read for plane in planes]
 
 
 def files_in(folder: Path) -> list[Path]:
@@ -130,7 +137,11 @@ def files_in(folder: Path) -> list[Path]:
     if not os.access(folder, os.R_OK | os.X_OK):
         raise VolumeError(f"{folder}: cannot be read (Permission denied)")
     found, seen = [], set()
-    for root, folders, names in os.walk(folder, followlinks=True):
+
+    def passed_over(error: OSError) -> None:
+        log.warning("a folder in %s is passed over: it cannot be read (%s)", folder, error.strerror)
+
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=passed_over):
         real = os.path.realpath(root)
         if real in seen:
             folders.clear()
@@ -146,7 +157,8 @@ def is_dicom(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             start = file.read(_MAGIC_AT + len(_MAGIC))
-    except OSError:
+    except OSError as error:
+        log.warning("%s: passed over: it cannot be read (%s)", path.name, error.strerror)
         return False
     return start[_MAGIC_AT:] == _MAGIC or start.startswith(_FIRST_TAGS)
 
@@ -252,12 +264,15 @@ def _placed(plane: Plane, holders: Sequence[Any]) -> Plane:
         if len(numbers) != count
     ]
     problem = plane.problem or (f"no {' and no '.join(lacks)} in space" if lacks else "")
+    scale = (1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept))
+    if not problem and not (scale[0] and all(map(math.isfinite, scale))):
+        problem = f"a slope of {scale[0]} and an intercept of {scale[1]}"
     return replace(
         plane,
         position_mm=position,
         orientation=orientation,
         spacing_mm=spacing,
-        scale=(1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept)),
+        scale=scale,
         told=told,
         problem=problem,
     )

@@ -15,6 +15,8 @@ from pipeline.volumes.dicom.headers import Kind, Plane, read_planes
 from pipeline.volumes.dicom.stacking import along_normal, stack
 
 _KEY_DIGITS = 10
+# Of the places in which a series has planes, a volume of it has so many at least; some may be missing.
+_WHOLE_STACK = 0.75
 
 
 class Slice(Record):
@@ -182,9 +184,10 @@ def _without_copies(planes: Sequence[Plane]) -> list[Plane]:
 def _parts(planes: list[Plane]) -> dict[str, list[Plane]]:
     """Part planes that lie in one place several times, by the first attribute that makes whole stacks of them.
 
-    Copies of a series in several folders are parted by folder. Where nothing parts them they stay together.
+    Copies of a series in several folders are parted by folder. Where nothing parts them they stay together: two stacks
+    that merely overlap are no two volumes of one place.
     """
-    if any(plane.problem for plane in planes) or _places(planes) == len(planes):
+    if any(plane.problem for plane in planes) or (places := _places(planes)) == len(planes):
         return {"": planes}
     # Numbered, since a folder's name may be a patient's.
     parents = sorted({plane.path.parent for plane in planes})
@@ -196,7 +199,7 @@ def _parts(planes: list[Plane]) -> dict[str, list[Plane]]:
         parts: dict[str, list[Plane]] = {}
         for value, plane in zip(values, planes, strict=True):
             parts.setdefault(f"{what} {value}", []).append(plane)
-        if len(parts) > 1 and all(_places(some) == len(some) for some in parts.values()):
+        if len(parts) > 1 and all(_places(some) == len(some) >= _WHOLE_STACK * places for some in parts.values()):
             return parts
     return {"": planes}
 
