@@ -62,11 +62,14 @@ def find(*inputs: str | Path, channels: dict[str, str], out: Path, **options: ob
 
 
 def test_a_series_becomes_a_label_map_on_its_own_grid(model: Path, tmp_path: Path) -> None:
-    series = write_scan(tmp_path / "DOE_JANE" / "S1")
-    report = segment.run(str(model), [tmp_path / "DOE_JANE"], tmp_path / "out", device="cpu", precision="fp32")
+    series = write_scan(tmp_path / "scans" / "DOE_JANE" / "S1")
+    report = segment.run(str(model), [tmp_path / "scans"], tmp_path / "out", device="cpu", precision="fp32")
     (result,) = report.results
     assert (result.status, result.name) == ("done", f"MR_{series.key}")
-    assert result.inputs == (f"{tmp_path / 'DOE_JANE' / 'S1'}#{series.key}",)
+    # The folder as it was given, and none within, which an archive may have called after the patient.
+    assert result.inputs == (f"{tmp_path / 'scans'}#{series.key}",)
+    written = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert len(written) > 5 and not [file for file in written if b"DOE_JANE" in file.read_bytes()]
     label = read_label(tmp_path / "out" / f"MR_{series.key}.nii.gz")
     assert label.geometry.matches(upright(), 1e-5)
     np.testing.assert_array_equal(label.array, np.array([0, 1, 7])[classes_of()])
@@ -138,6 +141,8 @@ def test_series_are_chosen(tmp_path: Path) -> None:
     assert keys(modality="CT") == [ct.key]
     assert keys(description="t2") == [t2.key]
     assert keys(uid=ct.uid) == keys(uid=ct.key) == [ct.key]
+    both = find(tmp_path, study, study / "1", channels={"x": "MR"}, out=out)
+    assert [case.files["x"].series for case in both] == [t1, t2]  # Each once.
     assert keys(folder=f"study#{t2.key}") == keys(folder=f"study#{t2.uid}") == [t2.key]
     with pytest.raises(PipelineError, match=r"study: no DICOM series fits modality 'PT'; there are: "):
         keys("PET")

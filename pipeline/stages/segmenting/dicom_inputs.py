@@ -109,8 +109,8 @@ class DicomFolders:
         Raises:
             PipelineError: none or several fit.
         """
-        named = _NAMED.fullmatch(text)
-        folder, uid = (relative_to / named[1], named[2]) if named else (relative_to / text, None)
+        name, uid = without_key(text)
+        folder = relative_to / name
         if not is_folder(folder) or not (found := self._look(folder)):
             return None
         return choose_one(found, SeriesChoice(uid=uid) if uid else self.options.choice_for(channel), folder)
@@ -120,6 +120,12 @@ class DicomFolders:
         if folder not in self._found:
             self._found[folder] = find_series(folder)
         return self._found[folder]
+
+
+def without_key(text: str) -> tuple[str, str | None]:
+    """Part FOLDER#KEY or FOLDER#UID; without one there is None."""
+    named = _NAMED.fullmatch(text)
+    return (named[1], named[2]) if named else (text, None)
 
 
 def _refuse_channels(folder: Path, channels: Sequence[str]) -> None:

@@ -30,7 +30,7 @@ from typing import TextIO
 
 from pipeline.data.manifest import load_manifest
 from pipeline.errors import PipelineError
-from pipeline.stages.segmenting.dicom_inputs import DicomFolders, DicomOptions, is_folder
+from pipeline.stages.segmenting.dicom_inputs import DicomFolders, DicomOptions, is_folder, without_key
 from pipeline.stages.segmenting.sources import ChannelFile
 from pipeline.stages.segmenting.sources import SegmentInput as SegmentInput
 from pipeline.volumes.stored import is_volume, stem_of
@@ -108,7 +108,9 @@ def _series_cases(text: str, channels: Sequence[str], folders: DicomFolders) -> 
         found = None if _volumes_among(_listed(folder)) else folders.cases_of(folder, channels)
     if found is None:
         return None
-    made = [ChannelFile(one.folder, series=one, untilt=folders.options.untilt) for one in found]
+    # Named by the folder that was given: those within may be called after patients.
+    given = Path(without_key(text)[0])
+    made = [ChannelFile(given, series=one, untilt=folders.options.untilt) for one in found]
     return [SegmentInput(_name_of(file), {channels[0]: file}) for file in made]
 
 
@@ -184,7 +186,7 @@ def _cell_file(text: str, channel: str, folder: Path, folders: DicomFolders) -> 
     series = folders.one_of(text, channel, folder)
     if series is None:
         return _channel_file(text, folder)
-    return ChannelFile(series.folder, series=series, untilt=folders.options.untilt)
+    return ChannelFile(folder / without_key(text)[0], series=series, untilt=folders.options.untilt)
 
 
 def _channel_file(text: str, folder: Path = Path()) -> ChannelFile:
@@ -265,8 +267,9 @@ def _matches(pattern: Path) -> list[tuple[str, Path]]:
 
 def _place(file: ChannelFile) -> tuple[Path, int | None, str]:
     """Return what tells one file from another: its folder without links, its name, its index or its series' key."""
-    key = file.series.key if file.series else ""
-    return Path(os.path.realpath(file.path.parent)) / file.path.name, file.index, key
+    if file.series:
+        return Path(os.path.realpath(file.series.folder)), None, file.series.key
+    return Path(os.path.realpath(file.path.parent)) / file.path.name, file.index, ""
 
 
 def _of_files(files: Iterable[tuple[str, ChannelFile]], channels: Sequence[str]) -> list[SegmentInput]:

@@ -17,7 +17,7 @@ class ChannelFile:
     """One channel's file, or DICOM series.
 
     Attributes:
-        path: the file; of a series its folder.
+        path: the file; of a series the folder in which it was found.
         index: position in a 4-D file.
         series: as it was found; None for a file.
         untilt: resample a series that a tilted gantry has sheared.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 
@@ -41,7 +42,7 @@ def series_header(series: Series, *, untilt: bool = False) -> Header:
     """
     geometry = series_geometry(series, untilt=untilt)
     return Header(
-        path=series.folder,
+        path=Path(series.name),
         shape=geometry.shape,
         dtype=np.dtype(np.float32),
         kind="scalar",
