@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
@@ -19,7 +20,17 @@ from pipeline.geometry import Geometry
 from pipeline.model import save_model
 from pipeline.networks import NETWORKS
 from pipeline.stages import sync, ui
-from pipeline.tracking import RunLog, environment_tags, fetch_model, pending, read_state, send_pending, start_follower
+from pipeline.tracking import (
+    RunLog,
+    all_folds_url,
+    environment_tags,
+    fetch_model,
+    pending,
+    prepare_pages,
+    read_state,
+    send_pending,
+    start_follower,
+)
 from pipeline.tracking.log import EVENTS, flatten, locked, read_events, safe_name, tracking_uri, write_state
 from pipeline.volumes.volume import Volume
 from pipeline.volumes.writing import write_image
@@ -357,6 +368,30 @@ def test_runs_have_colours_that_differ(workspace: Path) -> None:
     client = MlflowClient(f"sqlite:///{workspace}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("phantoms").experiment_id])
     assert len({run.data.tags["mlflow.runColor"] for run in runs}) == 8
+
+
+def test_pages_are_prepared_for_old_runs_too(workspace: Path) -> None:
+    from mlflow import MlflowClient
+
+    folders = [new_run(workspace, f"run_{index}").folder for index in range(3)]
+    assert send_pending(*folders)
+    client, ids = MlflowClient(f"sqlite:///{workspace}/mlflow.db"), [str(read_state(f).run_id) for f in folders]
+    experiment_id = str(read_state(folders[0]).experiment_id)
+    own = client.get_run(ids[2]).data.tags["mlflow.runColor"]
+    client.delete_tag(ids[0], "mlflow.runColor")  # as older versions left them
+    client.set_tag(ids[1], "mlflow.runColor", own)  # the earlier run keeps it, as if somebody had chosen it
+    stranger = client.create_run(experiment_id).info.run_id  # by another program
+    assert prepare_pages(folders[0])
+    tags = [client.get_run(run_id).data.tags for run_id in ids]
+    assert tags[1]["mlflow.runColor"] == own
+    assert len({tag["mlflow.runColor"] for tag in tags}) == 3
+    assert "mlflow.runColor" not in client.get_run(stranger).data.tags
+    view = json.loads(client.get_experiment(experiment_id).tags["mlflow.sharedViewState.medseg"])
+    assert view["runsHiddenMode"] == "SHOW_ALL"
+    url = all_folds_url("http://127.0.0.1:5000/", experiment_id)
+    assert url.startswith(f"http://127.0.0.1:5000/#/experiments/{experiment_id}/runs?")
+    assert "viewStateShareKey=medseg" in url
+    assert not set(view) & set(parse_qs(urlsplit(url).fragment.partition("?")[2]))  # it would not be looked for
 
 
 def test_sync_and_ui_say_when_nothing_was_tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

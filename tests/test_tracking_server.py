@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from browser import LOOPBACK, browser
 from PIL import Image
 
 from pipeline.tracking import RunLog, compare_url, fetch_model, pending, read_state, send_pending, start_follower
@@ -142,6 +144,48 @@ def test_the_compare_pages_show_two_runs_side_by_side(tmp_path: Path, port: int)
         assert text in charts
     for text in ("narrow fold 0", "wide fold 0", "cases.json", "phantom_07", "0.1616", "0.3232"):
         assert text in table
+
+
+def test_ui_opens_the_page_that_compares_all_folds(tmp_path: Path, port: int) -> None:
+    """In the browser that BROWSER names: here a script that writes the address down, for a real one to open."""
+    from mlflow import MlflowClient
+
+    workspace, asked = tmp_path / "work", tmp_path / "asked"
+    place: dict[str, Any] = {"uri": None, "workspace": workspace, "experiment": "phantoms"}
+    folder = workspace / "runs" / "wide"
+    RunLog.ensure_parent(folder, name="wide", **place).close()
+    for fold in range(12):
+        run = RunLog.create(folder / f"fold_{fold}", name=f"wide fold {fold:02}", parent=folder, **place)
+        for step in range(5):
+            run.metrics({"train/loss": 1 / (step + 1 + fold)}, step)
+        run.finish()
+        run.close()
+    script = tmp_path / "script"
+    script.write_text(f'#!/bin/sh\nprintf %s "$1" > {asked}.part && mv {asked}.part {asked}\n')
+    script.chmod(0o755)
+    environment = {**os.environ, "BROWSER": f"{script} %s"}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    command = [sys.executable, "-m", "pipeline", "ui", "--workspace", str(workspace), "--port", str(port), "--open"]
+    with (tmp_path / "ui.log").open("wb") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+    try:
+        wait_for(asked.exists)
+        said = "".join((tmp_path / "ui.log").read_text().split())  # without the breaks of a narrow terminal
+        assert said.index("learningcurves") < said.index("casebycase")
+        address = asked.read_text()
+        assert address in said
+        with browser(tmp_path / "profile", *LOOPBACK) as open_page:
+            open_page.open(address, (1800, 1200))
+            for fold in range(12):  # in the chart's legend, which names what it draws
+                open_page.wait_for(f"document.body.innerText.includes('wide fold {fold:02} (train/loss)')", 90)
+            drawn = np.asarray(open_page.picture()).astype(int)
+        client = MlflowClient(f"sqlite:///{workspace}/mlflow.db")
+        for path in sorted(folder.glob("fold_*")):
+            tags = client.get_run(str(read_state(path).run_id)).data.tags
+            colour = list(bytes.fromhex(tags["mlflow.runColor"][1:]))
+            assert (np.abs(drawn - colour).max(-1) < 6).sum() > 30
+    finally:
+        kill(process)
 
 
 def log_training(workspace: Path, uri: str, name: str, width: int) -> RunLog:

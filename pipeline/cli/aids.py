@@ -20,14 +20,18 @@ def ui(
         Path | None, typer.Argument(metavar="[CONFIG]", help="The experiment's YAML; without one, ./work.")
     ] = None,
     port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 5000,
+    opens: Annotated[
+        bool | None,
+        typer.Option("--open/--no-open", help="Open the page in your browser. Default: on a terminal of a desktop."),
+    ] = None,
     overrides: options.Overrides = None,
     workspace: options.Workspace = None,
 ) -> None:
-    """Open the MLflow UI on 127.0.0.1."""
+    """Serve MLflow's pages on 127.0.0.1; the first address compares all folds of an experiment."""
     loaded = load(config, overrides, workspace) if config else None
     from pipeline.stages import ui as stage
 
-    stage.run(loaded, workspace=workspace, port=port)
+    stage.run(loaded, workspace=workspace, port=port, opens=opens)
 
 
 @aids.command("install-viewer")

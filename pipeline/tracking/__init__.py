@@ -3,6 +3,7 @@
 The only importer of mlflow, and only in what sends, serves or fetches: the write side runs where it is not installed.
 """
 
+from pipeline.tracking.addresses import all_folds_url, compare_url, is_remote, runs_url
 from pipeline.tracking.environment import environment_tags
 from pipeline.tracking.fetching import FetchedRun, fetch_model, fetch_run, run_of_fetched
 from pipeline.tracking.log import (
@@ -21,9 +22,8 @@ from pipeline.tracking.log import (
 )
 from pipeline.tracking.processes import (
     Follower,
-    compare_url,
-    is_remote,
-    runs_url,
+    prepare_pages,
+    refuse_taken_port,
     send_pending,
     serve_ui,
     start_follower,
@@ -36,6 +36,7 @@ __all__ = [
     "RunState",
     "SilentLog",
     "Status",
+    "all_folds_url",
     "compare_url",
     "environment_tags",
     "fetch_model",
@@ -45,7 +46,9 @@ __all__ = [
     "is_tracked",
     "metric_history",
     "pending",
+    "prepare_pages",
     "read_state",
+    "refuse_taken_port",
     "run_of_fetched",
     "runs_url",
     "send_pending",

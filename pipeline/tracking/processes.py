@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+import urllib.request
+import webbrowser
 from pathlib import Path
-from typing import Literal
-from urllib.parse import quote, urlencode
+from threading import Thread
 
 from pipeline.errors import PipelineError
 from pipeline.tracking.log import pending
@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 FOLLOWER_LOG = "tracking.log"
 HOST = "127.0.0.1"
+_START_LIMIT_S = 300.0
 
 # Without job execution the server starts no queues of workers, which only MLflow's language-model features use.
 _SERVER_ENVIRONMENT = {
@@ -93,23 +94,40 @@ def send_pending(*folders: Path, limit_s: float | None = None) -> bool:
     return done.returncode == 0
 
 
-def serve_ui(uri: str, artifacts: Path, port: int) -> None:
+def prepare_pages(*folders: Path) -> bool:
+    """Give the runs of some folders' experiments colours that differ, and each experiment a view of all its folds.
+
+    Args:
+        folders: of one run of each experiment.
+
+    Returns:
+        Whether that is done: `all_folds_url` leads to a page.
+    """
+    if not folders or not _has_mlflow():
+        return False
+    return subprocess.run([*_command(*folders), "--pages"], env=_environment(), check=False).returncode == 0
+
+
+def serve_ui(uri: str, artifacts: Path, port: int, opened: str | None = None) -> None:
     """Serve the MLflow UI of a database on 127.0.0.1 until interrupted.
 
     Args:
         uri: The database.
         artifacts: Folder of artifacts that clients upload through the server.
         port: TCP port.
+        opened: address that the user's browser opens once the server answers; None: none.
 
     Raises:
         PipelineError: the port is taken, or the server could not start.
     """
-    _refuse_taken_port(port)
+    refuse_taken_port(port)
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", uri, "--artifacts-destination", str(artifacts.resolve())]
     command += ["--uvicorn-opts", "--log-level warning"]
     environment = {**os.environ, **_SERVER_ENVIRONMENT}
     log.info("The server answers in some seconds; Ctrl-C ends it")
+    if opened:
+        Thread(target=_open_once_served, args=(port, opened), daemon=True).start()
     try:
         status = subprocess.run(command, env=environment, check=False).returncode
     except KeyboardInterrupt:
@@ -118,42 +136,19 @@ def serve_ui(uri: str, artifacts: Path, port: int) -> None:
         raise PipelineError(f"the MLflow server ended with exit code {status}; its own messages stand above")
 
 
-def compare_url(base: str, experiment_id: str, page: Literal["CHART", "ARTIFACT"] = "CHART") -> str:
-    """Return the address of the page that compares the runs of an experiment.
-
-    Folds only: runs with a parent, sorted by name. Without a sort of its own the page hides them under their parents,
-    whose charts are empty.
-
-    Args:
-        base: The server's address.
-        experiment_id: MLflow's id of the experiment.
-        page: CHART: curves of all metrics, and pictures; ARTIFACT: the tables, a row a case and a column a run.
-    """
-    query = {
-        "workflowType": "machine_learning",
-        "compareRunsMode": page,
-        "searchFilter": "tags.`mlflow.parentRunId` LIKE '%'",
-        "orderByKey": "attributes.run_name",
-        "orderByAsc": "true",
-    }
-    return f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs?{urlencode(query, quote_via=quote)}"
-
-
-def runs_url(base: str, experiment_id: str, run_ids: Sequence[str]) -> str:
-    """Return the address of the page that sets runs side by side: parameters, with those that differ, and metrics.
-
-    Args:
-        base: The server's address.
-        experiment_id: MLflow's id of the experiment.
-        run_ids: MLflow's ids of the runs.
-    """
-    query = {"runs": json.dumps(list(run_ids)), "experiments": json.dumps([experiment_id])}
-    return f"{base.rstrip('/')}/#/compare-runs?{urlencode(query, quote_via=quote)}"
-
-
-def is_remote(uri: str) -> bool:
-    """Tell whether runs are tracked by a server that has a UI of its own."""
-    return uri.startswith(("http://", "https://"))
+def _open_once_served(port: int, address: str) -> None:
+    """Open an address in the user's browser once the server answers; not if that takes minutes."""
+    end = time.monotonic() + _START_LIMIT_S
+    while time.monotonic() < end:
+        try:
+            with urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=2):
+                break
+        except OSError:
+            time.sleep(0.5)
+    else:
+        return
+    if not webbrowser.open(address):
+        log.info("no browser could be opened here; the address stands above")
 
 
 def _has_mlflow() -> bool:
@@ -173,8 +168,12 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
-def _refuse_taken_port(port: int) -> None:
-    """Raise PipelineError where a port of this machine is taken."""
+def refuse_taken_port(port: int) -> None:
+    """Refuse a port of this machine that is taken.
+
+    Raises:
+        PipelineError: it is, or may not be had.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -6,7 +6,7 @@ to count once: a run is found again by its key, a metric by its name, step and t
 
 from __future__ import annotations
 
-import colorsys
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,11 +14,13 @@ from itertools import groupby
 from pathlib import Path
 
 from mlflow import MlflowClient
-from mlflow.entities import Experiment, Metric
+from mlflow.entities import Experiment, Metric, Run
 from mlflow.exceptions import MlflowException
 from requests import HTTPError
 from sqlalchemy.exc import SQLAlchemyError
 
+from pipeline.tracking.addresses import ALL_FOLDS, SHARED_VIEW
+from pipeline.tracking.colours import colours_of, wanting_colours
 from pipeline.tracking.deliveries import DELIVERIES, Destination
 from pipeline.tracking.log import Line, RunState, locked, read_events, read_state, safe_name, write_state
 
@@ -26,6 +28,9 @@ log = logging.getLogger(__name__)
 
 METRICS_PER_REQUEST = 1000
 """MLflow's own limit of one batch."""
+
+COLOUR, PARENT = "mlflow.runColor", "mlflow.parentRunId"
+"""MLflow's own tags."""
 
 _TRY_AGAIN = {401, 403, 408, 429}
 """Client errors that pass, once a login is renewed or a server is less busy; any other refuses an event for good."""
@@ -158,15 +163,44 @@ def _create_run(client: MlflowClient, folder: Path, state: RunState, experiment:
     """Create a run in MLflow, under its parent's, and return its id."""
     tags = {"medseg.key": state.key, "medseg.folder": str(folder.resolve())}
     if state.parent is not None:
-        tags["mlflow.parentRunId"] = str(read_state(folder / state.parent).run_id)
-    before = len(client.search_runs([experiment.experiment_id], max_results=1000))
-    tags["mlflow.runColor"] = _colour(before)
+        tags[PARENT] = str(read_state(folder / state.parent).run_id)
+    parents = {run.info.run_id: run.data.tags.get(PARENT) for run in runs_of(client, experiment.experiment_id)}
+    tags[COLOUR] = colours_of({**parents, state.key: tags.get(PARENT)})[state.key]
     start_ms = int(state.created_s * 1000)
     run = client.create_run(experiment.experiment_id, start_time=start_ms, tags=tags, run_name=state.name)
     return str(run.info.run_id)
 
 
-def _colour(index: int) -> str:
-    """Return the colour of an experiment's n-th run; golden-ratio steps of hue keep any few of them apart."""
-    rgb = colorsys.hls_to_rgb(index * 0.618034 % 1.0, 0.45, 0.65)
-    return "#" + "".join(f"{round(255 * value):02x}" for value in rgb)
+def runs_of(client: MlflowClient, experiment_id: str) -> list[Run]:
+    """Return an experiment's runs, in the order in which they began; of very many the first."""
+    return list(client.search_runs([experiment_id], max_results=1000, order_by=["attributes.start_time ASC"]))
+
+
+def prepare_pages(folder: Path) -> bool:
+    """Make the pages of a folder's experiment worth opening: its runs in colours that differ, and a view of them all.
+
+    Returns:
+        Whether MLflow could be reached.
+    """
+    state = read_state(folder)
+    if state.experiment_id is None:
+        return False
+    try:
+        client = connect(state.uri)
+        _colour_runs(client, state.experiment_id)
+        client.set_experiment_tag(state.experiment_id, f"mlflow.sharedViewState.{SHARED_VIEW}", json.dumps(ALL_FOLDS))
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        log.warning("%s: its pages stay as they are: MLflow is out of reach (%s)", state.experiment, _brief(error))
+        return False
+    return True
+
+
+def _colour_runs(client: MlflowClient, experiment_id: str) -> None:
+    """Give colours to the runs of medseg that have none, or that of an earlier run."""
+    runs = runs_of(client, experiment_id)
+    known = {run.info.run_id: run.data.tags[COLOUR] for run in runs if COLOUR in run.data.tags}
+    own = {run.info.run_id for run in runs if "medseg.key" in run.data.tags}
+    wanting = wanting_colours({run.info.run_id: run.data.tags.get(PARENT) for run in runs}, known)
+    for run_id, colour in wanting.items():
+        if run_id in own:
+            client.set_tag(run_id, COLOUR, colour)
