@@ -44,6 +44,7 @@ KEEPERS = {
     "pydicom": ("pipeline.volumes.dicom",),
     "highdicom": ("pipeline.volumes.dicom.annotations.seg",),
     "contourpy": ("pipeline.volumes.dicom.annotations.tracing",),
+    **dict.fromkeys(("fastapi", "starlette", "uvicorn", "python_multipart"), ("pipeline.stages.serving.web",)),
 }
 # Libraries that cost a second or are missing on a bare node: imported inside the functions that need them.
 LAZY = ("SimpleITK", "monai", "pydicom", "highdicom", "contourpy", "onnx", "onnxscript", "onnxruntime")

@@ -23,6 +23,7 @@ from pipeline.cli.datasets import datasets
 from pipeline.cli.dicom import dicom as dicom_commands
 from pipeline.cli.export import exports
 from pipeline.cli.loading import load
+from pipeline.cli.serving import serving
 from pipeline.errors import PipelineError
 from pipeline.progress import lines_only
 
@@ -383,6 +384,7 @@ app.add_typer(aids)
 app.add_typer(datasets)
 app.add_typer(dicom_commands)
 app.add_typer(exports)
+app.add_typer(serving)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from typing import TextIO
 
 from pipeline.data.plan import Plan, read_plan
 from pipeline.errors import PipelineError
-from pipeline.hardware import Precision, available_bytes, pick_device, threads_per_worker
+from pipeline.hardware import Precision, pick_device, threads_per_worker
 from pipeline.inference.postprocessing import common_rules
 from pipeline.inference.probabilities import ProbabilityType
 from pipeline.model import PLAN
@@ -29,7 +29,7 @@ from pipeline.stages.segmenting.dicom_objects import DicomOutput, refuse_cases
 from pipeline.stages.segmenting.inputs import SegmentInput, find_inputs
 from pipeline.stages.segmenting.instances import write_table
 from pipeline.stages.segmenting.page import write_page
-from pipeline.stages.segmenting.plan import bytes_of, plan_text
+from pipeline.stages.segmenting.plan import memory_share, plan_text
 from pipeline.stages.segmenting.report import CaseResult, SegmentReport
 from pipeline.stages.segmenting.workers import Workers
 from pipeline.stages.worker_processes import shared_out
@@ -102,7 +102,7 @@ def run(
         overwrite=overwrite,
         device=devices[0],
         precision=precision,
-        max_memory_bytes=_share(max_memory, len(devices)),
+        max_memory_bytes=memory_share(max_memory, len(devices)),
         compile=compile_networks,
         skip_empty=skip_empty,
         probabilities=_wanted("--probabilities", probabilities, [background], foreground),
@@ -147,7 +147,7 @@ def plan(
     """
     models = resolve_models([model] if isinstance(model, str) else model, workspace, tracking_uri)
     devices = shared_out(device, jobs)
-    share = _share(max_memory, len(devices))
+    share = memory_share(max_memory, len(devices))
     predictor = Predictor.load(models, Engine(device=devices[0], precision=precision, limit_bytes=share))
     channels = tuple(predictor.plan.channels)
     return plan_text(predictor, find_inputs(inputs, channels, out, stdin, _for_model(dicom, predictor.plan)))
@@ -156,13 +156,6 @@ def plan(
 def _for_model(dicom: DicomOptions | None, plan: Plan) -> DicomOptions:
     """Return how DICOM folders are read for a model: series of its channels' modalities are taken."""
     return replace(dicom or DicomOptions(), modalities=plan.channels)
-
-
-def _share(max_memory: str | None, processes: int) -> int | None:
-    """Return what each process may take; None: a single one takes what is free."""
-    if max_memory is None:
-        return None if processes == 1 else available_bytes() // processes
-    return bytes_of(max_memory) // processes
 
 
 def _wanted(option: str, names: Sequence[str], background: Sequence[str], foreground: Sequence[str]) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ def shared_out(devices: str, jobs: int | None) -> list[str]:
     return [named[index % len(named)] for index in range(count)]
 
 
-def start_worker(module: str, *arguments: str, threads: int) -> subprocess.Popen[bytes]:
+def start_worker(module: str, *arguments: str, threads: int, stdout: int | None = None) -> subprocess.Popen[bytes]:
     """Start a module of ours as a process, which is told to end by closing its standard input.
 
     It has a session of its own, since a terminal sends Ctrl-C to all of one.
@@ -40,10 +40,12 @@ def start_worker(module: str, *arguments: str, threads: int) -> subprocess.Popen
         module: its full name.
         arguments: of its command line.
         threads: of OpenMP, which a process cannot change once torch is there.
+        stdout: subprocess.PIPE, to read what it says there; None: ours.
     """
     return subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         stdin=subprocess.PIPE,
+        stdout=stdout,
         env=os.environ | {"OMP_NUM_THREADS": str(threads)},
         start_new_session=True,
     )

@@ -182,7 +182,8 @@ class Batch:
             self.journal.add(case.result)
         except OSError as error:
             case.fail(str(error), error)
-        case.claim.give_back(ended=True)
+        if case.claim:
+            case.claim.give_back(ended=True)
         self._room.leave(case.source.name)
         if case.result.status == "failed":
             log.warning("%s: %s", case.source.name, case.result.reason)

@@ -68,6 +68,7 @@ class SegmentSettings(Record):
         probabilities_type: of their numbers.
         instances: labels whose components are numbered in a label map of their own.
         objects: DICOM objects that are written too.
+        pictures: draw each case for the page.
     """
 
     models: tuple[Path, ...]
@@ -83,6 +84,7 @@ class SegmentSettings(Record):
     probabilities_type: ProbabilityType = "uint8"
     instances: tuple[str, ...] = ()
     objects: DicomOutput = DicomOutput()
+    pictures: bool = True
 
     def probabilities_at(self, temperature: float) -> str:
         """Say all that the probabilities wanted depend on beside the key; empty where none are."""
@@ -105,10 +107,13 @@ class SegmentSettings(Record):
 
 @dataclass
 class CaseInHand:
-    """A case on its way; `closed` once it has failed, with its `error`, or needs nothing done; `before`: how it was."""
+    """A case on its way; `closed` once it has failed, with its `error`, or needs nothing done; `before`: how it was.
+
+    `claim`: this process's hold on it, where others work on the same batch.
+    """
 
     source: SegmentInput
-    claim: Claim
+    claim: Claim | None
     result: CaseResult
     before: CaseResult | None = None
     memory_bytes: float = 0.0
@@ -121,7 +126,7 @@ class CaseInHand:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, source: SegmentInput, claim: Claim) -> CaseInHand:
+    def of(cls, source: SegmentInput, claim: Claim | None = None) -> CaseInHand:
         """Begin a case."""
         files = tuple(str(file) for file in source.files.values())
         return cls(source, claim, CaseResult(name=source.name, status="done", inputs=files))
@@ -168,7 +173,7 @@ class CaseSteps:
     """The steps of every case of a batch, by one predictor.
 
     Attributes:
-        settings: of the batch.
+        settings: of the batch; the folder may change between cases.
         predictor: with the models loaded.
         room_bytes: what the cases in hand may take together.
     """
@@ -207,7 +212,8 @@ class CaseSteps:
         with case.timed("prepare"):
             case.native = self.predictor.native_of(images)
             case.prepared = self.predictor.prepare(images, case.native)
-            case.preview = Preview.of(next(image for image in images.values() if image.geometry == case.native))
+            if self.settings.pictures:
+                case.preview = Preview.of(next(image for image in images.values() if image.geometry == case.native))
             plan = self.predictor.plan
             warnings = unfamiliar(images, case.native, case.prepared.geometry, plan, self._fingerprint)
             case.result = case.result.changed(key=key, warnings=warnings)
@@ -228,7 +234,7 @@ class CaseSteps:
 
     def write(self, case: CaseInHand) -> None:
         """Write a label map with its input's own geometry and header codes, measure each label, draw the case."""
-        assert case.classes is not None and case.native is not None and case.preview is not None
+        assert case.classes is not None and case.native is not None
         plan = self.predictor.plan
         output = case.source.name + SUFFIX
         with case.timed("write"):
@@ -239,7 +245,8 @@ class CaseSteps:
             remove_objects(self.settings.out, case.source.name)
             label = Volume(self.predictor.values_of(case.classes), case.native)
             write_label(self.settings.out / output, label, header_of=case.header_source, names=plan.labels)
-            self._draw(case, case.preview, case.classes)
+            if case.preview is not None:
+                self._draw(case, case.preview, case.classes)
             instances = self._instances(case, case.classes, case.native)
             objects = self._objects(case, label)
             volumes = _volumes_ml(case.classes, case.native, tuple(plan.labels))

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from pipeline.errors import PipelineError, ResourceError
-from pipeline.hardware import resident_bytes
+from pipeline.hardware import available_bytes, resident_bytes
 from pipeline.inference.memory import MemoryPlan
 from pipeline.predictor import Predictor
 from pipeline.stages.segmenting.inputs import SegmentInput
@@ -56,7 +56,14 @@ def plan_text(predictor: Predictor, cases: Sequence[SegmentInput]) -> str:
     return "\n".join([*lines, "while one case is predicted the next is read and the last written, if memory admits it"])
 
 
-def bytes_of(text: str) -> int:
+def memory_share(max_memory: str | None, processes: int) -> int | None:
+    """Return what each process may take; None: a single one takes what is free."""
+    if max_memory is None:
+        return None if processes == 1 else available_bytes() // processes
+    return bytes_of(max_memory) // processes
+
+
+def bytes_of(text: str, option: str = "--max-memory") -> int:
     """Read a size such as 8GB or 500 MiB.
 
     Raises:
@@ -64,7 +71,7 @@ def bytes_of(text: str) -> int:
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE)
     if found is None or found[2].upper() not in _UNITS:
-        raise PipelineError(f"--max-memory {text}: expected a size such as 8GB or 500MiB")
+        raise PipelineError(f"{option} {text}: expected a size such as 8GB or 500MiB")
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 

@@ -1,0 +1,226 @@
+"""Worker processes seen from the service: started, given jobs, asked about headers, replaced when they die."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from pathlib import Path
+
+from pipeline.errors import PipelineError
+from pipeline.records import write_json
+from pipeline.stages.segmenting.case import SegmentSettings
+from pipeline.stages.serving import worker
+from pipeline.stages.serving.job import TAG_SHOWN, Job
+from pipeline.stages.serving.messages import READY, Answer, Order, WorkerTask
+from pipeline.stages.serving.queueing import Ended, JobQueue
+from pipeline.stages.worker_processes import log_level, start_worker
+
+log = logging.getLogger(__name__)
+
+_TASK = "worker.json"
+# One that dies again and again is started more and more slowly.
+_LONGEST_PAUSE_S = 30.0
+
+
+class WorkerDied(Exception):
+    """A worker came to its end before it answered.
+
+    Args:
+        code: its exit code; below 0 the number of a signal.
+        examining: it was asked about headers, too, which may have been its end.
+    """
+
+    def __init__(self, code: int, examining: bool) -> None:
+        super().__init__(f"by signal {-code}" if code < 0 else f"with exit code {code}")
+        self.code, self.examining = code, examining
+
+
+class Worker:
+    """A worker process.
+
+    Args:
+        task: file of its task.
+        device: that it works on.
+        threads: of it.
+    """
+
+    def __init__(self, task: Path, device: str, threads: int) -> None:
+        self._process = start_worker(worker.__name__, str(task), device, threads=threads, stdout=subprocess.PIPE)
+        self._numbers = itertools.count(READY + 1)
+        self._mutex = threading.Lock()
+        self._asked: dict[int, tuple[str, Future[Answer]]] = {READY: ("start", Future())}
+        self._dead: WorkerDied | None = None
+        self.ready = self._asked[READY][1]
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    @property
+    def pid(self) -> int:
+        """The process's number."""
+        return self._process.pid
+
+    def segment(self, tag: str, files: Mapping[str, Path], folder: Path) -> Future[Answer]:
+        """Let a case be segmented into a folder; the promise fails with `WorkerDied`."""
+        number = next(self._numbers)
+        return self._ask(Order(number=number, kind="segment", name=tag, folder=folder, files=dict(files)))
+
+    def examine(self, tag: str, files: Mapping[str, Path], folder: Path) -> Future[Answer]:
+        """Let a case's headers be examined; the promise fails with `WorkerDied`."""
+        number = next(self._numbers)
+        return self._ask(Order(number=number, kind="examine", name=tag, folder=folder, files=dict(files)))
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+        self._process.wait()
+
+    def _ask(self, order: Order) -> Future[Answer]:
+        """Send an order."""
+        future: Future[Answer] = Future()
+        line = order.model_dump_json().encode() + b"\n"
+        with self._mutex:
+            if self._dead:
+                future.set_exception(self._dead)
+                return future
+            self._asked[order.number] = (order.kind, future)
+            assert self._process.stdin is not None
+            with suppress(BrokenPipeError):  # Then it is dead, as the listening thread is about to learn.
+                self._process.stdin.write(line)
+                self._process.stdin.flush()
+        return future
+
+    def _listen(self) -> None:
+        """Keep promises as answers come; when they end, so does the worker."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            answer = Answer.model_validate_json(line)
+            with self._mutex:
+                _, future = self._asked.pop(answer.number)
+            if future.set_running_or_notify_cancel():
+                future.set_result(answer)
+        self._process.kill()
+        code = self._process.wait()
+        with self._mutex:
+            examining = any(kind == "examine" for kind, _ in self._asked.values())
+            self._dead = WorkerDied(code, examining)
+            asked, self._asked = self._asked, {}
+        for _, future in asked.values():
+            if future.set_running_or_notify_cancel():
+                future.set_exception(self._dead)
+
+
+class Pool:
+    """The workers of a service: each takes the next job of the queue, and another takes its place when it dies.
+
+    Args:
+        settings: of every case.
+        devices: of the workers.
+        threads: of each.
+        jobs: the queue.
+        job_s: a job may take so long.
+
+    Attributes:
+        refusal: why a worker cannot begin, in words; None while all is well.
+        deaths: how many workers died.
+        busy_s: what workers spent on jobs.
+    """
+
+    def __init__(
+        self, settings: SegmentSettings, devices: Sequence[str], threads: int, jobs: JobQueue, job_s: float
+    ) -> None:
+        self._settings, self._devices, self._threads, self._jobs, self._job_s = settings, devices, threads, jobs, job_s
+        self.refusal: str | None = None
+        self.deaths, self.busy_s = 0, 0.0
+        self._task = jobs.spool.folder / _TASK
+        self._stop = threading.Event()
+        self._alive: list[Worker] = []
+        self._keepers: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Start the workers; their models are loaded when `ready` says so."""
+        task = WorkerTask(settings=self._settings, threads=self._threads, log_level=log_level())
+        write_json(self._task, task.model_dump(mode="json"))
+        self._keepers = [threading.Thread(target=self._keep, args=(device,)) for device in self._devices]
+        for keeper in self._keepers:
+            keeper.start()
+
+    def ready(self) -> Worker | None:
+        """Return a worker that has its models loaded; None where there is none."""
+        loaded = [one for one in tuple(self._alive) if one.ready.done() and not one.ready.exception()]
+        return loaded[0] if loaded else None
+
+    def stop(self, grace_s: float) -> None:
+        """Let the jobs in hand be finished, those that are not in so many seconds put back, and end the workers."""
+        self._stop.set()
+        self._jobs.stop()
+        until = time.monotonic() + grace_s
+        for keeper in self._keepers:
+            if self.ready() is not None:
+                keeper.join(max(0.0, until - time.monotonic()))
+        for one in tuple(self._alive):
+            one.kill()
+        for keeper in self._keepers:
+            keeper.join()
+        self._task.unlink(missing_ok=True)
+
+    def _keep(self, device: str) -> None:
+        """Keep one worker at work, and replace it when it dies."""
+        fruitless = 0
+        while not self._stop.is_set():
+            one = Worker(self._task, device, self._threads)
+            self._alive.append(one)
+            done = [0]
+            try:
+                answer = one.ready.result()
+                if answer.reason:
+                    raise PipelineError(answer.reason)
+                log.info("a worker (%d) has the models loaded on %s", one.pid, device)
+                self._work(one, done)
+            except WorkerDied as death:
+                if not self._stop.is_set():
+                    self.deaths += 1
+                    why = " (out of memory?)" if death.code == -signal.SIGKILL else ""
+                    log.warning("a worker (%d) ended %s%s; another takes its place", one.pid, death, why)
+            except PipelineError as error:
+                self.refusal = str(error)
+                return
+            except Exception:
+                # A bug of ours: the queue must go on all the same.
+                log.exception("the thread that keeps a worker failed")
+            finally:
+                self._alive.remove(one)
+                one.kill()
+            fruitless = 0 if done[0] else fruitless + 1
+            self._stop.wait(min(_LONGEST_PAUSE_S, 2.0 ** (fruitless - 1) - 1 if fruitless else 0.0))
+
+    def _work(self, one: Worker, done: list[int]) -> None:
+        """Give a worker one job after another, until the service stops."""
+        while (job := self._jobs.take()) is not None:
+            start = time.monotonic()
+            try:
+                future = one.segment(job.tag, self._jobs.spool.files_of(job), self._jobs.spool.folder_of(job.tag))
+                answer = future.result(self._job_s)
+            except WorkerDied as death:
+                self._jobs.give_back(job, blamed=not (death.examining or self._stop.is_set()))
+                raise
+            except TimeoutError:
+                self._give_up(job)
+                return
+            taken = time.monotonic() - start
+            self.busy_s += taken
+            done[0] += 1
+            self._jobs.end(job, Ended(answer.result, answer.failure, answer.reason))
+            what = "done" if answer.result else f"failed ({answer.failure})"
+            log.info("job %s: %s in %.2f s", job.tag[:TAG_SHOWN], what, taken)
+
+    def _give_up(self, job: Job) -> None:
+        """End a job that takes too long; its worker, which knows of no end, goes with it."""
+        reason = f"took longer than {self._job_s / 60:g} minutes, and was ended"
+        log.warning("job %s: %s", job.tag[:TAG_SHOWN], reason)
+        self._jobs.end(job, Ended(failure="death", reason=reason))
