@@ -3,6 +3,7 @@ lost, and nobody gets another's label map.
 """
 
 import asyncio
+import logging
 import os
 import re
 import signal
@@ -17,12 +18,17 @@ from pathlib import Path
 import httpx
 import nibabel as nib
 import numpy as np
+import psutil
 import pytest
 from serving_program import DEADLINE_S, Served, ended, make_scan, serving, stopped, wait_until
 from tiny_models import make_model
 
 from pipeline.model import save_model
+from pipeline.records import write_json
 from pipeline.stages import segment
+from pipeline.stages.segmenting.case import SegmentSettings
+from pipeline.stages.serving.messages import WorkerTask
+from pipeline.stages.serving.pool import Worker, WorkerDied
 
 CROWD = 50
 LONG = (72, 72, 64)
@@ -144,6 +150,39 @@ def test_a_case_over_which_two_workers_die_is_given_up_and_the_next_is_done(
         assert status["reason"] == "the process that worked on it was killed, 2 times: out of memory?"
         assert fetched(client, other) == (expected / "0.nii.gz").read_bytes()
         assert client.delete(f"/v1/jobs/{job}").status_code == 204
+
+
+def test_a_worker_that_dies_idle_is_replaced_and_nobody_notices(served: Served, scans: Path, expected: Path) -> None:
+    with served.client() as client:
+        for index in range(2):
+            first = served.worker()
+            os.kill(first.pid, signal.SIGKILL)
+            job = send(client, scans / f"{index}.nii.gz")
+            assert fetched(client, job) == (expected / f"{index}.nii.gz").read_bytes()
+            assert served.worker().pid != first.pid
+
+
+def test_the_first_header_that_is_examined_is_blamed_for_a_death_and_nothing_else(
+    model: Path, scans: Path, tmp_path: Path
+) -> None:
+    settings = SegmentSettings(models=(model,), out=tmp_path, run="x", device="cpu", pictures=False)
+    task = WorkerTask(settings=settings, threads=1, log_level=logging.WARNING)
+    write_json(tmp_path / "task.json", task.model_dump(mode="json"))
+    files = {"T1": scans / "0.nii.gz"}
+    for asked, blamed in ((("segment",), [True]), (("segment", "examine", "examine"), [False, True, False])):
+        died: list[None] = []
+        worker = Worker(tmp_path / "task.json", "cpu", 1, lambda died=died: died.append(None))  # type: ignore[misc]
+        assert worker.ready.result(DEADLINE_S).failure is None
+        with stopped(psutil.Process(worker.pid)):
+            promises = [getattr(worker, kind)(f"case{n}", files, tmp_path) for n, kind in enumerate(asked)]
+            os.kill(worker.pid, signal.SIGKILL)
+        deaths = [promise.exception(DEADLINE_S) for promise in promises]
+        assert [(death.code, death.blamed) for death in deaths] == [(-signal.SIGKILL, one) for one in blamed]
+        late = worker.examine("late", files, tmp_path).exception(DEADLINE_S)
+        assert isinstance(late, WorkerDied) and not late.blamed
+        wait_until(lambda died=died: len(died) == 1)  # type: ignore[misc]
+        assert not worker.is_ready
+        worker.kill()
 
 
 def test_a_client_that_hangs_up_while_it_waits_leaves_nothing(served: Served, scans: Path) -> None:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
@@ -34,12 +34,13 @@ class WorkerDied(Exception):
 
     Args:
         code: its exit code; below 0 the number of a signal.
-        examining: it was asked about headers, too, which may have been its end.
+        blamed: it may have died over what it was asked here: the first of the headers that it was to examine, or the
+            case in hand where there were none.
     """
 
-    def __init__(self, code: int, examining: bool) -> None:
+    def __init__(self, code: int, *, blamed: bool) -> None:
         super().__init__(f"by signal {-code}" if code < 0 else f"with exit code {code}")
-        self.code, self.examining = code, examining
+        self.code, self.blamed = code, blamed
 
 
 class Worker:
@@ -49,21 +50,35 @@ class Worker:
         task: file of its task.
         device: that it works on.
         threads: of it.
+        on_death: is called when it has died.
     """
 
-    def __init__(self, task: Path, device: str, threads: int) -> None:
+    def __init__(self, task: Path, device: str, threads: int, on_death: Callable[[], None] = lambda: None) -> None:
         self._process = start_worker(worker.__name__, str(task), device, threads=threads, stdout=subprocess.PIPE)
         self._numbers = itertools.count(READY + 1)
-        self._mutex = threading.Lock()
+        # Two locks: a pipe that is full must not keep answers from being read.
+        self._mutex, self._writing = threading.Lock(), threading.Lock()
+        self._on_death = on_death
         self._asked: dict[int, tuple[str, Future[Answer]]] = {READY: ("start", Future())}
-        self._dead: WorkerDied | None = None
+        self._code: int | None = None
         self.ready = self._asked[READY][1]
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._listening = threading.Thread(target=self._listen, daemon=True)
+        self._listening.start()
 
     @property
     def pid(self) -> int:
         """The process's number."""
         return self._process.pid
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it has not died yet, as far as is known."""
+        return self._code is None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether its models are loaded."""
+        return self.is_alive and self.ready.done() and not self.ready.exception() and not self.ready.result().failure
 
     def segment(self, tag: str, files: Mapping[str, Path], folder: Path) -> Future[Answer]:
         """Let a case be segmented into a folder; the promise fails with `WorkerDied`."""
@@ -75,44 +90,57 @@ class Worker:
         number = next(self._numbers)
         return self._ask(Order(number=number, kind="examine", name=tag, folder=folder, files=dict(files)))
 
+    def refuse_dead(self) -> None:
+        """Raise `WorkerDied` where it has."""
+        if self._code is not None:
+            raise WorkerDied(self._code, blamed=False)
+
     def kill(self) -> None:
         """End it at once."""
         self._process.kill()
         self._process.wait()
+        self._listening.join()
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
 
     def _ask(self, order: Order) -> Future[Answer]:
         """Send an order."""
         future: Future[Answer] = Future()
         line = order.model_dump_json().encode() + b"\n"
         with self._mutex:
-            if self._dead:
-                future.set_exception(self._dead)
+            if self._code is not None:
+                future.set_exception(WorkerDied(self._code, blamed=False))
                 return future
             self._asked[order.number] = (order.kind, future)
-            assert self._process.stdin is not None
-            with suppress(BrokenPipeError):  # Then it is dead, as the listening thread is about to learn.
-                self._process.stdin.write(line)
-                self._process.stdin.flush()
+        assert self._process.stdin is not None
+        with self._writing, suppress(BrokenPipeError):  # Then it is dead, as the listening thread is about to learn.
+            self._process.stdin.write(line)
+            self._process.stdin.flush()
         return future
 
     def _listen(self) -> None:
         """Keep promises as answers come; when they end, so does the worker."""
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            answer = Answer.model_validate_json(line)
-            with self._mutex:
-                _, future = self._asked.pop(answer.number)
-            if future.set_running_or_notify_cancel():
-                future.set_result(answer)
+        with self._process.stdout as answers:
+            for line in answers:
+                answer = Answer.model_validate_json(line)
+                with self._mutex:
+                    _, future = self._asked.pop(answer.number)
+                if future.set_running_or_notify_cancel():
+                    future.set_result(answer)
         self._process.kill()
         code = self._process.wait()
         with self._mutex:
-            examining = any(kind == "examine" for kind, _ in self._asked.values())
-            self._dead = WorkerDied(code, examining)
+            self._code = code
             asked, self._asked = self._asked, {}
-        for _, future in asked.values():
+        # It takes one order of each kind at a time, in their order.
+        kinds = {kind: number for number, (kind, _) in reversed(asked.items())}
+        suspect = kinds.get("examine", kinds.get("segment"))
+        for number, (_, future) in asked.items():
             if future.set_running_or_notify_cancel():
-                future.set_exception(self._dead)
+                future.set_exception(WorkerDied(code, blamed=number == suspect))
+        self._on_death()
 
 
 class Pool:
@@ -146,14 +174,13 @@ class Pool:
         """Start the workers; their models are loaded when `ready` says so."""
         task = WorkerTask(settings=self._settings, threads=self._threads, log_level=log_level())
         write_json(self._task, task.model_dump(mode="json"))
-        self._keepers = [threading.Thread(target=self._keep, args=(device,)) for device in self._devices]
+        self._keepers = [threading.Thread(target=self._keep, args=(device,), daemon=True) for device in self._devices]
         for keeper in self._keepers:
             keeper.start()
 
     def ready(self) -> Worker | None:
         """Return a worker that has its models loaded; None where there is none."""
-        loaded = [one for one in tuple(self._alive) if one.ready.done() and not one.ready.exception()]
-        return loaded[0] if loaded else None
+        return next((one for one in tuple(self._alive) if one.is_ready), None)
 
     def stop(self, grace_s: float) -> None:
         """Let the jobs in hand be finished, those that are not in so many seconds put back, and end the workers."""
@@ -173,7 +200,7 @@ class Pool:
         """Keep one worker at work, and replace it when it dies."""
         fruitless = 0
         while not self._stop.is_set():
-            one = Worker(self._task, device, self._threads)
+            one = Worker(self._task, device, self._threads, self._jobs.wake)
             self._alive.append(one)
             done = [0]
             try:
@@ -200,14 +227,14 @@ class Pool:
             self._stop.wait(min(_LONGEST_PAUSE_S, 2.0 ** (fruitless - 1) - 1 if fruitless else 0.0))
 
     def _work(self, one: Worker, done: list[int]) -> None:
-        """Give a worker one job after another, until the service stops."""
-        while (job := self._jobs.take()) is not None:
+        """Give a worker one job after another, until the service stops or the worker dies."""
+        while (job := self._jobs.take(lambda: one.is_alive)) is not None:
             start = time.monotonic()
             try:
                 future = one.segment(job.tag, self._jobs.spool.files_of(job), self._jobs.spool.folder_of(job.tag))
                 answer = future.result(self._job_s)
             except WorkerDied as death:
-                self._jobs.give_back(job, blamed=not (death.examining or self._stop.is_set()))
+                self._jobs.give_back(job, blamed=death.blamed and not self._stop.is_set())
                 raise
             except TimeoutError:
                 self._give_up(job)
@@ -218,6 +245,7 @@ class Pool:
             self._jobs.end(job, Ended(answer.result, answer.failure, answer.reason))
             what = "done" if answer.result else f"failed ({answer.failure})"
             log.info("job %s: %s in %.2f s", job.tag[:TAG_SHOWN], what, taken)
+        one.refuse_dead()
 
     def _give_up(self, job: Job) -> None:
         """End a job that takes too long; its worker, which knows of no end, goes with it."""

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,17 +100,22 @@ class JobQueue:
         with self._changed:
             self._jobs[job.tag] = job
             self._waiting.append(job.tag)
-            self._changed.notify()
+            self._changed.notify_all()
 
-    def take(self) -> Job | None:
-        """Wait for the next job, and begin it; None once the service stops."""
+    def take(self, still: Callable[[], bool] = lambda: True) -> Job | None:
+        """Wait for the next job, and begin it; None once the service stops, or `still` says no after a `wake`."""
         with self._changed:
-            while not self._waiting and not self._stopped:
+            while not self._waiting and not self._stopped and still():
                 self._changed.wait()
-            if self._stopped:
+            if self._stopped or not still():
                 return None
             tag = self._waiting.popleft()
             return self._put(self._jobs[tag].changed(state="running", attempts=self._jobs[tag].attempts + 1))
+
+    def wake(self) -> None:
+        """Let whoever waits for a job look whether it still wants one."""
+        with self._changed:
+            self._changed.notify_all()
 
     def give_back(self, job: Job, *, blamed: bool) -> None:
         """Put a job back whose worker came to its end.
@@ -127,7 +132,7 @@ class JobQueue:
             else:
                 self._put(job.changed(state="queued", attempts=job.attempts - (not blamed)))
                 self._waiting.appendleft(job.tag)
-                self._changed.notify()
+                self._changed.notify_all()
 
     def end(self, job: Job, ended: Ended) -> None:
         """Take down what became of a job; of one that nobody wants any more nothing is kept."""

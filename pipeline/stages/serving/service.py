@@ -12,7 +12,7 @@ from pipeline.errors import ConfigError
 from pipeline.stages.serving.job import digest_of_secret
 from pipeline.stages.serving.messages import Answer
 from pipeline.stages.serving.pool import Pool, Worker, WorkerDied
-from pipeline.stages.serving.queueing import JobQueue
+from pipeline.stages.serving.queueing import DEATHS_ALLOWED, JobQueue
 from pipeline.stages.serving.settings import ModelCard, ServiceSettings
 
 log = logging.getLogger(__name__)
@@ -79,14 +79,16 @@ class Service:
         Raises:
             NoWorker: none is ready.
         """
-        for _ in range(2):
+        deaths = 0
+        while deaths < DEATHS_ALLOWED:
             worker = await self._worker()
+            asked = await asyncio.to_thread(worker.examine, tag, files, folder)
             try:
-                return await asyncio.wait_for(asyncio.wrap_future(worker.examine(tag, files, folder)), _EXAMINE_S)
+                return await asyncio.wait_for(asyncio.wrap_future(asked), _EXAMINE_S)
             except TimeoutError:
                 raise NoWorker from None
-            except WorkerDied:
-                continue  # Over this header, or over another's case: the second time it is this header.
+            except WorkerDied as death:
+                deaths += death.blamed
         return Answer(number=0, failure="volume", reason="the process that read its header was killed, twice")
 
     async def _worker(self) -> Worker:

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from pipeline import __version__
-from pipeline.stages.serving.job import Job, digest_of_secret, new_id
+from pipeline.stages.serving.job import TAG_SHOWN, Job, digest_of_secret, new_id
 from pipeline.stages.serving.queueing import QueueFull, Stopping
 from pipeline.stages.serving.service import NoWorker, Service
 from pipeline.stages.serving.settings import ModelCard
@@ -242,6 +242,7 @@ async def _received(request: Request, service: Service, owner: str, tag: str) ->
             raise Refusal(STATUS_OF[answer.failure], answer.reason or "")
         job = Job(tag=tag, owner=owner, model=service.card.models_digest, files=files, received_s=time.time())
         await asyncio.to_thread(service.jobs.add, job)
+    log.info("request %s: job %s is queued", request.scope["request_id"], tag[:TAG_SHOWN])
     return job
 
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -83,6 +84,12 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
+        self._end_by: float | None = None
+
+    @property
+    def grace_s(self) -> float:
+        """How long the jobs in hand may still take."""
+        return 0.0 if self.force_exit or self._end_by is None else max(0.0, self._end_by - time.monotonic())
 
     async def on_tick(self, counter: int) -> bool:
         """Look whether to end: told to, or because no worker can begin."""
@@ -91,6 +98,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End in good order: nothing new is begun, who waits in vain is told, the jobs in hand are finished."""
         log.info("stopping: jobs in hand are finished, others wait for the next start; once more stops at once")
+        self._end_by = time.monotonic() + GRACE_S
         self._service.stopping = True
         self._service.jobs.stop()
         await super().shutdown(sockets)
@@ -151,11 +159,12 @@ def serve(service: Service, listening: socket.socket) -> None:
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
     service.pool.start()
     log.info("serving %s on http://%s:%d", service.card.name, f"[{host}]" if ":" in host else host, port)
+    server = Server(config, service)
     try:
-        Server(config, service).run(sockets=[listening])
+        server.run(sockets=[listening])
     finally:
         service.stopping = True
-        service.pool.stop(GRACE_S)
+        service.pool.stop(server.grace_s)
         service.jobs.release()
     if service.pool.refusal:
         raise PipelineError(service.pool.refusal)
