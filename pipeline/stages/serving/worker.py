@@ -25,8 +25,9 @@ from pipeline.errors import PipelineError, ResourceError, VolumeError
 from pipeline.geometry import Geometry
 from pipeline.hardware import resident_bytes
 from pipeline.stages.segmenting.case import CaseInHand, CaseSteps
-from pipeline.stages.segmenting.inputs import ChannelFile, SegmentInput
+from pipeline.stages.segmenting.inputs import SegmentInput
 from pipeline.stages.segmenting.plan import case_memory
+from pipeline.stages.segmenting.sources import ChannelFile
 from pipeline.stages.serving.job import Failure
 from pipeline.stages.serving.messages import READY, Answer, Order, WorkerTask
 from pipeline.stages.worker_processes import begin_work
