@@ -21,8 +21,9 @@ import numpy as np
 import psutil
 import pytest
 from serving_program import DEADLINE_S, Served, ended, make_scan, serving, stopped, wait_until
-from tiny_models import make_model
+from tiny_models import make_model, make_plan
 
+from pipeline.data.plan import Normalisation
 from pipeline.model import save_model
 from pipeline.records import write_json
 from pipeline.stages import segment
@@ -272,3 +273,23 @@ def test_a_full_queue_puts_off_and_a_service_that_is_killed_or_stopped_goes_on(
         assert fetched(client, waiting) == (expected / "2.nii.gz").read_bytes()
         assert served.end() == 0
     assert not (tmp_path / "spool").exists()
+
+
+def test_channels_are_told_apart_by_the_names_of_their_parts(tmp_path: Path) -> None:
+    none = Normalisation(scheme="none")
+    plan = make_plan(channels={"T1": "MR", "T2": "MR"}, normalisation={"T1": none, "T2": none})
+    save_model(tmp_path / "model", make_model(plan=plan))
+    (tmp_path / "scans").mkdir()
+    files = {
+        c: make_scan(tmp_path / "scans" / f"case_{c}.nii.gz", 7, (18, 17, 10 + n)) for n, c in enumerate(("T1", "T2"))
+    }
+    segment.run(str(tmp_path / "model"), [tmp_path / "scans"], tmp_path / "out", device="cpu")
+    with serving(tmp_path / "model", tmp_path / "spool") as served, served.client() as client:
+        parts = [(channel, files[channel].read_bytes()) for channel in ("T2", "T1")]
+        answer = client.post("/v1/segment", files=parts).raise_for_status()
+        assert answer.content == (tmp_path / "out" / "case.nii.gz").read_bytes()
+        lacking = client.post("/v1/segment", files=parts[1:])
+        assert lacking.status_code == 422 and "T2" in lacking.json()["detail"]
+        unnamed = client.post("/v1/segment", content=parts[0][1], headers=RAW)
+        assert unnamed.status_code == 415 and "a part a channel: T1, T2" in unnamed.json()["detail"]
+        assert served.end() == 0

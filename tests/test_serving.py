@@ -21,7 +21,7 @@ from pipeline.stages.serving.job import Job, digest_of_secret, new_id
 from pipeline.stages.serving.pool import Pool
 from pipeline.stages.serving.queueing import Ended, JobQueue, QueueFull, Stopping
 from pipeline.stages.serving.service import Service, owners_of
-from pipeline.stages.serving.settings import ModelCard, ServiceSettings, card_of
+from pipeline.stages.serving.settings import ModelInfo, ServiceSettings, info_of
 from pipeline.stages.serving.spool import Spool
 from pipeline.stages.serving.web.app import create_app
 from pipeline.stages.serving.web.guard import Guard
@@ -44,8 +44,8 @@ def spool(tmp_path: Path) -> Iterator[Spool]:
         yield spool
 
 
-def queue_of(spool: Spool, capacity: int = 8) -> JobQueue:
-    queue = JobQueue(spool, capacity, keep_s=100)
+def queue_of(spool: Spool, capacity: int = 8, keep_s: float = 100) -> JobQueue:
+    queue = JobQueue(spool, capacity, keep_s)
     queue.load(MODEL)
     return queue
 
@@ -211,13 +211,18 @@ def test_who_waits_for_a_job_to_take_is_woken(spool: Spool) -> None:
 def test_a_spool_is_its_owners_and_goes_when_nothing_is_left_in_it(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool")
     with spool.opened():
-        assert spool.folder.stat().st_mode & 0o777 == 0o700
+        for name in ("jobs", "incoming", ".medseg"):
+            assert (spool.folder / name).stat().st_mode & 0o777 == 0o700
         queue = queue_of(spool)
         job = sent(queue)
         (spool.folder / "incoming" / "half").mkdir()
     with spool.opened():
         assert not (spool.folder / "incoming" / "half").exists()
         queue_of(spool).remove(job.tag)
+    assert list(spool.folder.iterdir()) == []  # It was there before.
+    spool.folder.rmdir()
+    with spool.opened():
+        pass
     assert not spool.folder.exists()
 
 
@@ -284,7 +289,7 @@ def test_channels_come_in_the_models_order_whatever_the_uploads(tmp_path: Path) 
 def service_of(spool: Spool, folder: Path, **changes: object) -> Service:
     """A service whose workers were never started."""
     settings = ServiceSettings.model_validate({"spool": spool.folder, **changes})
-    card = ModelCard(
+    info = ModelInfo(
         name="tiny",
         members=1,
         channels={"T1": "MR"},
@@ -293,12 +298,12 @@ def service_of(spool: Spool, folder: Path, **changes: object) -> Service:
         scores={},
         created="",
         versions={},
-        card=None,
+        card="# tiny",
         models_digest=MODEL,
     )
-    jobs = queue_of(spool, settings.queue)
+    jobs = queue_of(spool, settings.queue, settings.keep_minutes * 60)
     of_each = SegmentSettings(models=(folder,), out=spool.folder, run="x")
-    return Service(settings, card, jobs, Pool(of_each, ("cpu",), 1, jobs, 1.0))
+    return Service(settings, info, jobs, Pool(of_each, ("cpu",), 1, jobs, 1.0))
 
 
 async def asked(
@@ -354,6 +359,23 @@ def test_a_full_queue_and_a_stopping_service_put_clients_off(spool: Spool, tmp_p
     assert stopping.status_code == 503 and "stopping" in stopping.json()["detail"]
 
 
+def test_what_is_not_fetched_in_time_goes_while_the_application_runs(spool: Spool, tmp_path: Path) -> None:
+    service = service_of(spool, tmp_path, keep_minutes=0.001)
+    sent(service.jobs)
+    job = service.jobs.take()
+    assert job
+    service.jobs.end(job, DONE)
+    app = create_app(service, Metrics())
+
+    async def until_gone() -> None:
+        async with app.router.lifespan_context(app):
+            while service.jobs.find(job.tag, ""):
+                await asyncio.sleep(0.05)
+
+    asyncio.run(asyncio.wait_for(until_gone(), 60))
+    assert not spool.folder_of(job.tag).exists()
+
+
 def test_a_bug_is_answered_with_the_id_that_the_log_has(
     spool: Spool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -365,10 +387,11 @@ def test_a_bug_is_answered_with_the_id_that_the_log_has(
     assert answer.headers["x-request-id"] in caplog.text and "FileNotFoundError" in caplog.text
 
 
-def test_the_card_says_what_the_model_takes(tmp_path: Path) -> None:
+def test_clients_are_told_what_the_model_takes(tmp_path: Path) -> None:
     save_model(tmp_path / "model", make_model())
     save_model(tmp_path / "other", make_model(seed=1))
-    card, both = card_of([tmp_path / "model"]), card_of([tmp_path / "model", tmp_path / "other"])
-    assert (card.name, card.members, both.members) == ("tiny", 1, 2)
-    assert card.channels == {"T1": "MR"} and card.labels == {"background": 0, "left": 1, "right": 7}
-    assert card.models_digest != both.models_digest
+    info, both = info_of([tmp_path / "model"]), info_of([tmp_path / "model", tmp_path / "other"])
+    assert (info.name, info.members, both.members) == ("tiny", 1, 2)
+    assert info.channels == {"T1": "MR"} and info.labels == {"background": 0, "left": 1, "right": 7}
+    assert info.card.startswith("# tiny")
+    assert info.models_digest != both.models_digest

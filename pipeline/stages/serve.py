@@ -16,7 +16,7 @@ from pipeline.stages.segmenting.case import SegmentSettings
 from pipeline.stages.serving.pool import Pool
 from pipeline.stages.serving.queueing import JobQueue
 from pipeline.stages.serving.service import Service, owners_of
-from pipeline.stages.serving.settings import ServiceSettings, card_of
+from pipeline.stages.serving.settings import ServiceSettings, info_of
 from pipeline.stages.serving.spool import Spool
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def run(
     _refuse_open_to_all(settings)
     owners_of(settings.token_file)
     models = resolve_models([model] if isinstance(model, str) else model, workspace, tracking_uri)
-    card = card_of(models)
+    info = info_of(models)
     for device in settings.devices:
         pick_device(device)  # Refused here once, rather than by each worker.
     # Only now: it needs what may be missing.
@@ -56,11 +56,11 @@ def run(
     spool = Spool(settings.spool)
     with bound_socket(settings.host, settings.port) as listening, spool.opened():
         jobs = JobQueue(spool, settings.queue, settings.keep_minutes * 60)
-        if waiting := jobs.load(card.models_digest):
+        if waiting := jobs.load(info.models_digest):
             log.info("%d jobs wait from before", waiting)
         threads = threads_per_worker(len(settings.devices))
         pool = Pool(_of_each_case(models, settings), settings.devices, threads, jobs, settings.job_minutes * 60)
-        serve(Service(settings, card, jobs, pool), listening)
+        serve(Service(settings, info, jobs, pool), listening)
         left = jobs.counts()
         if left["queued"] or left["done"]:
             log.info(

@@ -11,14 +11,12 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from pipeline.stages.segmenting.batch import DEATHS_ALLOWED
 from pipeline.stages.segmenting.report import CaseResult
 from pipeline.stages.serving.job import TAG_SHOWN, Failure, Job
 from pipeline.stages.serving.spool import Spool
 
 log = logging.getLogger(__name__)
-
-# A job over which so many workers died is given up.
-DEATHS_ALLOWED = 2
 
 
 class QueueFull(Exception):

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.errors import ConfigError
+from pipeline.stages.segmenting.batch import DEATHS_ALLOWED
 from pipeline.stages.serving.job import digest_of_secret
 from pipeline.stages.serving.messages import Answer
 from pipeline.stages.serving.pool import Pool, Worker, WorkerDied
-from pipeline.stages.serving.queueing import DEATHS_ALLOWED, JobQueue
-from pipeline.stages.serving.settings import ModelCard, ServiceSettings
+from pipeline.stages.serving.queueing import JobQueue
+from pipeline.stages.serving.settings import ModelInfo, ServiceSettings
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class Service:
 
     Args:
         settings: how it is set up.
-        card: what is said of the model.
+        info: what is said of the model.
         jobs: the queue.
         pool: of workers.
 
@@ -43,8 +44,8 @@ class Service:
         stopping: nothing is accepted any more.
     """
 
-    def __init__(self, settings: ServiceSettings, card: ModelCard, jobs: JobQueue, pool: Pool) -> None:
-        self.settings, self.card, self.jobs, self.pool = settings, card, jobs, pool
+    def __init__(self, settings: ServiceSettings, info: ModelInfo, jobs: JobQueue, pool: Pool) -> None:
+        self.settings, self.info, self.jobs, self.pool = settings, info, jobs, pool
         self.stopping = False
         self._owners = owners_of(settings.token_file)
 

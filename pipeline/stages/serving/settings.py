@@ -11,6 +11,7 @@ from pipeline.hardware import Precision
 from pipeline.inference.postprocessing import common_rules
 from pipeline.model import DESCRIPTION, PLAN, model_digest, read_description, refuse_other_task
 from pipeline.records import Record, digest_of
+from pipeline.stages.model_card import card_of
 
 # Longer than any scan of a day's work takes to be fetched; patients' data should not lie about for longer.
 KEEP_MINUTES = 60.0
@@ -56,7 +57,7 @@ class ServiceSettings(Record):
     skip_empty: bool = True
 
 
-class ModelCard(Record):
+class ModelInfo(Record):
     """What clients are told of the model.
 
     Attributes:
@@ -68,7 +69,7 @@ class ModelCard(Record):
         scores: of the first member on its validation cases.
         created: date and time of the training, ISO 8601.
         versions: package -> version at training.
-        card: the model's card, where it has one.
+        card: the first member's card, as Markdown.
         models_digest: of all that label maps depend on.
     """
 
@@ -80,23 +81,22 @@ class ModelCard(Record):
     scores: dict[str, float]
     created: str
     versions: dict[str, str]
-    card: str | None
+    card: str
     models_digest: str
 
 
-def card_of(folders: list[Path]) -> ModelCard:
+def info_of(folders: list[Path]) -> ModelInfo:
     """Read what is said of models, without their weights.
 
     Raises:
-        ModelError: a folder holds no model, or one that does not segment.
+        ModelError: a folder holds no model, a damaged one, or one that does not segment.
         ConfigError: a plan is damaged.
     """
     descriptions = [read_description(folder / DESCRIPTION) for folder in folders]
     for folder, description in zip(folders, descriptions, strict=True):
         refuse_other_task(folder, description)
     plan, first = read_plan(folders[0] / PLAN), descriptions[0]
-    written = next(iter(sorted(folders[0].glob("*.md"))), None)
-    return ModelCard(
+    return ModelInfo(
         name=first.name,
         members=len(folders),
         channels=dict(plan.channels),
@@ -105,7 +105,7 @@ def card_of(folders: list[Path]) -> ModelCard:
         scores=first.scores,
         created=first.created,
         versions=first.versions,
-        card=written.read_text(encoding="utf-8") if written else None,
+        card=card_of(folders[0]),
         models_digest=_digest(folders, plan),
     )
 

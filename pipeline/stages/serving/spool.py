@@ -6,7 +6,7 @@ SPOOL/incoming/TAG/       an upload under way; cleared at each start
               /TAG.nii.gz its label map
       .medseg/            unfinished planes of a case that does not fit in memory otherwise
 
-Only its owner may look into it. A job that is accepted moves from incoming/ to jobs/ as a whole.
+Only its owner may look into these. A job that is accepted moves from incoming/ to jobs/ as a whole.
 """
 
 from __future__ import annotations
@@ -46,21 +46,25 @@ class Spool:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Hold the folder against other services; what is empty at the end is removed.
+        """Hold the folder against other services; at the end it is removed where no job is left in it.
 
         Raises:
             PipelineError: another service has it, or it cannot be written.
         """
         busy = PipelineError(f"{self.folder}: another `medseg serve` works here; give this one a --spool of its own")
         try:
+            is_ours = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.folder.chmod(0o700)
             with exclusively(self.folder / _LOCK, busy):
                 shutil.rmtree(self.folder / _INCOMING, ignore_errors=True)
                 for name in (_INCOMING, _JOBS, BOOKKEEPING):
                     (self.folder / name).mkdir(exist_ok=True)
+                    (self.folder / name).chmod(0o700)
                 yield
                 self._remove_if_empty()
+            if is_ours:
+                with suppress(OSError):  # Not empty.
+                    self.folder.rmdir()
         except OSError as error:
             raise PipelineError(
                 f"{self.folder}: cannot be written ({error.strerror}); choose another --spool"
@@ -128,10 +132,9 @@ class Spool:
         return shutil.disk_usage(self.folder).free
 
     def _remove_if_empty(self) -> None:
-        """Remove the folder where no job is left in it."""
+        """Remove what we made in the folder where no job is left in it."""
         with suppress(OSError):  # Not empty.
             (self.folder / _JOBS).rmdir()
             for name in (_INCOMING, BOOKKEEPING):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
             (self.folder / _LOCK).unlink()
-            self.folder.rmdir()

@@ -154,7 +154,8 @@ def _refuse_shape(path: Path) -> None:
 
 def _refused(order: Order, failure: Failure, reason: str) -> Answer:
     """Return the answer to an order that cannot be done."""
-    return Answer(number=order.number, failure=failure, reason=without_paths(reason, order.files))
+    told = without_paths(reason, order.files).replace(f"{order.folder}/", "")
+    return Answer(number=order.number, failure=failure, reason=told)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import errno
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import CancelledError
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +22,7 @@ from pipeline import __version__
 from pipeline.stages.serving.job import TAG_SHOWN, Job, digest_of_secret, new_id
 from pipeline.stages.serving.queueing import QueueFull, Stopping
 from pipeline.stages.serving.service import NoWorker, Service
-from pipeline.stages.serving.settings import ModelCard
+from pipeline.stages.serving.settings import ModelInfo
 from pipeline.stages.serving.web import problems
 from pipeline.stages.serving.web.metrics import MEDIA_TYPE, Metrics
 from pipeline.stages.serving.web.problems import STATUS_OF, Refusal, later
@@ -109,9 +108,9 @@ def remove(id: str, service: Served, owner: Owner) -> None:
     service.jobs.remove(_found(service, id, owner).tag)
 
 
-def model(service: Served, owner: Owner) -> ModelCard:
+def model(service: Served, owner: Owner) -> ModelInfo:
     """Ask what the model takes and tells apart."""
-    return service.card
+    return service.info
 
 
 def healthz() -> Health:
@@ -142,7 +141,7 @@ def figures(request: Request, service: Served, owner: Owner) -> Response:
 def create_app(service: Service, metrics: Metrics) -> FastAPI:
     """Make the application; with it the workers start and stop."""
     app = FastAPI(
-        title=f"medseg: {service.card.name}",
+        title=f"medseg: {service.info.name}",
         version=__version__,
         description=DESCRIPTION,
         docs_url=None,  # Their pages fetch scripts from elsewhere.
@@ -151,7 +150,7 @@ def create_app(service: Service, metrics: Metrics) -> FastAPI:
         lifespan=_lifespan,
     )
     app.state.service, app.state.metrics = service, metrics
-    _add_routes(app, upload_body(tuple(service.card.channels)))
+    _add_routes(app, upload_body(tuple(service.info.channels)))
     app.add_exception_handler(Refusal, problems.on_refusal)
     app.add_exception_handler(HTTPException, problems.on_http_error)
     app.add_exception_handler(Exception, problems.on_bug)
@@ -235,12 +234,12 @@ async def _received(request: Request, service: Service, owner: str, tag: str) ->
         raise later(507, "the disk is full; try again later")
     limits = UploadLimits(settings.max_upload_bytes, settings.upload_idle_s, settings.upload_s)
     with spool.incoming(tag) as folder:
-        files = await receive_upload(request, folder, service.card.channels, limits)
+        files = await receive_upload(request, folder, service.info.channels, limits)
         request.app.state.metrics.upload_bytes += sum((folder / name).stat().st_size for name in files.values())
         answer = await service.examine(tag, {channel: folder / name for channel, name in files.items()}, folder)
         if answer.failure:
             raise Refusal(STATUS_OF[answer.failure], answer.reason or "")
-        job = Job(tag=tag, owner=owner, model=service.card.models_digest, files=files, received_s=time.time())
+        job = Job(tag=tag, owner=owner, model=service.info.models_digest, files=files, received_s=time.time())
         await asyncio.to_thread(service.jobs.add, job)
     log.info("request %s: job %s is queued", request.scope["request_id"], tag[:TAG_SHOWN])
     return job
@@ -256,7 +255,7 @@ async def _ended(request: Request, service: Service, job: Job) -> Job:
         if not ended.done():
             raise Refusal(400, GONE)
         return ended.result()
-    except (Stopping, CancelledError):
+    except Stopping:
         raise later(503, "the service is stopping; send the case again when it is back") from None
     finally:
         gone.cancel()

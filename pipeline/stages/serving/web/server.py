@@ -158,7 +158,7 @@ def serve(service: Service, listening: socket.socket) -> None:
     # It tells of each body that is refused, and so does our log.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
     service.pool.start()
-    log.info("serving %s on http://%s:%d", service.card.name, f"[{host}]" if ":" in host else host, port)
+    log.info("serving %s on http://%s:%d", service.info.name, f"[{host}]" if ":" in host else host, port)
     server = Server(config, service)
     try:
         server.run(sockets=[listening])
