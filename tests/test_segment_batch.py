@@ -1,7 +1,9 @@
 """Long runs of `medseg segment`: shared, killed, interrupted, disks full; what is done is valid, the rest goes on."""
 
+import base64
 import csv
 import errno
+import gzip
 import json
 import os
 import re
@@ -35,6 +37,7 @@ from pipeline.hardware import resident_bytes
 from pipeline.model import save_model
 from pipeline.networks import NETWORKS
 from pipeline.stages import segment
+from pipeline.stages.segmenting import viewing
 from pipeline.stages.segmenting.batch import Batch, Room
 from pipeline.stages.segmenting.case import CaseInHand, CaseSteps, SegmentSettings
 from pipeline.stages.segmenting.claims import CLAIMS, Claims, left_by
@@ -44,6 +47,8 @@ from pipeline.stages.segmenting.page import LARGEST_EMBEDDED, Preview, picture_o
 from pipeline.stages.segmenting.plan import CASES_SHOWN, bytes_of
 from pipeline.stages.segmenting.report import CaseResult, SegmentReport
 from pipeline.stages.worker_processes import shared_out
+from pipeline.viewer import assets
+from pipeline.viewer.assets import niivue
 from pipeline.volumes.volume import Volume, read_label
 from pipeline.volumes.writing import write_image
 
@@ -479,6 +484,45 @@ def test_the_page_shows_failures_then_the_doubtful_and_escapes(tmp_path: Path) -
     assert [(image["src"] or "")[:23] for image in page.images] == ["data:image/jpeg;base64,"]
     assert "warning  doubtful: doubtful: left (Dice of 0.40 expected)" in report.as_text()
     assert "2 not reached" in report.as_text()
+
+
+def test_the_viewer_shows_the_most_doubtful_cases_as_far_as_there_is_room(
+    model: Path, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if niivue() is None:
+        pytest.skip("NiiVue is not installed; `make setup` or `medseg install-viewer` does it")
+    monkeypatch.setattr(viewing, "ROOM_BYTES", 3e5)  # a case of noise takes some 60 kB
+    report = segment.run(str(model), [scans], tmp_path / "out", device="cpu", viewer=True)
+    text = (tmp_path / "out" / "report.html").read_text()
+    found = re.search(r'id="viewer-facts">(.*?)</script>', text)
+    assert found is not None
+    cases = json.loads(found.group(1))["cases"]
+    doubts = {result.name: result.confidence.doubt for result in report.results if result.confidence}
+    assert [case["name"] for case in cases] == sorted(doubts, key=lambda name: -doubts[name])
+    assert [case["score"] for case in cases] == pytest.approx(sorted(1 - doubt for doubt in doubts.values()))
+    shown = [case["shown"] for case in cases]
+    assert 1 < sum(shown) < CASES
+    assert shown == sorted(shown, reverse=True)
+    volumes = re.search(r'id="viewer-volumes-0">(.*?)</script>', text)
+    assert volumes is not None
+    carried = gzip.decompress(base64.b64decode(volumes.group(1).split()[1]))
+    label = read_label(tmp_path / "out" / f"{cases[0]['name']}.nii.gz")
+    assert np.array_equal(np.asarray(nib.Nifti1Image.from_bytes(carried).dataobj) > 0, label.array > 0)
+    assert "Reference, outlined" not in text
+
+
+def test_a_viewer_that_is_not_there_is_refused_before_the_batch(
+    model: Path, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assets, "_OWN", tmp_path)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    assets.niivue.cache_clear()
+    try:
+        with pytest.raises(PipelineError, match="--viewer: NiiVue is not installed here; `medseg install-viewer`"):
+            segment.run(str(model), [scans], tmp_path / "out", device="cpu", viewer=True)
+        assert not (tmp_path / "out").exists()
+    finally:
+        assets.niivue.cache_clear()
 
 
 def test_the_page_of_hundreds_of_cases_is_small_and_loads_pictures_when_they_are_seen(tmp_path: Path) -> None:

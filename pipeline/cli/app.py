@@ -252,6 +252,7 @@ def segment(
     probabilities: options.Probabilities = None,
     probabilities_type: options.ProbabilitiesType = "uint8",
     instances: options.Instances = None,
+    viewer: options.Viewer = False,
     no_skip: options.NoSkip = False,
     series: options.SeriesUid = None,
     modality: options.SeriesModality = None,
@@ -270,21 +271,20 @@ def segment(
 
     dicom = DicomOptions(SeriesChoice(uid=series, modality=modality, description=description), untilt)
     if plan:
-        typer.echo(
-            stage.plan(
-                model,
-                inputs,
-                out,
-                device=device,
-                jobs=jobs,
-                workspace=workspace,
-                precision=precision,
-                tracking_uri=tracking_uri,
-                max_memory=max_memory,
-                stdin=sys.stdin,
-                dicom=dicom,
-            )
+        text = stage.plan(
+            model,
+            inputs,
+            out,
+            device=device,
+            jobs=jobs,
+            workspace=workspace,
+            precision=precision,
+            tracking_uri=tracking_uri,
+            max_memory=max_memory,
+            stdin=sys.stdin,
+            dicom=dicom,
         )
+        typer.echo(text)
         return
     report = stage.run(
         model,
@@ -300,6 +300,7 @@ def segment(
         probabilities=options.names(probabilities),
         probabilities_type=probabilities_type,
         instances=options.names(instances),
+        viewer=viewer,
         workspace=workspace,
         tracking_uri=tracking_uri,
         stdin=sys.stdin,

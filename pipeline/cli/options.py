@@ -163,6 +163,9 @@ Instances = Annotated[
     str | None,
     typer.Option("--instances", metavar="LABEL,...|all", help="Number these labels' connected components too."),
 ]
+Viewer = Annotated[
+    bool, typer.Option("--viewer", help="Put the most doubtful cases into report.html, to look at in slices and 3-D.")
+]
 NoSkip = Annotated[bool, typer.Option("--no-skip", help="Run the network on windows without body too.")]
 ModelWorkspace = Annotated[Path, typer.Option("--workspace", help="Where runs:/ and models:/ are looked up.")]
 

@@ -31,6 +31,7 @@ from pipeline.stages.segmenting.instances import write_table
 from pipeline.stages.segmenting.page import write_page
 from pipeline.stages.segmenting.plan import memory_share, plan_text
 from pipeline.stages.segmenting.report import CaseResult, SegmentReport
+from pipeline.stages.segmenting.viewing import refuse_viewer, viewer_of
 from pipeline.stages.segmenting.workers import Workers
 from pipeline.stages.worker_processes import shared_out
 from pipeline.volumes.label_tables import write_label_tables
@@ -58,6 +59,7 @@ def run(
     instances: Sequence[str] = (),
     dicom: DicomOptions | None = None,
     objects: DicomOutput | None = None,
+    viewer: bool = False,
 ) -> SegmentReport:
     """Segment volumes: the next is read and the last written while one is predicted.
 
@@ -81,6 +83,7 @@ def run(
         stdin: where the list that `-` stands for is read.
         dicom: how DICOM folders are read; None: every series of the model's modality, none resampled.
         objects: DICOM SEG and RTSTRUCT beside the label maps of DICOM series; None: none.
+        viewer: put the most doubtful cases with their volumes into report.html, to look at in slices and 3-D.
 
     Returns:
         What became of each case; a case that cannot be read or segmented is listed with the reason, the rest go on.
@@ -95,6 +98,8 @@ def run(
         pick_device(one)  # Refused here once, rather than by each worker.
     trained_plan = read_plan(models[0] / PLAN)
     background, *foreground = trained_plan.labels
+    if viewer:
+        refuse_viewer(trained_plan)
     settings = SegmentSettings(
         models=tuple(models),
         out=out.resolve(),
@@ -124,7 +129,10 @@ def run(
             batch = Batch(CaseSteps(settings), stop)
         else:
             batch = Workers(settings, devices, threads_per_worker(len(devices)), stop)
-        return _go_through(batch, cases, out, models)
+        report = _go_through(batch, cases, out, models)
+    if viewer and not report.not_reached:
+        write_page(report, viewer_of(report, cases, trained_plan))
+    return report
 
 
 def plan(

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import base64
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from markupsafe import Markup
 from numpy.typing import NDArray
 
 from pipeline import evaluation
+from pipeline.evaluation.report import NO_VIEWER
 from pipeline.geometry import Geometry
 from pipeline.pictures import PICTURE_ORIENTATION, draw_strip
 from pipeline.records import atomic_path, write_text
@@ -103,8 +106,13 @@ class Card:
         return [_row(self.result, label, ml) for label, ml in self.result.volumes_ml.items() if ml]
 
 
-def write_page(report: SegmentReport) -> None:
-    """Write report.html: failures first, then the cases by their doubt, the greatest first."""
+def write_page(report: SegmentReport, viewer: Markup = NO_VIEWER) -> None:
+    """Write report.html: failures first, then the cases by their doubt, the greatest first.
+
+    Args:
+        report: of the batch.
+        viewer: the part of the page in which cases can be looked at; empty: there is none.
+    """
     drawn = [r.name for r in report.results if r.output and picture_of(report.folder, r.name).exists()]
     embed = len(drawn) <= LARGEST_EMBEDDED
     pictures = {name: _source(report.folder, name, embed) for name in drawn}
@@ -112,7 +120,7 @@ def write_page(report: SegmentReport) -> None:
     facts = {"model": ", ".join(str(model) for model in report.models)}
     facts |= {"postprocessing": report.rules.as_text()} if report.rules.has_rules else {}
     facts |= {status: str(count) for status, count in counts.items() if count}
-    cards = [Card(result, pictures.get(result.name)) for result in sorted(report.results, key=_place)]
+    cards = [Card(result, pictures.get(result.name)) for result in most_doubtful_first(report.results)]
     known = {key for card in cards for row in card.rows for key in row.dice}
     page = _template("page_of_batch.html.j2").render(
         title=f"{len(report.results)} cases segmented",
@@ -120,6 +128,7 @@ def write_page(report: SegmentReport) -> None:
         cards=cards,
         measures={key: title for key, title in MEASURES.items() if key in known},
         colours=_colours(report.results),
+        viewer=viewer,
     )
     write_text(report.folder / REPORT_HTML, page)
 
@@ -142,6 +151,11 @@ def _thinned(array: NDArray[Any], step: tuple[int, ...]) -> NDArray[Any]:
 def _turned(array: NDArray[Any], axes: tuple[tuple[int, int], ...]) -> NDArray[Any]:
     """Return an array (X, Y, Z) with its axes permuted and flipped as `Geometry.axes_for` says."""
     return array.transpose([old for old, _ in axes])[tuple(slice(None, None, sign) for _, sign in axes)]
+
+
+def most_doubtful_first(results: Sequence[CaseResult]) -> list[CaseResult]:
+    """Return failures first, then the cases by their doubt, the greatest first."""
+    return sorted(results, key=_place)
 
 
 def _place(result: CaseResult) -> tuple[bool, float, int]:
