@@ -175,6 +175,18 @@ def test_a_bomb_is_not_unpacked(tmp_path: Path, kind: str, monkeypatch: pytest.M
     assert not everything(tmp_path / "out")
 
 
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_header_that_would_fill_the_memory_is_not_read(tmp_path: Path, kind: bytes, is_first: bool) -> None:
+    huge = entry("header", kind, size=2**25)
+    with tarfile.open(tmp_path / "a.tar", "w:gz") as archive:
+        if not is_first:
+            archive.addfile(entry("set/a"))
+        archive.addfile(huge, io.BytesIO(bytes(huge.size)))
+    with pytest.raises(DownloadError, match="a header of 33,55"):
+        unpack(tmp_path / "a.tar", tmp_path / "out", name="a")
+
+
 def test_more_files_than_a_data_set_has_are_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archives, "MOST_MEMBERS", 2)
     with pytest.raises(DownloadError, match="or 2 files; not unpacked"):

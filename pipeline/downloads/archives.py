@@ -8,7 +8,9 @@ Python's own `data` filter (PEP 706) is asked as well.
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import lzma
 import os
 import re
 import shutil
@@ -16,12 +18,11 @@ import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from lzma import LZMAError
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 from pipeline.errors import DownloadError, ResourceError
 
@@ -33,8 +34,11 @@ RESERVE_BYTES = 2**28
 _CHUNK_BYTES = 2**20
 # tar fills its last record up, to some hundred KB at most.
 _LONGEST_END_BYTES = 2**24
+# Names and attributes of one file.
+_LONGEST_HEADER_BYTES = 2**22
+_COMPRESSED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 _DAMAGED = (
-    *(tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, LZMAError),
+    *(tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError),
     *(EOFError, UnicodeError),
 )
 # What macOS adds to archives, and no data set means.
@@ -117,19 +121,57 @@ def _unpack_all(archive: Path, folder: Path) -> None:
 
 def _members(archive: Path) -> Iterator[Member]:
     """Yield an archive's files, one open at a time."""
-    if tarfile.is_tarfile(archive):
-        with tarfile.open(archive) as opened:
-            yield from _of_tar(opened)
-            _read_to_its_end(opened)
-    elif zipfile.is_zipfile(archive):
+    if zipfile.is_zipfile(archive) and not _is_compressed(archive):
         with zipfile.ZipFile(archive) as listed:
             yield from _of_zip(listed)
-    else:
-        with archive.open("rb") as file:
-            begins = file.read(60)
-        raise DownloadError(
-            f"{archive.name}: is no archive (tar, tar.gz, tar.bz2, tar.xz or zip); it begins with {begins!r}"
-        )
+        return
+    with _decompressed(archive) as stream, _tar_of(stream, archive) as opened:
+        yield from _of_tar(opened)
+        _read_to_its_end(stream)
+
+
+def _tar_of(stream: IO[bytes], archive: Path) -> tarfile.TarFile:
+    """Open what was decompressed as a tar."""
+    bounded: Any = _Bounded(stream)
+    try:
+        return tarfile.open(fileobj=bounded, mode="r:")
+    except tarfile.ReadError:
+        kinds = "tar, tar.gz, tar.bz2, tar.xz or zip"
+        begins = _begins(archive)
+        raise DownloadError(f"{archive.name}: is no archive ({kinds}); it begins with {begins!r}") from None
+
+
+class _Bounded:
+    """A stream of which nothing large is read at once: a tar's header may say that it is gigabytes long itself."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.seek, self.tell = stream.seek, stream.tell
+
+    def read(self, size: int = -1) -> bytes:
+        """Read so many bytes."""
+        if not 0 <= size <= _LONGEST_HEADER_BYTES:
+            raise DownloadError(f"a header of {size:,} bytes in the archive; not unpacked")
+        return self._stream.read(size)
+
+
+def _begins(archive: Path) -> bytes:
+    """Return a file's first bytes."""
+    with archive.open("rb") as file:
+        return file.read(60)
+
+
+def _is_compressed(archive: Path) -> bool:
+    """Tell whether all of a file is compressed, as a tar may be."""
+    return _begins(archive).startswith(tuple(_COMPRESSED))
+
+
+def _decompressed(archive: Path) -> IO[bytes]:
+    """Open a file, to be read as what it was before it was compressed, if it is."""
+    begins = _begins(archive)
+    openers = (opener for magic, opener in _COMPRESSED.items() if begins.startswith(magic))
+    opened: IO[bytes] = next(openers, Path.open)(archive, "rb")
+    return opened
 
 
 def _of_tar(archive: tarfile.TarFile) -> Iterator[Member]:
@@ -150,14 +192,13 @@ def _of_tar(archive: tarfile.TarFile) -> Iterator[Member]:
             raise DownloadError(f"{entry.name!r}: is a device or another special file; not unpacked")
 
 
-def _read_to_its_end(archive: tarfile.TarFile) -> None:
+def _read_to_its_end(stream: IO[bytes]) -> None:
     """Read what is left after a tar's last file: only at the end of a gz, bz2 or xz its checksum is looked at."""
-    assert archive.fileobj is not None
     left = _LONGEST_END_BYTES
-    while chunk := archive.fileobj.read(_CHUNK_BYTES):
+    while chunk := stream.read(_CHUNK_BYTES):
         left -= len(chunk)
         if left < 0:
-            raise DownloadError(f"goes on for more than {_LONGEST_END_BYTES:,} bytes after its end; not unpacked")
+            raise DownloadError(f"the archive goes on for more than {_LONGEST_END_BYTES:,} bytes after its end")
 
 
 def _of_zip(archive: zipfile.ZipFile) -> Iterator[Member]:
