@@ -432,7 +432,7 @@ def test_everything_is_in_mlflow(config: Config) -> None:
 
     run_folder = Path(best(config)).parents[1]
     RunLog.create(run_folder, uri=None, workspace=config.workspace, experiment="phantoms", name="tiny fold 0").close()
-    report = evaluate.run(best(config))
+    report = evaluate.run(best(config), overrides=["evaluation.lesions=[left]"])
     assert [line.event["kind"] for line in read_events(run_folder)].count("table") == 1
     client = MlflowClient(f"sqlite:///{config.workspace / 'mlflow.db'}")
     (experiment,) = [e for e in client.search_experiments() if e.name == "phantoms"]
@@ -442,6 +442,13 @@ def test_everything_is_in_mlflow(config: Config) -> None:
             logged = found.data.metrics[f"evaluation/fold/{name}/{summary.class_name}"]
             assert logged == pytest.approx(summary.metrics[name].mean)
     assert found.data.metrics["evaluation/fold/missed/mean"] == 0
+    (lesions,) = report.evaluation.lesions
+    for name, value in lesions.as_metrics("evaluation/fold").items():
+        assert found.data.metrics[name] == pytest.approx(value)
+    assert found.data.metrics["evaluation/fold/lesion_f1_iou50/left"] == 1
+    assert "evaluation/fold/lesions.csv" in {
+        file.path for file in client.list_artifacts(found.info.run_id, "evaluation/fold")
+    }
     ece = report.evaluation.reliability["ece"].mean
     assert found.data.metrics["evaluation/fold/ece"] == pytest.approx(ece)
     top = {file.path for file in client.list_artifacts(found.info.run_id)}

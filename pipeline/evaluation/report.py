@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from pipeline.evaluation.cross_validation import CrossValidation
 from pipeline.evaluation.cross_validation import as_json as folds_as_json
-from pipeline.evaluation.lesions.metrics import COUNTS, main_metrics, metric_names
+from pipeline.evaluation.lesions.metrics import COUNTS, main_metrics, metric_grid
 from pipeline.evaluation.lesions.scoring import LesionRules
 from pipeline.evaluation.lesions.summary import LesionSummary
 from pipeline.evaluation.metrics import METRICS, Metric
@@ -256,7 +256,7 @@ def render(template: str, **values: Any) -> str:
         "format_share": format_share,
         "heading": heading,
         "lesion_counts": COUNTS,
-        "lesion_metrics": metric_names,
+        "lesion_grid": metric_grid,
         "reliability_names": RELIABILITY,
         "nan": NAN,
     }

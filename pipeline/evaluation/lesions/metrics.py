@@ -49,14 +49,12 @@ class MatchCounts:
         return self.true_positives + (self.false_positives + self.false_negatives) / 2
 
 
-# By any overlap: name -> what it is, and the sums whose ratio it is.
-_BY_OVERLAP: dict[str, tuple[str, Callable[[Mapping[str, int]], Ratio]]] = {
-    "lesion_sensitivity": ("Sensitivity, any overlap", lambda n: (n["lesions_detected"], n["lesions"])),
-    "lesion_precision": (
-        "Precision, any overlap",
-        lambda n: (n["lesions_predicted"] - n["lesions_spurious"], n["lesions_predicted"]),
-    ),
+# By any overlap: name -> the sums whose ratio it is.
+_BY_OVERLAP: dict[str, Callable[[Mapping[str, int]], Ratio]] = {
+    "lesion_sensitivity": lambda n: (n["lesions_detected"], n["lesions"]),
+    "lesion_precision": lambda n: (n["lesions_predicted"] - n["lesions_spurious"], n["lesions_predicted"]),
 }
+# At a threshold: name -> what it is, and the sums.
 _AT_THRESHOLD: dict[str, tuple[str, Callable[[MatchCounts], Ratio]]] = {
     "f1": ("F1", lambda n: (n.true_positives, n.both_sides)),
     "recall": ("Recall", lambda n: (n.true_positives, n.true_positives + n.false_negatives)),
@@ -91,12 +89,19 @@ def metric_name(metric: str, threshold: float) -> str:
     return f"lesion_{metric}_iou{100 * threshold:g}"
 
 
-def metric_names(rules: LesionRules) -> dict[str, str]:
-    """Return the names of all metrics -> what each is, for people."""
-    named = {name: said for name, (said, _) in _BY_OVERLAP.items()}
+def metric_names(rules: LesionRules) -> list[str]:
+    """Return the names of all metrics."""
+    at_thresholds = (metric_name(metric, threshold) for threshold in rules.iou_thresholds for metric in _AT_THRESHOLD)
+    return [*_BY_OVERLAP, *at_thresholds]
+
+
+def metric_grid(rules: LesionRules) -> dict[str, dict[str, str]]:
+    """Return what counts as found -> column -> metric name, for a page; empty where a column has none."""
+    by_overlap = {"Recall": "lesion_sensitivity", "Precision": "lesion_precision"}
+    grid = {"any overlap": {said: by_overlap.get(said, "") for said, _ in _AT_THRESHOLD.values()}}
     for threshold in rules.iou_thresholds:
-        named |= {metric_name(m, threshold): f"{said}, IoU {threshold:g}" for m, (said, _) in _AT_THRESHOLD.items()}
-    return named
+        grid[f"IoU {threshold:g}"] = {said: metric_name(m, threshold) for m, (said, _) in _AT_THRESHOLD.items()}
+    return grid
 
 
 def main_metrics(rules: LesionRules) -> dict[str, str]:
@@ -109,7 +114,7 @@ def main_metrics(rules: LesionRules) -> dict[str, str]:
 def ratios(score: LesionScore, rules: LesionRules) -> dict[str, Ratio]:
     """Return metric name -> the two sums whose ratio it is, of one structure of one case."""
     counts = counts_of(score)
-    found = {name: of(counts) for name, (_, of) in _BY_OVERLAP.items()}
+    found = {name: of(counts) for name, of in _BY_OVERLAP.items()}
     for threshold in rules.iou_thresholds:
         at = matches_at(score, threshold)
         found |= {metric_name(metric, threshold): of(at) for metric, (_, of) in _AT_THRESHOLD.items()}
