@@ -198,7 +198,8 @@ def _planes(path: Path, header: Any) -> Iterator[Plane]:
     if kind == "other":
         yield plane
         return
-    plane = replace(plane, size=(int(header.Columns), int(header.Rows)), problem=_problem(header))
+    size = (int(header.get("Columns") or 0), int(header.get("Rows") or 0))
+    plane = replace(plane, size=size, problem=_problem(header))
     per_frame = header.get("PerFrameFunctionalGroupsSequence")
     if not per_frame:
         yield _placed(plane, [header])
@@ -217,9 +218,7 @@ def _items(sequence: Any) -> Sequence[Any]:
 def _kind(header: Any) -> Kind:
     """Tell what a file is."""
     uid = str(header.SOPClassUID)
-    placed = all(header.get(tag) for tag in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"))
-    if not header.get("Rows") or not header.get("Columns"):
-        return "other"
+    placed = all(header.get(tag) for tag in _PLACE)
     if any(uid == no or uid.startswith(f"{no}.") for no in _NO_IMAGES) or not (uid in _SLICE_CLASSES or placed):
         return "other"
     return "localiser" if _LOCALISERS & {word.upper() for word in _words(header.get("ImageType"))} else "image"
@@ -227,6 +226,8 @@ def _kind(header: Any) -> Kind:
 
 def _problem(header: Any) -> str:
     """Say why a plane's values can be no volume's; empty where they can."""
+    if not header.get("Rows") or not header.get("Columns"):
+        return "no rows and columns"
     if (samples := int(header.get("SamplesPerPixel") or 1)) != 1:
         return f"colours, {samples} values a pixel"
     colours = _text(header, "PhotometricInterpretation")
@@ -279,8 +280,9 @@ def _placed(plane: Plane, holders: Sequence[Any]) -> Plane:
 
 
 def _text(header: Any, tag: str) -> str:
-    """Return an attribute as text on one line; empty where it is missing."""
-    return " ".join(str(header.get(tag) or "").split())
+    """Return an attribute as text on one line, what cannot be shown as ?; empty where it is missing."""
+    text = " ".join(str(header.get(tag) or "").split())
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _words(value: Any) -> list[str]:
