@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_relabelling import OPTIONS, scattered
+from typer.testing import CliRunner
 
+from pipeline.cli import app
 from pipeline.data.exports import EXPORTS, RECORD
 from pipeline.data.formats import Reading, find_cases
 from pipeline.data.label_options import parse_label
@@ -190,8 +192,10 @@ def test_cases_that_a_layout_cannot_say_are_left_out_if_asked(tmp_path: Path) ->
     manifest = load_manifest(path)
     first, second, *others = manifest.cases
     lacking = first.changed(images={"T1": first.images["T1"]})
-    partly = second.changed(annotated_classes=("left", "right"))
-    save_manifest(manifest.changed(cases=[lacking, partly, *others]), path)
+    partly = second.changed(annotated_classes=("right",))
+    fully = others[0].changed(annotated_classes=("left", "right"))
+    cases = [lacking, partly, fully, *others[1:]]
+    save_manifest(manifest.changed(cases=cases, label_pairs=()), path)
     with pytest.raises(ManifestError, match=r"case 'phantom_000_visit1': has no T2, and every case needs all channels"):
         exported(path, "nnunet")
     out, names = exported(path, "nnunet", skip=True)
@@ -204,7 +208,7 @@ def test_cases_that_a_layout_cannot_say_are_left_out_if_asked(tmp_path: Path) ->
     _, names = exported(path, "decathlon", skip=True, force=True)
     assert list(names) == [second.id, *(case.id for case in others)]
     found = find_cases(out, reading=Reading(root=tmp_path))
-    assert {case.id: case.annotated_classes for case in found.cases}[second.id] == ("left", "right")
+    assert {case.id: case.annotated_classes for case in found.cases}[second.id] == ("right",)
 
 
 def test_other_formats_are_converted(tmp_path: Path) -> None:
@@ -279,6 +283,24 @@ def test_nnunet_wants_its_own_name_for_a_folder(tmp_path: Path) -> None:
     path = manifest_of(tmp_path, "nnunet")
     with pytest.raises(ManifestError, match=r"folders called DatasetNNN_NAME; name it so, such as Dataset101_m"):
         export_dataset.run(path, tmp_path / "out" / "phantoms", layout="nnunet")
+
+
+def test_the_command_says_what_it_left_out(tmp_path: Path) -> None:
+    path = manifest_of(tmp_path, "nnunet", channels=2)
+    manifest = load_manifest(path)
+    first, *others = manifest.cases
+    save_manifest(manifest.changed(cases=[first.changed(images={"T1": first.images["T1"]}), *others]), path)
+    command = ["export-dataset", str(path), "--format", "nnunet", "--out", str(tmp_path / "out" / NAME)]
+    refused = CliRunner().invoke(app, command)
+    assert isinstance(refused.exception, ManifestError)
+    with pytest.raises(PipelineError, match="name one of them"):
+        CliRunner().invoke(app, [*command, "--copy", "--hard-links"], catch_exceptions=False)
+    done = CliRunner().invoke(app, [*command, "--skip", "--copy"])
+    assert done.exit_code == 1
+    lines = done.stdout.splitlines()
+    assert lines[0] == "left out: case 'phantom_000_visit1': has no T2, and every case needs all channels"
+    assert "copy it there before training" in lines[1]
+    assert lines[2].endswith(f"{NAME}: 4 cases")
 
 
 # nnU-Net imports torchvision, whose operators a CPU build of torch lacks: they are declared before.

@@ -301,3 +301,16 @@ def test_links_are_followed_below_a_root_above_both(tmp_path: Path) -> None:
     above = run(linked, tmp_path / "a.json", folds=2, reading=Reading(root=tmp_path))
     assert above.root == tmp_path
     assert above.cases[0].images["T1"].path == "linked/imagesTr/phantom_000_visit1.nii.gz"
+
+
+def test_nnunets_splits_serve_any_layout(tmp_path: Path) -> None:
+    source = csv_with(tmp_path, {"site": [*"aabbcc"]})
+    ids = [f"phantom_{name}" for name in ("000_visit1", "000_visit2", "002", "003", "004")]
+    splits = [{"train": ids[2:], "val": ids[:2]}, {"train": ids[:2], "val": ids[2:]}]
+    path = tmp_path / "splits.json"
+    path.write_text(json.dumps(splits))
+    given = run(source, tmp_path / "a.json", reading=Reading(splits=path), group_by="site")
+    assert [case.fold for case in given.cases] == [0, 0, 1, 1, 1, None]
+    assert [case.group for case in given.cases] == [*"aabbcc"]
+    with pytest.raises(ManifestError, match="--splits says on which side"):
+        run(source, tmp_path / "b.json", reading=Reading(splits=path), folds=2)

@@ -61,8 +61,11 @@ def run(
     """
     if out.exists() and not force:
         raise ManifestError(f"{out}: is there already, and results may rest on its split; --force replaces it")
+    reading = reading or Reading()
+    if reading.splits and (folds or test_fraction or stratify_by):
+        raise ManifestError("--splits says on which side each case stands; leave --folds and the like out, or --splits")
     asked = tuple(column for column in (group_by, stratify_by) if column)
-    found = find_cases(source, layout, replace(reading or Reading(), columns=asked))
+    found = find_cases(source, layout, replace(reading, columns=asked))
     found = with_labels(_grouped(found, group_by), labels)
     hashed, values = _read_all(found)
     if not values:
@@ -72,7 +75,7 @@ def run(
     unsplit = _manifest(source, out, found, hashed)
     if labels:
         refuse_unnamed(values, unsplit.value_table)
-    if found.split and not (folds or test_fraction or asked):
+    if found.split and (reading.splits or not (folds or test_fraction or asked)):
         manifest = unsplit
         _refuse_one_fold(manifest, found)
     else:

@@ -46,8 +46,7 @@ def _collisions(what: str, names: dict[str, str]) -> Iterator[str]:
 
 def _case_problems(manifest: Manifest, files: CaseFiles) -> Iterator[str]:
     """Yield what keeps a case from being said; channels may be missing, and have grids of their own."""
-    del manifest
-    yield from partly_annotated(files.case)
+    yield from partly_annotated(manifest, files.case)
     yield from files.problems(one_grid=False)
 
 

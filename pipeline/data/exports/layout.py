@@ -44,13 +44,11 @@ def missing_channels(manifest: Manifest, case: Case) -> Iterator[str]:
         yield f"has no {', '.join(missing)}, and every case needs all channels"
 
 
-def partly_annotated(case: Case) -> Iterator[str]:
+def partly_annotated(manifest: Manifest, case: Case) -> Iterator[str]:
     """Yield what is lost where a layout cannot say that people looked for some labels only."""
-    if case.annotated_classes is not None:
-        yield (
-            f"only {', '.join(case.annotated_classes)} are annotated, which the layout cannot say: the others would"
-            " pass for background"
-        )
+    if not case.is_annotated(list(manifest.labels)[1:]):
+        named = ", ".join(case.annotated_classes or ())
+        yield f"only {named} are annotated, which the layout cannot say: the others would pass for background"
 
 
 def labels_json(manifest: Manifest, values: Mapping[str, int]) -> dict[str, Any]:

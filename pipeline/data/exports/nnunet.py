@@ -34,7 +34,7 @@ def _problems(manifest: Manifest, out: Path) -> Iterator[str]:
 def _case_problems(manifest: Manifest, files: CaseFiles) -> Iterator[str]:
     """Yield what keeps a case from being trained on."""
     yield from missing_channels(manifest, files.case)
-    yield from partly_annotated(files.case)
+    yield from partly_annotated(manifest, files.case)
     yield from files.problems(one_grid=True)
 
 

@@ -161,7 +161,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ManifestError(f"{path}: cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ManifestError(f"{path}: must hold a JSON object, got {type(content).__name__}")
