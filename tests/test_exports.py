@@ -80,6 +80,18 @@ def test_two_visits_stay_one_patient_in_bids(tmp_path: Path) -> None:
     assert json.loads((out / "derivatives/labels/dataset_description.json").read_text())["DatasetType"] == "derivative"
 
 
+def test_what_bids_does_not_know_is_ignored_and_said(tmp_path: Path) -> None:
+    path = manifest_of(tmp_path, "folder", channels=2, modality="CT")
+    out = tmp_path / "out"
+    report = export_dataset.run(path, out, layout="bids")
+    assert (out / "sub-phantom003" / "ct" / "sub-phantom003_ct.nii.gz").exists()
+    assert (out / "sub-phantom003" / "pet" / "sub-phantom003_pet.nii.gz").exists()
+    assert (out / ".bidsignore").read_text() == f"{RECORD}\n**/*_ct.nii.gz\n"
+    assert [note.split(" ")[:2] for note in report.notes] == [["channels", "CT"], ["BIDS", "wants"]]
+    found = find_cases(out, reading=Reading(root=tmp_path))
+    assert found.channels == {"ct": "CT", "pet": "PET"}
+
+
 def test_files_are_linked_or_copied_as_asked(tmp_path: Path) -> None:
     path = manifest_of(tmp_path, "nnunet")
     manifest = load_manifest(path)

@@ -75,7 +75,8 @@ def _write_tables(folder: Path, manifest: Manifest, cases: Sequence[Case]) -> No
     names = [(str(value), name) for name, value in manifest.own_values.items()]
     _write_tsv(folder / LABELS / "dseg.tsv", [("index", "name"), *names])
     write_text(folder / "README", f"{manifest.description or manifest.name}\n\nWritten by medseg {__version__}.\n")
-    write_text(folder / ".bidsignore", f"{RECORD}\n")
+    ignored = [RECORD, *(f"**/*_{'_'.join(_channel_words(name))}{ENDING}" for name in _unknown(manifest))]
+    write_text(folder / ".bidsignore", "".join(f"{line}\n" for line in ignored))
     _write_participants(folder, manifest, cases)
 
 
@@ -134,11 +135,17 @@ def _notes(manifest: Manifest) -> Iterator[str]:
     """Yield what BIDS cannot say."""
     if manifest.regions:
         yield f"BIDS has no regions: {', '.join(manifest.regions)} are left out"
-    unknown = [name for name in manifest.channels if _channel_words(name)[-1] not in _KNOWN]
-    if unknown:
-        yield f"channels {', '.join(unknown)} have no suffix of BIDS's own, so a validator will not know them"
+    if unknown := _unknown(manifest):
+        yield f"channels {', '.join(unknown)} are none that BIDS knows: they stand in .bidsignore"
+    if "PET" in manifest.channels.values():
+        yield "BIDS wants a JSON beside each PET image that says how it was taken, which the manifest does not know"
 
 
-_KNOWN = (*_SUFFIXES.values(), *("T1rho", "T2star", "T2starw", "MP2RAGE", "UNIT1", "MTw", "inplaneT1", "inplaneT2"))
+def _unknown(manifest: Manifest) -> list[str]:
+    """Return the channels whose suffix is none of BIDS's own; CT is none yet."""
+    return [name for name in manifest.channels if _channel_words(name)[-1] not in _KNOWN]
+
+
+_KNOWN = ("T1w", "T2w", "PDw", "FLAIR", "pet", "T2starw", "UNIT1", "MTw", "inplaneT1", "inplaneT2", "angio")
 
 EXPORT = Export(_case_problems, _write_case, _write_tables, _problems, _notes)
