@@ -269,7 +269,7 @@ class CaseSteps:
         )
 
     def _as_done(self, case: CaseInHand, before: CaseResult) -> CaseResult:
-        """Return what becomes of a case that is done and unchanged; what its labels lack beside them is made of them."""
+        """Return what becomes of a case that is done and unchanged; what lacks beside its labels is made of them."""
         out, wanted = self.settings.out, self.settings
         counted = all(file.exists() for file in instance_files(out, before.name))
         counted = not wanted.instances or (counted and tuple(before.instances) == wanted.instances)
