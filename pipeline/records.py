@@ -158,12 +158,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def exclusively(path: Path, busy: PipelineError | None = None) -> Iterator[None]:
+def exclusively(path: Path, busy: PipelineError | None = None, *, shared: bool = False) -> Iterator[None]:
     """Hold a lock file against other processes; the kernel frees it when its holder dies.
 
     Args:
         path: the file.
         busy: raised where another process holds it; None: wait for that one.
+        shared: others may hold it too, if they share it as well.
 
     Raises:
         PipelineError: `busy`.
@@ -171,7 +172,7 @@ def exclusively(path: Path, busy: PipelineError | None = None) -> Iterator[None]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (fcntl.LOCK_NB if busy else 0))
         except OSError:
             if busy is None:
                 raise

@@ -45,9 +45,10 @@ KEEPERS = {
     "highdicom": ("pipeline.volumes.dicom.annotations.seg",),
     "contourpy": ("pipeline.volumes.dicom.annotations.tracing",),
     **dict.fromkeys(("fastapi", "starlette", "uvicorn", "python_multipart"), ("pipeline.stages.serving.web",)),
+    "ray": ("pipeline.stages.cluster.ray_cluster",),
 }
 # Libraries that cost a second or are missing on a bare node: imported inside the functions that need them.
-LAZY = ("SimpleITK", "monai", "pydicom", "highdicom", "contourpy", "onnx", "onnxscript", "onnxruntime")
+LAZY = ("SimpleITK", "monai", "pydicom", "highdicom", "contourpy", "onnx", "onnxscript", "onnxruntime", "ray")
 
 
 def modules() -> Iterator[tuple[str, Path]]:

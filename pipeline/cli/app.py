@@ -24,6 +24,7 @@ from pipeline.cli.dicom import dicom as dicom_commands
 from pipeline.cli.export import exports
 from pipeline.cli.loading import load
 from pipeline.cli.serving import serving
+from pipeline.cli.sharing import cluster_of, shard_of
 from pipeline.errors import PipelineError
 from pipeline.progress import lines_only
 
@@ -110,11 +111,13 @@ def check(
         Path | None, typer.Option("--pictures", help="Write an overlay of image and label per case here.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    shard: options.ShardOf = None,
 ) -> None:
     """Read each case once and report every problem of every case together."""
     from pipeline.stages import check as stage
 
-    report = stage.run(manifest, root=root, workspace=workspace, jobs=jobs, pictures=pictures)
+    part = shard_of(shard)
+    report = stage.run(manifest, root=root, workspace=workspace, jobs=jobs, pictures=pictures, shard=part)
     typer.echo(json.dumps(report.as_json(), indent=2) if as_json else report.as_text())
     if report.errors:
         raise typer.Exit(2)
@@ -128,12 +131,20 @@ def preprocess(
     jobs: options.Jobs = None,
     gpu_memory: options.GpuMemory = None,
     replan: options.Replan = False,
+    engine: options.EngineChoice = "local",
+    address: options.Address = None,
+    workers: options.Workers = None,
+    cpus_per_worker: options.WorkerCpus = None,
+    wait_minutes: options.WaitMinutes = options.DEFAULT_WAIT_MINUTES,
+    shard: options.ShardOf = None,
 ) -> None:
     """Measure the development cases, plan, and fill the store; fresh cases are skipped."""
+    ray = cluster_of(engine, address, workers, cpus_per_worker, wait_minutes)
+    part = shard_of(shard, ray, jobs=jobs)
     loaded = load(config, options.with_memory(overrides, gpu_memory), workspace)
     from pipeline.stages import preprocess as stage
 
-    stage.run(loaded, jobs=jobs, replan=replan)
+    stage.run(loaded, jobs=jobs, replan=replan, ray=ray, shard=part)
 
 
 @app.command()
@@ -261,10 +272,18 @@ def segment(
     dicom_formats: options.DicomFormats = None,
     codes: options.Codes = None,
     deidentify: options.Deidentify = False,
+    engine: options.EngineChoice = "local",
+    address: options.Address = None,
+    workers: options.Workers = None,
+    cpus_per_worker: options.WorkerCpus = None,
+    wait_minutes: options.WaitMinutes = options.DEFAULT_WAIT_MINUTES,
+    shard: options.ShardOf = None,
     workspace: options.ModelWorkspace = options.DEFAULT_WORKSPACE,
     tracking_uri: options.TrackingUri = None,
 ) -> None:
     """Segment new volumes: one label map each, in its input's own geometry."""
+    ray = cluster_of(engine, address, workers, cpus_per_worker, wait_minutes)
+    part = shard_of(shard, ray, jobs=jobs, device=device)
     from pipeline.stages import segment as stage
     from pipeline.stages.segmenting.dicom_inputs import DicomOptions, SeriesChoice
     from pipeline.stages.segmenting.dicom_objects import dicom_output
@@ -306,6 +325,8 @@ def segment(
         stdin=sys.stdin,
         dicom=dicom,
         objects=dicom_output(options.names(dicom_formats), codes, deidentify),
+        ray=ray,
+        shard=part,
     )
     typer.echo(report.as_text())
     if report.not_reached:

@@ -69,6 +69,32 @@ StratifyBy = Annotated[
     str | None,
     typer.Option("--stratify-by", metavar="COLUMN", help="Of the same: its values are spread evenly over the folds."),
 ]
+# Of `segment` and `preprocess`, over several machines; of `check`, --shard.
+EngineChoice = Annotated[
+    Literal["local", "ray"], typer.Option("--engine", help="ray: share the cases out over a Ray cluster.")
+]
+Address = Annotated[
+    str | None, typer.Option("--address", metavar="HOST:PORT|auto", help="Of the Ray cluster; auto: this machine's.")
+]
+Workers = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Of the cluster, at most; default: as many as it has room for.")
+]
+WorkerCpus = Annotated[
+    int | None,
+    typer.Option(
+        "--cpus-per-worker",
+        min=1,
+        help="Cores of each worker; default: an even share of a node's for each GPU, or all; of preprocess: 1.",
+    ),
+]
+WaitMinutes = Annotated[
+    float, typer.Option("--wait-minutes", min=0.01, help="How long to wait where the cluster has no room.")
+]
+ShardOf = Annotated[
+    str | None,
+    typer.Option("--shard", metavar="I/N", help="This part of the cases only, 0/N to N-1/N; jobs share the folder."),
+]
+DEFAULT_WAIT_MINUTES = 10.0
 
 # Of `train`.
 Fold = Annotated[str, typer.Option("--fold", metavar="K|all", help="Fold to hold out, or all of them.")]

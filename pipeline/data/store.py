@@ -178,14 +178,17 @@ class CaseStore:
         return tuple(sorted(p for p in self.folder.iterdir() if p.is_dir() and p.name.startswith(".")))
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, *, shared: bool = False) -> Iterator[None]:
         """Hold the store against other writers; the lock dies with the process.
+
+        Args:
+            shared: others that share it may write other cases meanwhile.
 
         Raises:
             StoreError: another process holds it.
         """
         busy = StoreError(f"{self.folder}: another medseg is writing here; wait until it is done")
-        with exclusively(self.folder / ".lock", busy):
+        with exclusively(self.folder / ".lock", busy, shared=shared):
             yield
 
     def write(self, case_id: str, prepared: PreparedCase, key: str) -> None:

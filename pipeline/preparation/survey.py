@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from pipeline.geometry import FloatArray
 from pipeline.preparation.examination import CaseExamination, ChannelExamination, Problem
 from pipeline.preparation.examining import examination_key, examine_case, state_of
 from pipeline.progress import track
-from pipeline.records import write_text
+from pipeline.records import exclusively, write_text
 
 log = logging.getLogger(__name__)
 
@@ -33,13 +33,19 @@ FAR_FACTOR = 5.0
 _BYTES_PER_PACKED_BYTE, _BYTES_PER_BYTE = 12, 4
 
 
-def examine_cases(manifest: Manifest, folder: Path, jobs: int | None = None) -> list[CaseExamination]:
+def examine_cases(
+    manifest: Manifest,
+    folder: Path,
+    jobs: int | None = None,
+    examine: Callable[[Sequence[Case]], Iterator[CaseExamination]] | None = None,
+) -> list[CaseExamination]:
     """Examine all cases of a manifest, those again whose files have changed since the last time.
 
     Args:
         manifest: of the data set.
         folder: where examinations are kept, one line a case, added as soon as it is examined: a killed check goes on.
         jobs: threads; None: as many as cores and memory admit. The result does not depend on it.
+        examine: yields the examinations of cases in any order; None: threads of this process make them.
 
     Returns:
         One examination a case, in the manifest's order.
@@ -51,7 +57,8 @@ def examine_cases(manifest: Manifest, folder: Path, jobs: int | None = None) -> 
         log.debug("%d of %d cases are examined, %d are known", len(stale), len(manifest.cases), len(known))
         folder.mkdir(parents=True, exist_ok=True)
         with kept_at.open("a", encoding="utf-8") as file:
-            for examination in track(_examine(manifest, stale, jobs), "check", len(stale)):
+            made = examine(stale) if examine else _examine(manifest, stale, jobs)
+            for examination in track(made, "check", len(stale)):
                 known[examination.case_id] = examination
                 file.write(examination.model_dump_json() + "\n")
                 file.flush()
@@ -59,6 +66,23 @@ def examine_cases(manifest: Manifest, folder: Path, jobs: int | None = None) -> 
     if stale:
         write_text(kept_at, "".join(examination.model_dump_json() + "\n" for examination in examinations))
     return examinations
+
+
+def examine_part(manifest: Manifest, cases: Sequence[Case], folder: Path, jobs: int | None = None) -> None:
+    """Examine some cases of a manifest while other processes examine the others; what is learned is kept.
+
+    Args:
+        manifest: of the data set.
+        cases: some of its.
+        folder: where examinations are kept; lines are added under a lock, and none is taken away.
+        jobs: threads; None: as many as cores and memory admit.
+    """
+    kept_at, known = _kept_at(manifest, folder), known_examinations(manifest, folder)
+    stale = [case for case in cases if case.id not in known]
+    for examination in track(_examine(manifest, stale, jobs), "check", len(stale)) if stale else ():
+        with exclusively(kept_at.with_suffix(".lock")), kept_at.open("ab") as file:
+            # The first line break ends what a killed process left of a line.
+            file.write(f"\n{examination.model_dump_json()}\n".encode())
 
 
 def known_examinations(manifest: Manifest, folder: Path) -> dict[str, CaseExamination]:
@@ -134,11 +158,11 @@ def _admitted(manifest: Manifest, cases: Iterable[Case]) -> int:
     """Return how many cases can be examined at once with the cores and the free memory there are."""
     import psutil
 
-    largest = max(_memory_bytes(manifest, case) for case in cases)
+    largest = max(memory_bytes(manifest, case) for case in cases)
     return max(1, min(cores(), int(psutil.virtual_memory().available // max(largest, 1))))
 
 
-def _memory_bytes(manifest: Manifest, case: Case) -> int:
+def memory_bytes(manifest: Manifest, case: Case) -> int:
     """Estimate what the examination of a case takes: its label and its largest image."""
     images = {file.path for file in case.images.values()}
     return max(map(_unpacked, ((manifest.root / path) for path in images))) + (

@@ -15,9 +15,10 @@ from pipeline.data.cases import read_case_label, read_file
 from pipeline.data.manifest import Case, Manifest, load_manifest
 from pipeline.errors import PipelineError
 from pipeline.preparation.examination import CaseExamination, Problem
-from pipeline.preparation.survey import compare_cases, examine_cases
+from pipeline.preparation.survey import compare_cases, examine_cases, examine_part, known_examinations
 from pipeline.progress import track
 from pipeline.records import atomic_path
+from pipeline.stages.shards import Shard
 from pipeline.stages.workspace import Workspace
 from pipeline.volumes.formats.layout import Array
 
@@ -36,7 +37,8 @@ class CheckReport:
         cases: how many were read.
         errors: what must be mended before anything else.
         warnings: what wants a look.
-        known: how much of the labels is known, a line each; empty where every label is annotated everywhere.
+        known: how much of the labels is known, a line each, and of a shard how far all are; empty where every label is
+            annotated everywhere.
         seconds: how long it took.
         examinations: what was learned, a case each in the manifest's order; not part of the written report.
     """
@@ -68,7 +70,13 @@ class CheckReport:
 
 
 def run(
-    manifest: Path, *, root: Path | None = None, workspace: Path, jobs: int | None = None, pictures: Path | None = None
+    manifest: Path,
+    *,
+    root: Path | None = None,
+    workspace: Path,
+    jobs: int | None = None,
+    pictures: Path | None = None,
+    shard: Shard | None = None,
 ) -> CheckReport:
     """Check a data set.
 
@@ -78,13 +86,20 @@ def run(
         workspace: what is learned is kept in its `checks`; the fingerprint and the plan are made from that.
         jobs: threads; None: as many as cores and memory admit.
         pictures: a folder for an overlay of image and label per case; None: no pictures.
+        shard: of the cases, that are read; the report is of what is read by now, by whatever shard.
 
     Raises:
         ManifestError: the manifest itself cannot be used.
     """
     start = time.monotonic()
     loaded = load_manifest(manifest, root)
-    examinations = examine_cases(loaded, Workspace(workspace).checks, jobs)
+    said = []
+    if shard:
+        cases = len(loaded.cases)
+        loaded, examinations = _read_by_shards(loaded, Workspace(workspace).checks, jobs, shard)
+        said = [f"shard {shard}: {len(examinations)} of {cases} cases are read and compared with one another by now"]
+    else:
+        examinations = examine_cases(loaded, Workspace(workspace).checks, jobs)
     problems = [problem for examination in examinations for problem in examination.problems]
     problems += compare_cases(loaded, examinations)
     order = {case.id: number for number, case in enumerate(loaded.cases)}
@@ -96,10 +111,20 @@ def run(
         cases=len(examinations),
         errors=tuple(problem for problem in problems if problem.severity == "error"),
         warnings=tuple(problem for problem in problems if problem.severity == "warning"),
-        known=tuple(_known(loaded, examinations)),
+        known=(*_known(loaded, examinations), *said),
         seconds=time.monotonic() - start,
         examinations=tuple(examinations),
     )
+
+
+def _read_by_shards(
+    manifest: Manifest, folder: Path, jobs: int | None, shard: Shard
+) -> tuple[Manifest, list[CaseExamination]]:
+    """Read a shard's cases; return what all shards have read by now, and the manifest of these cases alone."""
+    examine_part(manifest, shard.of(manifest.cases), folder, jobs)
+    known = known_examinations(manifest, folder)
+    read = tuple(case for case in manifest.cases if case.id in known)
+    return manifest.model_copy(update={"cases": read}), [known[case.id] for case in read]
 
 
 def _known(manifest: Manifest, examinations: Sequence[CaseExamination]) -> Iterator[str]:

@@ -7,29 +7,33 @@ import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import psutil
 
 from pipeline.config import Config
-from pipeline.data.cases import read_case_images, read_case_label
 from pipeline.data.manifest import Case, Manifest
 from pipeline.data.plan import Plan
 from pipeline.data.store import STORE_FORMAT_VERSION, CaseStore
 from pipeline.errors import ManifestError, PipelineError, StoreError
 from pipeline.preparation.examination import CaseExamination
 from pipeline.preparation.planning import fingerprint
-from pipeline.preparation.preprocessing import prepare_case
-from pipeline.preparation.survey import compare_cases, cores, examine_cases
+from pipeline.preparation.survey import compare_cases, cores, examine_cases, known_examinations
 from pipeline.progress import track
-from pipeline.records import digest_of, write_json
+from pipeline.records import digest_of, exclusively, write_json
+from pipeline.stages.case_preparation import Wanted, prepare_into
+from pipeline.stages.cluster.options import RayOptions
 from pipeline.stages.dataset import dataset_of
 from pipeline.stages.settling import settle_plan
+from pipeline.stages.shards import Shard
 from pipeline.stages.store_size import memory_at_once, needed_bytes, stored_bytes
 from pipeline.stages.workspace import Workspace
+
+if TYPE_CHECKING:
+    from pipeline.stages.cluster.preparing import OnCluster
 
 log = logging.getLogger(__name__)
 
@@ -59,37 +63,65 @@ class PreprocessReport:
     fresh: tuple[str, ...]
 
 
-def run(config: Config, *, jobs: int | None = None, replan: bool = False) -> PreprocessReport:
+def run(
+    config: Config,
+    *,
+    jobs: int | None = None,
+    replan: bool = False,
+    ray: RayOptions | None = None,
+    shard: Shard | None = None,
+) -> PreprocessReport:
     """Bring a configuration's store up to date.
 
     Args:
         config: the experiment.
         jobs: cases at once; None: as many as there are cores. Fewer where memory does not admit them.
         replan: plan anew, even where plan.yaml was edited by hand.
+        ray: a cluster whose machines read and make the cases; None: this one does.
+        shard: of the cases, that are made; None: all. The plan is that of all cases, which `medseg check` has read.
 
     Raises:
-        ManifestError: the check found errors; names them all.
+        ManifestError: the check found errors, or a shard was asked for and not all cases are read; names them all.
         ConfigError: an edited plan does not fit the manifest.
         StoreError: another process is writing here.
         PipelineError: cases failed; names them all. The others are done.
     """
+    with ExitStack() as stack:
+        cluster = None
+        if ray:
+            from pipeline.stages.cluster.preparing import on_cluster
+
+            cluster = stack.enter_context(on_cluster(ray))
+        return _brought_up_to_date(config, jobs, replan, cluster, shard)
+
+
+def _brought_up_to_date(
+    config: Config, jobs: int | None, replan: bool, cluster: OnCluster | None, shard: Shard | None
+) -> PreprocessReport:
+    """Bring a configuration's store up to date, here or on a cluster."""
     manifest = dataset_of(config)
-    examinations = examinations_of(config, manifest, jobs)
+    examinations = _all_read(config, manifest) if shard else examinations_of(config, manifest, jobs, cluster)
     folder = Workspace(config.workspace).store(config, manifest.name)
     store = CaseStore(folder / CASES)
-    with store.lock():
+    with store.lock(shared=shard is not None):
         facts = fingerprint(examinations.values(), manifest, config.preprocessing)
-        plan = settle_plan(folder, facts, manifest, config, replan=replan)
-        keys = {case.id: case_key(manifest, case, examinations[case.id], plan) for case in manifest.development_cases}
-        write_json(folder / KEYS, {"sources": sources_digest(manifest, plan), "cases": keys})
-        _drop_leftovers(store)
+        with exclusively(folder / ".plan.lock"):
+            plan = settle_plan(folder, facts, manifest, config, replan=replan)
+            keys = {
+                case.id: case_key(manifest, case, examinations[case.id], plan) for case in manifest.development_cases
+            }
+            write_json(folder / KEYS, {"sources": sources_digest(manifest, plan), "cases": keys})
+        if shard is None:  # Else they may be other shards'.
+            _drop_leftovers(store)
+        cases = shard.of(manifest.development_cases) if shard else manifest.development_cases
         with ThreadPoolExecutor(jobs or cores()) as pool:
-            states = dict(zip(keys, pool.map(lambda case_id: _state(store, case_id, keys[case_id]), keys), strict=True))
-            _say(store, states)
-            stale = [case for case in manifest.development_cases if states[case.id] != "fresh"]
+            found = pool.map(lambda case: _state(store, case.id, keys[case.id]), cases)
+            states = {case.id: state for case, state in zip(cases, found, strict=True)}
+            _say(store, states, keys)
+            stale = [case for case in cases if states[case.id] != "fresh"]
+            wanted = [Wanted(case, keys[case.id], needed_bytes(examinations[case.id], plan)) for case in stale]
             _say_costs(folder, [examinations[case.id] for case in stale], plan, jobs or cores())
-            preparation = _Preparation(manifest, plan, store, _Admission(_free_bytes()))
-            failures = _fill(pool, preparation, {case.id: case for case in stale}, keys, examinations)
+            failures = _fill(_Preparation(manifest, plan, store), wanted, pool, cluster)
     if failures:
         lines = [f"case {case_id!r}: {reason}" for case_id, reason in sorted(failures.items())]
         raise PipelineError("\n".join([f"{len(lines)} of {len(stale)} cases failed; the others are done:", *lines]))
@@ -135,25 +167,58 @@ class _Admission:
 
 @dataclass(frozen=True)
 class _Preparation:
-    """What it takes to make a case; called from threads, for NumPy, zlib and blosc2 let go of the interpreter."""
+    """What it takes to make a case, whichever."""
 
     manifest: Manifest
     plan: Plan
     store: CaseStore
-    admission: _Admission
 
-    def __call__(self, case: Case, examination: CaseExamination, key: str) -> None:
-        """Read, prepare and write a case."""
-        with self.admission.of(needed_bytes(examination, self.plan)):
-            images = read_case_images(self.manifest, case)
-            label = read_case_label(self.manifest, case, images)
-            native = label.geometry if label else next(iter(images.values())).geometry
-            self.store.write(case.id, prepare_case(images, label, self.plan, native), key)
+    def by_threads(self, wanted: Sequence[Wanted], pool: ThreadPoolExecutor) -> Iterator[tuple[str, str]]:
+        """Make cases side by side in threads, for NumPy, zlib and blosc2 let go of the interpreter."""
+        admission = _Admission(_free_bytes())
+
+        def make(one: Wanted) -> None:
+            with admission.of(one.memory_bytes):
+                prepare_into(self.store, self.manifest, one.case, self.plan, one.key)
+
+        futures: dict[Future[None], str] = {pool.submit(make, one): one.case.id for one in wanted}
+        try:
+            for future in as_completed(futures):
+                failed = ""
+                try:
+                    future.result()
+                except (PipelineError, OSError, MemoryError) as error:
+                    failed = str(error) or type(error).__name__
+                yield futures[future], failed
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
-def examinations_of(config: Config, manifest: Manifest, jobs: int | None) -> dict[str, CaseExamination]:
+def examinations_of(
+    config: Config, manifest: Manifest, jobs: int | None, cluster: OnCluster | None = None
+) -> dict[str, CaseExamination]:
     """Return what one read of each case told, read now where `medseg check` has not; raise where there are errors."""
-    examinations = examine_cases(manifest, Workspace(config.workspace).checks, jobs)
+    folder = Workspace(config.workspace).checks
+    over_cluster = (lambda cases: cluster.examined(manifest, cases, folder)) if cluster else None
+    return _without_errors(config, manifest, examine_cases(manifest, folder, jobs, over_cluster))
+
+
+def _all_read(config: Config, manifest: Manifest) -> dict[str, CaseExamination]:
+    """Return what one read of each case told, which others have done; raise where any is missing."""
+    known = known_examinations(manifest, Workspace(config.workspace).checks)
+    if missing := len(manifest.cases) - len(known):
+        raise ManifestError(
+            f"{config.data.manifest}: {missing} of {len(manifest.cases)} cases are not read yet, and the plan is made "
+            f"from all; first `medseg check {config.data.manifest} --workspace {config.workspace}`, in shards too"
+        )
+    return _without_errors(config, manifest, [known[case.id] for case in manifest.cases])
+
+
+def _without_errors(
+    config: Config, manifest: Manifest, examinations: Sequence[CaseExamination]
+) -> dict[str, CaseExamination]:
+    """Return examinations by case; raise where there are errors."""
     problems = [problem for examination in examinations for problem in examination.problems]
     problems += compare_cases(manifest, examinations)
     lines = [f"case {problem.case_id!r}: {problem.message}" for problem in problems if problem.severity == "error"]
@@ -165,26 +230,18 @@ def examinations_of(config: Config, manifest: Manifest, jobs: int | None) -> dic
 
 
 def _fill(
-    pool: ThreadPoolExecutor,
-    prepare: _Preparation,
-    cases: Mapping[str, Case],
-    keys: Mapping[str, str],
-    examinations: Mapping[str, CaseExamination],
+    preparation: _Preparation, wanted: Sequence[Wanted], pool: ThreadPoolExecutor, cluster: OnCluster | None
 ) -> dict[str, str]:
     """Make cases side by side and return the reasons of those that failed."""
-    futures: dict[Future[None], str] = {
-        pool.submit(prepare, case, examinations[case_id], keys[case_id]): case_id for case_id, case in cases.items()
-    }
-    failures = {}
-    try:
-        for future in track(as_completed(futures), "preprocess", len(futures)) if futures else ():
-            try:
-                future.result()
-            except (PipelineError, OSError, MemoryError) as error:
-                failures[futures[future]] = str(error) or type(error).__name__
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
+    if not wanted:
+        return {}
+    if cluster:
+        made = cluster.prepared(preparation.manifest, wanted, preparation.plan, preparation.store)
+    else:
+        made = preparation.by_threads(wanted, pool)
+    failures = {case_id: why for case_id, why in track(made, "preprocess", len(wanted)) if why}
+    if cluster:
+        _drop_leftovers(preparation.store)  # Of processes that died; nobody else writes now.
     return failures
 
 
@@ -199,11 +256,11 @@ def _state(store: CaseStore, case_id: str, key: str) -> State:
         return "damaged"
 
 
-def _say(store: CaseStore, states: Mapping[str, State]) -> None:
+def _say(store: CaseStore, states: Mapping[str, State], keys: Mapping[str, str]) -> None:
     """Log how many cases are fresh and what is to be done, and which others lie in the store."""
     counts = {state: sum(s == state for s in states.values()) for state in ("fresh", "new", "stale", "damaged")}
     log.info("%s: %s", store.folder, ", ".join(f"{n} {state}" for state, n in counts.items() if n))
-    foreign = [case_id for case_id in store.case_ids() if case_id not in states]
+    foreign = [case_id for case_id in store.case_ids() if case_id not in keys]
     if foreign:
         log.info("%d cases no longer needed: %s; see `medseg clean`", len(foreign), ", ".join(foreign))
 

@@ -6,7 +6,7 @@ import logging
 import secrets
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,8 @@ from pipeline.inference.probabilities import ProbabilityType
 from pipeline.model import PLAN
 from pipeline.predictor import Engine, Predictor
 from pipeline.progress import track
+from pipeline.stages.cluster.options import RayOptions
+from pipeline.stages.cluster.segmenting import RayWorkers
 from pipeline.stages.models import resolve_models
 from pipeline.stages.segmenting.batch import Batch
 from pipeline.stages.segmenting.case import CaseSteps, SegmentSettings
@@ -28,11 +30,13 @@ from pipeline.stages.segmenting.dicom_inputs import DicomOptions
 from pipeline.stages.segmenting.dicom_objects import DicomOutput, refuse_cases
 from pipeline.stages.segmenting.inputs import SegmentInput, find_inputs
 from pipeline.stages.segmenting.instances import write_table
+from pipeline.stages.segmenting.journal import one_report_at_a_time
 from pipeline.stages.segmenting.page import write_page
 from pipeline.stages.segmenting.plan import memory_share, plan_text
 from pipeline.stages.segmenting.report import CaseResult, SegmentReport
 from pipeline.stages.segmenting.viewing import refuse_viewer, viewer_of
 from pipeline.stages.segmenting.workers import Workers
+from pipeline.stages.shards import Shard
 from pipeline.stages.worker_processes import shared_out
 from pipeline.volumes.label_tables import write_label_tables
 
@@ -60,6 +64,8 @@ def run(
     dicom: DicomOptions | None = None,
     objects: DicomOutput | None = None,
     viewer: bool = False,
+    ray: RayOptions | None = None,
+    shard: Shard | None = None,
 ) -> SegmentReport:
     """Segment volumes: the next is read and the last written while one is predicted.
 
@@ -79,11 +85,13 @@ def run(
         probabilities: labels whose probabilities are written too, to OUT/probabilities; "all" stands for each.
         probabilities_type: of their numbers, uint8 or uint16.
         instances: labels whose connected components are numbered too, in OUT/instances; "all" stands for each.
-        max_memory: of all processes together, such as 8GB; None: what is free.
-        stdin: where the list that `-` stands for is read.
         dicom: how DICOM folders are read; None: every series of the model's modality, none resampled.
         objects: DICOM SEG and RTSTRUCT beside the label maps of DICOM series; None: none.
         viewer: put the most doubtful cases with their volumes into report.html, to look at in slices and 3-D.
+        max_memory: of all processes together, such as 8GB, on a cluster of each; None: what is free.
+        stdin: where the list that `-` stands for is read.
+        ray: a cluster whose machines do the work; None: this one does.
+        shard: of the cases, that are segmented; None: all. The report is of all.
 
     Returns:
         What became of each case; a case that cannot be read or segmented is listed with the reason, the rest go on.
@@ -93,13 +101,11 @@ def run(
             or nothing more: the disk is full. What is done is valid, and the same call goes on from it.
     """
     models = resolve_models([model] if isinstance(model, str) else model, workspace, tracking_uri)
-    devices = shared_out(device, jobs)
-    for one in devices:
-        pick_device(one)  # Refused here once, rather than by each worker.
+    devices = [device] if ray else _devices_here(device, jobs)
     trained_plan = read_plan(models[0] / PLAN)
     background, *foreground = trained_plan.labels
     if viewer:
-        refuse_viewer(trained_plan)
+        refuse_viewer(trained_plan, shard)
     settings = SegmentSettings(
         models=tuple(models),
         out=out.resolve(),
@@ -123,13 +129,10 @@ def run(
         raise PipelineError(
             f"{out}: cannot be written: {error.strerror}; make room, or choose another --out"
         ) from error
+    part = shard.of(cases) if shard else cases
     with stopped_by_signals() as stop:
-        batch: Batch | Workers
-        if len(devices) == 1:
-            batch = Batch(CaseSteps(settings), stop)
-        else:
-            batch = Workers(settings, devices, threads_per_worker(len(devices)), stop)
-        report = _go_through(batch, cases, out, models)
+        batch = _batch(settings, devices, ray, stop)
+        report = _go_through(batch, part, out, models, of=cases if shard else None)
     if viewer and not report.not_reached:
         write_page(report, viewer_of(report, cases, trained_plan))
     return report
@@ -161,6 +164,25 @@ def plan(
     return plan_text(predictor, find_inputs(inputs, channels, out, stdin, _for_model(dicom, predictor.plan)))
 
 
+def _devices_here(device: str, jobs: int | None) -> list[str]:
+    """Return the device of each process of this machine; one that is not there is refused once, not by each worker."""
+    devices = shared_out(device, jobs)
+    for one in devices:
+        pick_device(one)
+    return devices
+
+
+def _batch(
+    settings: SegmentSettings, devices: Sequence[str], ray: RayOptions | None, stop: threading.Event
+) -> Batch | Workers | RayWorkers:
+    """Return who goes through the cases: a cluster, this process, or several of this machine."""
+    if ray:
+        return RayWorkers(settings, ray, stop)
+    if len(devices) == 1:
+        return Batch(CaseSteps(settings), stop)
+    return Workers(settings, devices, threads_per_worker(len(devices)), stop)
+
+
 def _for_model(dicom: DicomOptions | None, plan: Plan) -> DicomOptions:
     """Return how DICOM folders are read for a model: series of its channels' modalities are taken."""
     return replace(dicom or DicomOptions(), modalities=plan.channels)
@@ -180,9 +202,13 @@ def _wanted(option: str, names: Sequence[str], background: Sequence[str], foregr
 
 
 def _go_through(
-    batch: Batch | Workers, cases: Sequence[SegmentInput], out: Path, models: Sequence[Path]
+    batch: Batch | Workers | RayWorkers,
+    cases: Sequence[SegmentInput],
+    out: Path,
+    models: Sequence[Path],
+    of: Sequence[SegmentInput] | None = None,
 ) -> SegmentReport:
-    """Take the cases through a batch; however it ends, what became of them is reported."""
+    """Take the cases through a batch; however it ends, what became of them is reported, and of those they are part."""
     results: dict[str, CaseResult] = {}
     try:
         for result in track(batch.results(cases), "segment", len(cases)):
@@ -192,18 +218,37 @@ def _go_through(
     finally:
         # An interrupt comes between what is written down and what is told.
         batch.journal.refresh()
-        results = {**batch.journal.of_run, **results}
-        ordered = tuple(results[case.name] for case in cases if case.name in results)
-        left = len(cases) - len(ordered)
-        report = SegmentReport(out, tuple(models), ordered, not_reached=left, rules=common_rules(models))
-        _write(report)
+        report = _reported({**batch.journal.of_run, **results}, cases, out, models)
+        if of is None:
+            _write(report)
+        else:
+            report = replace(report, of_all=_write_of_all(batch, report, of))
     if batch.disk_full:
-        done = len(ordered) - len(report.failures)
+        done = len(report.results) - len(report.failures)
         raise PipelineError(
             f"{out}: the disk is full; {done} of {len(cases)} cases are done and valid; "
             "free some space and give the same command again"
         )
     return report
+
+
+def _reported(
+    results: Mapping[str, CaseResult], cases: Sequence[SegmentInput], out: Path, models: Sequence[Path]
+) -> SegmentReport:
+    """Return the report of some cases, in their order."""
+    ordered = tuple(results[case.name] for case in cases if case.name in results)
+    left = len(cases) - len(ordered)
+    return SegmentReport(out, tuple(models), ordered, not_reached=left, rules=common_rules(models))
+
+
+def _write_of_all(batch: Batch | Workers | RayWorkers, own: SegmentReport, cases: Sequence[SegmentInput]) -> str:
+    """Write the report of all shards, as far as they are by what the journal says, and return that in a line."""
+    with one_report_at_a_time(own.folder):
+        batch.journal.refresh()
+        results = {**batch.journal.last, **{result.name: result for result in own.results}}
+        whole = _reported(results, cases, own.folder, own.models)
+        _write(whole)
+    return f"of all {len(cases)} cases, other shards' too: {whole.counts()}"
 
 
 def _write(report: SegmentReport) -> None:

@@ -62,18 +62,19 @@ class Batch:
     Args:
         steps: what is done with a case.
         stop: once it is set, the cases in hand are finished and no other is begun.
+        worker: names this process in its claims; None: its number on this machine.
 
     Attributes:
         journal: of the folder.
         disk_full: nothing more could be written, and the batch was stopped.
     """
 
-    def __init__(self, steps: CaseSteps, stop: threading.Event) -> None:
+    def __init__(self, steps: CaseSteps, stop: threading.Event, worker: str | None = None) -> None:
         settings = steps.settings
         self._steps, self._stop, self._overwrite = steps, stop, settings.overwrite
         self._run, self._out = settings.run, settings.out
         self.disk_full = False
-        self._claims = Claims(settings.out, settings.run)
+        self._claims = Claims(settings.out, settings.run, worker)
         self.journal = Journal(settings.out, settings.run)
         self._room = Room(steps.room_bytes, stop)
 

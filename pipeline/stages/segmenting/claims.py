@@ -63,12 +63,13 @@ class Claims:
     Args:
         out: the batch's folder.
         run: the run that this process works for; the workers of one batch share it.
+        worker: names this process; None: its number on this machine.
     """
 
-    def __init__(self, out: Path, run: str) -> None:
+    def __init__(self, out: Path, run: str, worker: str | None = None) -> None:
         self._folder = out / CLAIMS
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._run = run
+        self._run, self._worker = run, worker or str(os.getpid())
         self._held: dict[str, Claim] = {}
         self._can_lock = True
 
@@ -83,7 +84,7 @@ class Claims:
         before = file.read()
         # Without locks they may be those of the living.
         runs = [line.split()[0].decode() for line in before.splitlines() if line.strip()] if self._can_lock else []
-        self._held[name] = Claim(name, tuple(runs), file, before, f"{self._run} {os.getpid()}\n".encode())
+        self._held[name] = Claim(name, tuple(runs), file, before, f"{self._run} {self._worker}\n".encode())
         return self._held[name]
 
     def give_all_back(self) -> None:
@@ -104,10 +105,10 @@ class Claims:
         return True
 
 
-def left_by(out: Path, process: int, names: Sequence[str]) -> Iterator[str]:
-    """Yield the cases that a process of this machine had begun when it died."""
+def left_by(out: Path, worker: str | int, names: Sequence[str]) -> Iterator[str]:
+    """Yield the cases that a worker, or a process of this machine, had begun when it died."""
     for name in names:
         with suppress(OSError):
             lines = (out / CLAIMS / name).read_text(encoding="utf-8").splitlines()
-            if any(line.endswith(f" {process}") for line in lines):
+            if any(line.endswith(f" {worker}") for line in lines):
                 yield name

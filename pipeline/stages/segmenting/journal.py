@@ -11,7 +11,8 @@ import fcntl
 import json
 import os
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -36,11 +37,13 @@ class Journal:
     Attributes:
         done: case -> how it was last done, in whatever run.
         of_run: case -> what became of it in this run, in any of its processes.
+        last: case -> what last became of it, in whatever run.
     """
 
     def __init__(self, out: Path, run: str) -> None:
         self.done: dict[str, CaseResult] = {}
         self.of_run: dict[str, CaseResult] = {}
+        self.last: dict[str, CaseResult] = {}
         self._path = out / JOURNAL
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._run = run
@@ -96,8 +99,18 @@ class Journal:
             result = done.changed(status="skipped")
         if result.status == "done":
             self.done[result.name] = result
+        self.last[result.name] = result
         if entry.run == self._run:
             self.of_run[result.name] = result
+
+
+@contextmanager
+def one_report_at_a_time(out: Path) -> Iterator[None]:
+    """Let one process alone report what the journal says: the last to do so has then seen all that was written."""
+    with ExitStack() as stack:
+        with suppress(OSError):  # A full disk: the report matters, its order is a nicety.
+            _lock(stack.enter_context((out / BOOKKEEPING / "report.lock").open("ab")).fileno())
+        yield
 
 
 def _outline(result: CaseResult) -> CaseResult:

@@ -82,6 +82,7 @@ class SegmentReport:
         results: in the order of the inputs; cases that were not reached are left out.
         not_reached: how many cases the batch was stopped before.
         rules: that were chosen for the models on out-of-fold predictions.
+        of_all: where this is one shard of a list, how far all of them are; else empty.
     """
 
     folder: Path
@@ -89,6 +90,7 @@ class SegmentReport:
     results: tuple[CaseResult, ...]
     not_reached: int = 0
     rules: Postprocessing = field(default_factory=Postprocessing)
+    of_all: str = ""
 
     @property
     def failures(self) -> tuple[CaseResult, ...]:
@@ -126,13 +128,17 @@ class SegmentReport:
             writer.writerow([*row, "; ".join(result.remarks)])
         return text.getvalue()
 
-    def as_text(self) -> str:
-        """Return what a person wants to know: counts, times, what failed and what looks odd."""
+    def counts(self) -> str:
+        """Say how many cases were done, skipped, failed and not reached."""
         counts = {status: sum(r.status == status for r in self.results) for status in ("done", "skipped", "failed")}
         counts["not reached"] = self.not_reached
+        return ", ".join(f"{n} {status}" for status, n in counts.items() if n)
+
+    def as_text(self) -> str:
+        """Return what a person wants to know: counts, times, what failed and what looks odd."""
         done = [result for result in self.results if result.status == "done"]
         spent = ", ".join(f"{step} {sum(r.seconds.get(step, 0.0) for r in done):.1f} s" for step in STEPS)
-        lines = [", ".join(f"{n} {status}" for status, n in counts.items() if n) + (f" ({spent})" if done else "")]
+        lines = [self.counts() + (f" ({spent})" if done else "")]
         lines += [f"failed   {result.name}: {result.reason}" for result in self.failures]
         warnings = [f"warning  {result.name}: {text}" for result in self.results for text in result.remarks]
         lines += warnings[:WARNINGS_SHOWN]
@@ -140,6 +146,7 @@ class SegmentReport:
             lines.append(f"and {len(warnings) - WARNINGS_SHOWN} more warnings in {REPORT_CSV}")
         if self.rules.has_rules:
             lines.append(f"postprocessing: {self.rules.as_text()}")
+        lines += filter(None, [self.of_all])
         return "\n".join([*lines, f"label maps and report: {self.folder}"])
 
     def write(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.volumes.dicom.reading import read_series, series_digest, series_header
@@ -41,6 +41,13 @@ class ChannelFile:
         """The file whose header a label map takes over; None for a series, which has none to take."""
         return None if self.series else self.path
 
+    def absolute(self) -> ChannelFile:
+        """Return it as it is found from any working folder."""
+        series = self.series and self.series.model_copy(
+            update={"slices": tuple(one.model_copy(update={"path": one.path.absolute()}) for one in self.series.slices)}
+        )
+        return replace(self, path=self.path.absolute(), series=series)
+
     def read_header(self) -> Header:
         """Read what there is to know before the voxels."""
         return series_header(self.series, untilt=self.untilt) if self.series else read_header(self.path)
@@ -65,3 +72,7 @@ class SegmentInput:
 
     name: str
     files: dict[str, ChannelFile]
+
+    def absolute(self) -> SegmentInput:
+        """Return the case as it is found from any working folder."""
+        return SegmentInput(self.name, {channel: file.absolute() for channel, file in self.files.items()})

@@ -13,6 +13,7 @@ from pipeline.preparation.preprocessing import class_indices
 from pipeline.stages.segmenting.inputs import SegmentInput
 from pipeline.stages.segmenting.page import most_doubtful_first
 from pipeline.stages.segmenting.report import CaseResult, SegmentReport
+from pipeline.stages.shards import Shard
 from pipeline.viewer.assets import niivue
 from pipeline.viewer.page import ViewedCase, viewer_part
 from pipeline.viewer.volumes import MOST_CLASSES, CaseVolumes, case_volumes
@@ -24,12 +25,16 @@ log = logging.getLogger(__name__)
 ROOM_BYTES = 40e6
 
 
-def refuse_viewer(plan: Plan) -> None:
+def refuse_viewer(plan: Plan, shard: Shard | None = None) -> None:
     """Refuse what no viewer can show, before a batch begins.
 
     Raises:
-        PipelineError: NiiVue is not installed, or the model has too many classes.
+        PipelineError: NiiVue is not installed, the model has too many classes, or a shard alone would be shown.
     """
+    if shard is not None:
+        raise PipelineError(
+            f"--viewer with --shard {shard}: give --viewer without --shard once all are through; what is done is skipped"
+        )
     if niivue() is None:
         raise PipelineError("--viewer: NiiVue is not installed here; `medseg install-viewer` does it")
     if len(plan.labels) > MOST_CLASSES:

@@ -1,0 +1,1 @@
+"""Work shared out over the machines of a Ray cluster."""
