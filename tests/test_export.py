@@ -20,7 +20,7 @@ from pipeline.model import save_model
 from pipeline.networks import NETWORKS, build_network
 from pipeline.networks.contract import NetworkTask
 from pipeline.stages import export, train
-from pipeline.stages.exporting.parity import Parity, compare_windows
+from pipeline.stages.exporting.parity import Agreement, Parity, compare_windows
 from pipeline.stages.exporting.program import LegalSizes, export_program
 from pipeline.volumes.writing import write_image
 
@@ -95,10 +95,23 @@ def test_an_export_that_is_too_far_off_is_not_kept(
 
         return job.window_parity("wrong", run, ("torch",))
 
-    monkeypatch.setitem(export.FORMATS, "wrong", wrong)  # type: ignore[arg-type]
+    monkeypatch.setitem(export.FORMATS, "wrong", wrong)
     with pytest.raises(ModelError, match=r"differs from the model, and was not kept; parity on windows of 1 image"):
         export.run(str(model), "wrong", tmp_path / "out", images=[image])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_structure_that_is_lost_fails_however_small_it_is() -> None:
+    ours, theirs = np.zeros((2, 100, 100, 100), np.uint8)
+    ours[0, 0, :20] = 1
+    labels = Agreement()
+    labels.add(ours, theirs)
+    fields = {"format": "pt2", "images": "one", "sizes": (), "versions": {}, "least_equal": 0.9999}
+    logits = {"logit_difference": None, "logit_tolerance": None, "voxels": labels.voxels}
+    report = Parity(**fields, **logits, equal_labels=labels.share, equal_in_structures=labels.share_in_structures)
+    assert report.equal_labels > report.least_equal
+    assert not report.holds
+    assert Agreement(voxels=8, equal=8).share_in_structures is None
 
 
 def test_differences_of_logits_and_labels_are_counted() -> None:
@@ -113,7 +126,10 @@ def test_differences_of_logits_and_labels_are_counted() -> None:
         return logits
 
     found = compare_windows(network, run, [image], make_plan(patch_size=(4, 4, 2)), "softmax", [(4, 4, 2)])
-    assert (found.logits, found.equal, found.voxels) == (6000.0, 31, 32)
+    assert (found.logits, found.labels.equal, found.labels.voxels) == (6000.0, 31, 32)
+    # The only voxel of a structure is the one that differs: 31 of 32 are right, and the structure is lost.
+    assert (found.labels.structure_equal, found.labels.structure_voxels) == (0, 1)
+    assert found.labels.share_in_structures == 0.0
     assert found.tolerance == pytest.approx(1e-3 * 20_000.0)
 
 

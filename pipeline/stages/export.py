@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 
 from pipeline.errors import ModelError, PipelineError
-from pipeline.model import DESCRIPTION, PLAN, Model, load_model, refuse_other_task, weights_sha256
-from pipeline.model import WEIGHTS as WEIGHTS_FILE
+from pipeline.model import DESCRIPTION, PLAN, WEIGHTS, Model, load_model, refuse_other_task, weights_sha256
 from pipeline.predictor import Engine, Predictor
 from pipeline.records import atomic_folder, write_json, write_text
 from pipeline.stages.exporting.bundle import bundle_parity, write_bundle
@@ -71,11 +70,12 @@ class Job:
             format=name,
             images=f"windows of {self.images.source}",
             sizes=tuple(sizes),
-            voxels=found.voxels,
+            voxels=found.labels.voxels,
             logit_difference=found.logits,
             logit_tolerance=found.tolerance,
-            equal_labels=found.equal / found.voxels,
+            equal_labels=found.labels.share,
             least_equal=LEAST_EQUAL,
+            equal_in_structures=found.labels.share_in_structures,
             versions={package: version(package) for package in versions},
             remarks=(f"legal inputs: any batch, {legal} voxels", *self.program.remarks),
         )
@@ -152,7 +152,7 @@ def _onnx(folder: Path, job: Job) -> Parity:
         "name": description.name,
         "channels": ", ".join(plan.channels),
         "outputs": ", ".join(plan.regions or plan.labels),
-        "weights_sha256": weights_sha256(job.source / WEIGHTS_FILE),
+        "weights_sha256": weights_sha256(job.source / WEIGHTS),
     }
     write_onnx(folder / ONNX, job.program, facts)
     _write_companions(folder, job)
@@ -165,7 +165,7 @@ def _bundle(folder: Path, job: Job) -> Parity:
     return bundle_parity(folder, job.model, job.program, job.predictor, job.images)
 
 
-FORMATS: Mapping[str, Callable[[Path, Job], Parity]] = {"bundle": _bundle, "onnx": _onnx, "pt2": _pt2}
+FORMATS: dict[str, Callable[[Path, Job], Parity]] = {"bundle": _bundle, "onnx": _onnx, "pt2": _pt2}
 
 
 def _write_companions(folder: Path, job: Job) -> None:

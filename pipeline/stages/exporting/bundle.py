@@ -27,12 +27,13 @@ from pipeline.model import Model
 from pipeline.predictor import Predictor
 from pipeline.records import write_json, write_text
 from pipeline.stages.exporting import bundle_scripts
+from pipeline.stages.exporting.bundle_scripts.grids import Grid
 from pipeline.stages.exporting.bundle_scripts.labelling import NativeLabeld
 from pipeline.stages.exporting.bundle_scripts.network import ExportedNetwork
 from pipeline.stages.exporting.bundle_scripts.preparing import PlanGridd
 from pipeline.stages.exporting.bundle_scripts.windows import PlannedWindows
 from pipeline.stages.exporting.images import ParityImages
-from pipeline.stages.exporting.parity import Parity
+from pipeline.stages.exporting.parity import Agreement, Parity
 from pipeline.stages.exporting.program import Program
 from pipeline.stages.model_card import DataFacts
 
@@ -49,7 +50,9 @@ LEAST_EQUAL = 0.999
 WINDOWS_AT_ONCE = 4
 
 
-def write_bundle(folder: Path, model: Model, program: Program, predictor: Predictor, card: str, facts: Any) -> None:
+def write_bundle(
+    folder: Path, model: Model, program: Program, predictor: Predictor, card: str, facts: DataFacts | None
+) -> None:
     """Write a model as a MONAI bundle.
 
     Args:
@@ -66,7 +69,7 @@ def write_bundle(folder: Path, model: Model, program: Program, predictor: Predic
     torch.save(
         {name: tensor.clone() for name, tensor in program.exported.module().state_dict().items()}, folder / STATE
     )
-    parts = _parts(model, program, predictor)
+    parts = _Parts(model, program, predictor)
     write_json(folder / INFERENCE, _inference(model.plan, parts))
     write_json(folder / METADATA, _metadata(model, program, facts))
     source = Path(bundle_scripts.__file__).parent
@@ -81,7 +84,8 @@ def bundle_parity(folder: Path, model: Model, program: Program, predictor: Predi
     Raises:
         ModelError: no image has all of its channels on one grid, as a bundle wants them.
     """
-    parts, equal, voxels = _parts(model, program, predictor), 0, 0
+    parts, labels = _Parts(model, program, predictor), Agreement()
+    background = model.plan.class_values[0]
     network = ExportedNetwork(str(folder / PROGRAM), str(folder / STATE))
     for channels in images.cases:
         native = predictor.native_of(channels)
@@ -89,9 +93,8 @@ def bundle_parity(folder: Path, model: Model, program: Program, predictor: Predi
             continue
         ours = predictor.values_of(predictor.segment(predictor.prepare(channels, native), native).classes)
         stacked = np.concatenate([channels[name].array for name in model.plan.channels])
-        theirs = _segment(parts, network, stacked, native.affine)
-        equal, voxels = equal + int((ours == theirs).sum()), voxels + ours.size
-    if not voxels:
+        labels.add(ours, _segment(parts, network, stacked, native.affine), background)
+    if not labels.voxels:
         raise ModelError(
             "a bundle takes images whose channels lie on one grid, and none here has them so; give one by --image"
         )
@@ -99,11 +102,12 @@ def bundle_parity(folder: Path, model: Model, program: Program, predictor: Predi
         format="bundle",
         images=images.source,
         sizes=(program.window,),
-        voxels=voxels,
+        voxels=labels.voxels,
         logit_difference=None,
         logit_tolerance=None,
-        equal_labels=equal / voxels,
+        equal_labels=labels.share,
         least_equal=LEAST_EQUAL,
+        equal_in_structures=labels.share_in_structures,
         versions={"torch": torch.__version__, "monai": version("monai")},
         remarks=("compared with `medseg segment --precision fp32 --no-skip`; the bundle computes in float32",),
     )
@@ -144,15 +148,8 @@ class _Parts:
         }
 
 
-def _parts(model: Model, program: Program, predictor: Predictor) -> _Parts:
-    """Return the arguments of the bundle's scripts."""
-    return _Parts(model, program, predictor)
-
-
 def _segment(parts: _Parts, network: ExportedNetwork, image: NDArray[Any], affine: NDArray[Any]) -> NDArray[Any]:
     """Segment (C, X, Y, Z) as the bundle does, files and MONAI's own parts aside."""
-    from pipeline.stages.exporting.bundle_scripts.grids import Grid
-
     prepared, grid = PlanGridd(**parts.preparation).prepare(image, affine)
     (logits,) = PlannedWindows(**parts.windows)(torch.from_numpy(prepared)[None], network)
     return NativeLabeld(**parts.labelling).label(logits.numpy(), grid, Grid(image.shape[1:], affine))

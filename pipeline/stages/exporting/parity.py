@@ -24,8 +24,8 @@ WINDOWS, WINDOWS_OF_OTHER_SIZE = 6, 1
 
 # Logits may differ by this share of the largest of them, or of 1: float32 sums in another order.
 LOGIT_TOLERANCE = 1e-3
-# Labels that must agree.
-LEAST_EQUAL = 0.9999
+# Labels that must agree: of all voxels, and of those that either calls a structure, which may be few beside the rest.
+LEAST_EQUAL, LEAST_EQUAL_IN_STRUCTURES = 0.9999, 0.99
 
 Run = Callable[[Tensor], NDArray[np.float32]]
 
@@ -42,6 +42,9 @@ class Parity(Record):
         logit_tolerance: largest that passes.
         equal_labels: share of voxels with the same label.
         least_equal: smallest that passes.
+        equal_in_structures: share of the voxels with the same label among those that either calls a structure; None
+            where there are none.
+        least_equal_in_structures: smallest that passes.
         versions: package -> version.
         remarks: what a user must know.
     """
@@ -54,6 +57,8 @@ class Parity(Record):
     logit_tolerance: float | None
     equal_labels: float
     least_equal: float
+    equal_in_structures: float | None
+    least_equal_in_structures: float = LEAST_EQUAL_IN_STRUCTURES
     versions: dict[str, str]
     remarks: tuple[str, ...] = ()
 
@@ -61,7 +66,8 @@ class Parity(Record):
     def holds(self) -> bool:
         """Whether the export is as good as the model."""
         near = self.logit_difference is None or self.logit_difference <= (self.logit_tolerance or 0.0)
-        return near and self.equal_labels >= self.least_equal
+        inside = self.equal_in_structures is None or self.equal_in_structures >= self.least_equal_in_structures
+        return near and inside and self.equal_labels >= self.least_equal
 
     def as_text(self) -> str:
         """Return the figures in a line, and each remark in one."""
@@ -77,6 +83,39 @@ class Parity(Record):
         return "\n".join([line, *self.remarks])
 
 
+@dataclass
+class Agreement:
+    """How many voxels have the same label.
+
+    Attributes:
+        voxels, equal: compared, and with the same label.
+        structure_voxels, structure_equal: the same of those that either calls a structure.
+    """
+
+    voxels: int = 0
+    equal: int = 0
+    structure_voxels: int = 0
+    structure_equal: int = 0
+
+    def add(self, ours: NDArray[Any], theirs: NDArray[Any], background: int = 0) -> None:
+        """Compare two label maps of one shape."""
+        same, structure = ours == theirs, (ours != background) | (theirs != background)
+        self.voxels += same.size
+        self.equal += int(same.sum())
+        self.structure_voxels += int(structure.sum())
+        self.structure_equal += int((same & structure).sum())
+
+    @property
+    def share(self) -> float:
+        """Share of the voxels with the same label."""
+        return self.equal / self.voxels
+
+    @property
+    def share_in_structures(self) -> float | None:
+        """The same of those that either calls a structure; None where there are none."""
+        return self.structure_equal / self.structure_voxels if self.structure_voxels else None
+
+
 @dataclass(frozen=True, eq=False)
 class Difference:
     """How two networks' answers differ.
@@ -84,14 +123,12 @@ class Difference:
     Attributes:
         logits: largest difference.
         tolerance: largest that passes.
-        equal: voxels with the same label.
-        voxels: compared.
+        labels: how many are the same.
     """
 
     logits: float
     tolerance: float
-    equal: int
-    voxels: int
+    labels: Agreement
 
 
 def compare_windows(
@@ -108,7 +145,7 @@ def compare_windows(
         sizes: of inputs; the first is the plan's window.
     """
     decide = DECISIONS[output].classes
-    worst, largest, equal, voxels = 0.0, 1.0, 0, 0
+    worst, largest, labels = 0.0, 1.0, Agreement()
     for image in images:
         for number, size in enumerate(sizes):
             batch = _windows(network, image, plan, size, WINDOWS_OF_OTHER_SIZE if number else WINDOWS)
@@ -120,9 +157,8 @@ def compare_windows(
             worst = max(worst, float(np.abs(ours - theirs).max()))
             largest = max(largest, float(np.abs(ours).max()))
             for mine, its in zip(ours, theirs, strict=True):
-                same = decide(mine.reshape(len(mine), -1)) == decide(its.reshape(len(its), -1))
-                equal, voxels = equal + int(same.sum()), voxels + same.size
-    return Difference(worst, LOGIT_TOLERANCE * largest, equal, voxels)
+                labels.add(decide(mine.reshape(len(mine), -1)), decide(its.reshape(len(its), -1)))
+    return Difference(worst, LOGIT_TOLERANCE * largest, labels)
 
 
 def _windows(network: Network, image: NDArray[np.float32], plan: Plan, size: Size, most: int) -> Tensor:
