@@ -111,6 +111,7 @@ def test_a_structure_that_is_lost_fails_however_small_it_is() -> None:
     report = Parity(**fields, **logits, equal_labels=labels.share, equal_in_structures=labels.share_in_structures)
     assert report.equal_labels > report.least_equal
     assert not report.holds
+    assert "0.000% of those in structures" in report.as_text()
     assert Agreement(voxels=8, equal=8).share_in_structures is None
 
 

@@ -77,9 +77,9 @@ class Parity(Record):
             else f"logits differ by {self.logit_difference:.2g} at most ({self.logit_tolerance:.2g} pass), "
         )
         sizes = ", ".join("x".join(map(str, size)) for size in self.sizes)
-        line = (
-            f"parity on {self.images}: {logits}{self.equal_labels:.4%} of {self.voxels:,} labels equal; sizes {sizes}"
-        )
+        inside = "" if self.equal_in_structures is None else f", {self.equal_in_structures:.3%} of those in structures"
+        equal = f"{self.equal_labels:.4%} of {self.voxels:,} labels equal{inside}"
+        line = f"parity on {self.images}: {logits}{equal}; sizes {sizes}"
         return "\n".join([line, *self.remarks])
 
 
