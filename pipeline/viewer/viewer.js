@@ -13,7 +13,7 @@
   // How dense the image is around the structures in 3-D.
   const VEIL = 0.3;
   const hidden = new Set();
-  let viewer, current = -1, turn = 0, view = "all", bare = false, maps = {};
+  let viewer, current = -1, turn = 0, view = "all", bare = false, maps = {}, drawn = null;
 
   function begin() {
     if (!document.createElement("canvas").getContext("webgl2")) {
@@ -26,13 +26,13 @@
       logLevel: "error", backColor: [0, 0, 0, 1], crosshairColor: [0.45, 0.78, 1, 0.55], crosshairWidth: 0.25,
       crosshairWidthUnit: "percent", crosshairGap: 8, show3Dcrosshair: false, fontColor: [0.72, 0.78, 0.84, 1],
       fontSizeScaling: 0.3, isRadiologicalConvention: true, multiplanarShowRender: niivue.SHOW_RENDER.ALWAYS,
-      multiplanarLayout: niivue.MULTIPLANAR_TYPE.GRID, multiplanarPadPixels: 6, smoothDrawing: 1,
-      dragAndDropEnabled: false, scrollRequiresFocus: true, clipPlaneHotKey: "", viewModeHotKey: "",
-      cycleClipPlaneHotKey: "", loadingText: "",
+      multiplanarLayout: niivue.MULTIPLANAR_TYPE.GRID, multiplanarPadPixels: 6, dragAndDropEnabled: false,
+      scrollRequiresFocus: true, clipPlaneHotKey: "", viewModeHotKey: "", cycleClipPlaneHotKey: "", loadingText: "",
     });
     viewer.onLocationChange = tell;
     viewer.attachToCanvas(element("canvas")).then(() => {
       listen();
+      turnTo(view);
       show(facts.cases.findIndex(one => one.shown));
     });
   }
@@ -98,14 +98,29 @@
   }
 
   function lay([image, prediction, reference], one) {
-    while (viewer.volumes.length) viewer.removeVolume(viewer.volumes[0]);
-    viewer.addVolume(image);
-    viewer.addVolume(prediction);
+    const overlays = reference ? [prediction, differences(prediction, reference, one.unknown)] : [prediction];
+    viewer.volumes = [image, ...overlays];
+    viewer.back = image;
+    viewer.overlays = overlays;
     maps = { prediction, reference };
-    if (reference) viewer.addVolume(differences(prediction, reference, one.unknown));
-    viewer.scene.crosshairPos = viewer.mm2frac(one.focus);
-    turnTo(view);
+    drawn = null;
+    once(() => {
+      viewer.refreshLayers(image, 0); // the grid, which the cross and the drawing go by
+      viewer.scene.crosshairPos = viewer.mm2frac(one.focus);
+      layer();
+    });
     viewer.createOnLocationChange();
+  }
+
+  // NiiVue draws after each step, in 3-D too; after all of them is enough.
+  function once(steps) {
+    viewer.drawScene = () => {};
+    try {
+      steps();
+    } finally {
+      delete viewer.drawScene;
+    }
+    viewer.drawScene();
   }
 
   // 1 missed, 2 spurious, 3 another structure; of what the reference says nothing of, nothing differs.
@@ -137,10 +152,13 @@
     return !bare && Boolean(element(name)) && element(name).checked;
   }
 
+  function paint() {
+    if (viewer.volumes.length) once(layer);
+  }
+
   // Bring every layer to what the controls say. In the solid view the drawing is the surface of one label map, the
   // prediction's before the reference's; elsewhere it is the reference's outline.
-  function paint() {
-    if (!viewer.volumes.length) return;
+  function layer() {
     const solid = view === "solid", colours = facts.classes.map(one => rgb(one.colour));
     const classes = table(colours, colours.map((_, at) => (hidden.has(at + 1) ? 0 : 255)));
     const filled = on("prediction") ? Number(element("prediction-opacity").value) : 0;
@@ -148,7 +166,7 @@
     viewer.volumes[PREDICTION].setColormapLabel(classes);
     viewer.volumes[PREDICTION].opacity = solid ? 0 : filled;
     viewer.setDrawColormap(classes);
-    draw(solid && filled ? maps.prediction : outlined ? maps.reference : null);
+    draw(solid && filled ? "prediction" : outlined ? "reference" : "", solid);
     viewer.drawRimOpacity = outlined;
     viewer.drawOpacity = solid ? filled || outlined : FAINT;
     if (maps.reference) {
@@ -160,14 +178,17 @@
     // Of the volume that is rendered; its slices stay as they are, which NiiVue's own opacity would dim with it.
     viewer.renderShader.use(viewer.gl);
     viewer.gl.uniform1f(viewer.renderShader.uniforms.backOpacity, element("image").checked ? VEIL : 0);
-    viewer.drawScene();
   }
 
-  // Let the drawing be a label map without the classes that are hidden; null: nothing.
-  function draw(map) {
-    if (!map) return viewer.closeDrawing();
-    const seen = map.clone();
-    seen.img = map.img.map(k => (hidden.has(k) ? 0 : k));
+  // Let the drawing be a label map without the classes that are hidden, by name; "": nothing. Unless it is that already.
+  function draw(name, solid) {
+    const wanted = [name, solid, ...hidden].join();
+    if (wanted === drawn) return;
+    drawn = wanted;
+    if (!maps[name]) return viewer.closeDrawing();
+    const seen = maps[name].clone();
+    seen.img = maps[name].img.map(k => (hidden.has(k) ? 0 : k));
+    viewer.opts.smoothDrawing = solid ? 1 : 0;
     viewer.loadDrawing(seen);
   }
 
@@ -178,7 +199,7 @@
   function turnTo(name) {
     view = name;
     for (const button of element("views").children) button.setAttribute("aria-pressed", button.dataset.view === name);
-    viewer.setSliceType(niivue.SLICE_TYPE[VIEWS[name]]);
+    viewer.opts.sliceType = niivue.SLICE_TYPE[VIEWS[name]];
     paint();
   }
 
