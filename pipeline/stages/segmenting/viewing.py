@@ -33,7 +33,7 @@ def refuse_viewer(plan: Plan, shard: Shard | None = None) -> None:
     """
     if shard is not None:
         raise PipelineError(
-            f"--viewer with --shard {shard}: give --viewer without --shard once all are through; what is done is skipped"
+            f"--viewer with --shard {shard}: give it without --shard once all are through; what is done is skipped"
         )
     if niivue() is None:
         raise PipelineError("--viewer: NiiVue is not installed here; `medseg install-viewer` does it")
