@@ -7,6 +7,7 @@ import json
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def _other_versions(common: Common) -> Iterator[str]:
 def _unseen(common: Common) -> Iterator[str]:
     """Yield the files and models that are missing or others, and a lock that is not felt."""
     for path, size_bytes in common.files.items():
-        if not _seen(path, size_bytes):
+        if not is_seen(path, size_bytes):
             yield f"does not see {path}, or another file of that name; all nodes must share its file system"
             return  # Where one is missing, most are.
     for folder, digest in common.models.items():
@@ -100,15 +101,13 @@ def _unseen(common: Common) -> Iterator[str]:
         )
 
 
-def _seen(path: Path, size_bytes: int) -> bool:
-    """Tell whether a file of that size is there, or will be in a moment."""
-    until = time.monotonic() + SEEN_WITHIN_S
+def is_seen(path: Path, size_bytes: int | None = None, within_s: float | None = None) -> bool:
+    """Tell whether a file, of that size where one is named, is there or will be in a moment."""
+    until = time.monotonic() + (SEEN_WITHIN_S if within_s is None else within_s)
     while True:
-        try:
-            if path.stat().st_size == size_bytes:
+        with suppress(OSError):
+            if path.stat().st_size == size_bytes or (size_bytes is None and path.exists()):
                 return True
-        except OSError:
-            pass
         if time.monotonic() > until:
             return False
         time.sleep(0.5)
@@ -135,8 +134,6 @@ def _sizes(paths: Iterable[Path]) -> Mapping[Path, int]:
     """Return the size of each file that is there; the others are reported case by case."""
     sizes = {}
     for path in paths:
-        try:
+        with suppress(OSError):
             sizes[path] = path.stat().st_size
-        except OSError:
-            continue
     return sizes

@@ -22,7 +22,7 @@ from pipeline.errors import PipelineError
 log = logging.getLogger(__name__)
 
 # What keeps us waiting is said after so long, and again as often.
-SAY_AFTER_S, SAY_AGAIN_S = 10.0, 60.0
+SAY_AFTER_S, SAY_AGAIN_S = 15.0, 60.0
 # Ray ends a process that has not reached the head for 60 s on the spot; we have something to write before.
 GONE_AFTER_S, CONNECT_S = 15.0, 3.0
 # How often it is seen whether the head still answers, and what nodes there are.
@@ -134,7 +134,9 @@ class Cluster:
             self._ray.kill(actor)
 
     def free(self) -> str:
-        """Say what of the cluster is free, for people."""
+        """Say what of the cluster is free, for people; what ours hold already is not."""
+        if not self._answers():
+            return "its head does not answer"
         total, free = self._ray.cluster_resources(), self._ray.available_resources()
         shown = [f"{free.get(kind, 0):g} of {total[kind]:g} {kind}s" for kind in ("CPU", "GPU") if kind in total]
         return f"{len(self._nodes)} nodes, free: {', '.join(shown) or 'neither CPU nor GPU is there'}"

@@ -20,7 +20,7 @@ from typing import Any
 from pipeline.errors import PipelineError
 from pipeline.hardware import available_bytes
 from pipeline.records import exclusively, write_json
-from pipeline.stages.cluster.fitness import Common, misfits
+from pipeline.stages.cluster.fitness import Common, is_seen, misfits
 from pipeline.stages.cluster.options import RayOptions
 from pipeline.stages.cluster.ray_cluster import Cluster, Died, Need, Node, Patience, joined, this_node
 from pipeline.stages.segmenting.batch import Batch
@@ -67,10 +67,9 @@ class SegmentActor:
     def begin(self) -> tuple[str, tuple[str, ...]]:
         """Return where this worker runs, and why it cannot take part; empty where it can."""
         here = f"{socket.gethostname()}, process {os.getpid()}"
-        try:
-            return here, misfits(self._task().common)
-        except OSError as error:
-            return here, (f"{socket.gethostname()}: does not see {self._path.parents[1]}: {error.strerror}",)
+        if not is_seen(self._path):
+            return here, (f"{socket.gethostname()}: does not see {self._path.parents[1]}; all nodes must share it",)
+        return here, misfits(self._task().common)
 
     def work(self) -> tuple[str, bool]:
         """Work through the batch with whoever else does; return why that was refused, and whether the disk is full."""
