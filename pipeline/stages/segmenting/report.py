@@ -132,7 +132,7 @@ class SegmentReport:
         """Say how many cases were done, skipped, failed and not reached."""
         counts = {status: sum(r.status == status for r in self.results) for status in ("done", "skipped", "failed")}
         counts["not reached"] = self.not_reached
-        return ", ".join(f"{n} {status}" for status, n in counts.items() if n)
+        return ", ".join(f"{n} {status}" for status, n in counts.items() if n) or "no case"
 
     def as_text(self) -> str:
         """Return what a person wants to know: counts, times, what failed and what looks odd."""
