@@ -78,9 +78,9 @@ class LoopbackCluster:
         """Return the cluster's processes whose title begins so, such as ray::SegmentActor."""
         return [p for node in self._nodes for p in in_session(node.pid) if " ".join(p.cmdline()).startswith(title)]
 
-    def kill_head(self) -> None:
-        """Kill the first node and all that runs on it."""
-        end_session(self._nodes.pop(0))
+    def kill_node(self, number: int) -> None:
+        """Kill a node and all that runs on it; 0 is the head."""
+        end_session(self._nodes.pop(number))
 
     def end(self) -> None:
         """End all that was started."""

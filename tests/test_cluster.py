@@ -151,6 +151,7 @@ def test_a_node_that_joins_later_is_looked_at_and_ctrl_c_leaves_all_valid(
         wait_until(lambda: "not used: " in log.read_text(), process, log)
         process.send_signal(signal.SIGINT)
         assert process.wait(DEADLINE_S) == 130, log.read_text()
+    cluster.kill_node(-1)
     assert f"does not see {out}" in log.read_text()
     done = label_files(out)
     assert done == {name: undisturbed[name] for name in done}
@@ -211,7 +212,7 @@ def test_a_cluster_that_ends_is_said_and_what_is_done_is_valid(
     with unfinished(out):
         process, log = start_segment(cluster, model, scans, out)
         wait_until(lambda: len(label_files(out)) >= 2, process, log)
-        cluster.kill_head()
+        cluster.kill_node(0)
         assert process.wait(DEADLINE_S) == 2, log.read_text()
     assert f"error: the Ray cluster at {cluster.address} is gone" in log.read_text()
     done = [case for case in json.loads((out / "report.json").read_text())["cases"] if case["status"] == "done"]
