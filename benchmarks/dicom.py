@@ -4,7 +4,7 @@
     python benchmarks/dicom.py FOLDER --copies 100               # and how long headers of 100 times as many files take
 
 Stages are those of `medseg segment`, called one after the other: headers, voxels as float32 in RAS+ order, the plan's
-grid, an untrained U-Net that labels by intensity (synthetic.py), the label map as .nii.gz. SimpleITK finds the series
+grid, an untrained U-Net that labels by intensity (synthetic.py), the label map as .nii.gz, SEG and RTSTRUCT. SimpleITK finds the series
 (GetGDCMSeriesFileNames) and reads it (ImageSeriesReader); ours and its take turns, and the median counts. Beside the
 seconds that pass, what the process computed in them is shown: the rest is waiting, for the disk or for others.
 """
@@ -23,10 +23,15 @@ import SimpleITK as sitk
 from synthetic import ct_plan, save_untrained
 
 from pipeline.predictor import Engine, Predictor
+from pipeline.volumes.dicom.annotations.rtstruct import write_rtstruct
+from pipeline.volumes.dicom.annotations.seg import write_seg
+from pipeline.volumes.dicom.annotations.structures import Author, structures_of
 from pipeline.volumes.dicom.reading import read_series
 from pipeline.volumes.dicom.series import Series, find_series
 from pipeline.volumes.volume import Volume
 from pipeline.volumes.writing import write_label
+
+AUTHOR = Author(kind="AUTOMATIC", name="untrained", version="0")
 
 
 class Seconds(NamedTuple):
@@ -51,6 +56,7 @@ class Stages:
     def __init__(self, folder: Path, model: Path, out: Path) -> None:
         self.folder, self.out = folder, out
         self.predictor = Predictor.load(model, Engine(device="cpu"))
+        self.structures = structures_of(self.predictor.plan.labels)
         self.series: Series = self.scan()
         self.itk_files = [str(file) for file in self.series.files]
 
@@ -76,6 +82,14 @@ class Stages:
         """Write the label map."""
         self.label = Volume(self.predictor.values_of(self.classes), self.image.geometry)
         write_label(self.out / "label.nii.gz", self.label, names=self.predictor.plan.labels)
+
+    def write_seg(self) -> None:
+        """Write the label map as DICOM SEG."""
+        write_seg(self.out / "label.seg.dcm", self.label, self.series, self.structures, AUTHOR)
+
+    def write_rtstruct(self) -> None:
+        """Write the label map as RTSTRUCT."""
+        write_rtstruct(self.out / "label.rtstruct.dcm", self.label, self.series, self.structures, AUTHOR)
 
     def itk_scan(self) -> None:
         """Let SimpleITK find the series' files."""
@@ -133,7 +147,9 @@ def main() -> None:
         # What is read is compared; the network's stages are timed once, as they are no matter of DICOM.
         reading = {"scan": stages.scan, "read": stages.read, "ITK scan": stages.itk_scan, "ITK read": stages.itk_read}
         seconds = timed(reading, options.rounds)
-        seconds |= timed({"prepare": stages.prepare, "predict": stages.predict, "write": stages.write}, 1)
+        seconds |= timed({"prepare": stages.prepare, "predict": stages.predict}, 1)
+        writing = {"write": stages.write, "SEG": stages.write_seg, "RTSTRUCT": stages.write_rtstruct}
+        seconds |= timed(writing, options.rounds)
         ours, theirs = (
             Seconds(*map(sum, zip(*(seconds[f"{who}{stage}"] for stage in ("scan", "read")), strict=True)))
             for who in ("", "ITK ")

@@ -420,11 +420,54 @@ def test_what_is_no_object_is_refused(plain: Series, tmp_path: Path) -> None:
             read_annotations(path, plain)
 
 
-def test_samples_of_others(shared_data: Path) -> None:
-    """The data set's own SEGs, against highdicom's reading of the same files."""
-    folder = shared_data / "nasty" / "dicom_seg"
-    for name in ("binary", "binary_fractional", "binary_single_frame", "true_fractional"):
-        assert read_object(folder / f"seg_image_ct_{name}.dcm").SegmentSequence
+def frames_of(seg: Any) -> list[tuple[int, FloatArray, NDArray[Any]]]:
+    """Return segment, position (LPS) and pixels of each frame, by pydicom and highdicom alone."""
+    groups = seg.PerFrameFunctionalGroupsSequence
+    numbers = [int(one.SegmentIdentificationSequence[0].ReferencedSegmentNumber) for one in groups]
+    places = [np.array(one.PlanePositionSequence[0].ImagePositionPatient, float) for one in groups]
+    return list(zip(numbers, places, seg.pixel_array.reshape(-1, seg.Rows, seg.Columns), strict=True))
+
+
+def series_for(seg: Any, folder: Path) -> Series:
+    """Make a series of even slices on which the frames of a SEG lie."""
+    shared = seg.SharedFunctionalGroupsSequence[0]
+    holder = shared if "PlaneOrientationSequence" in shared else seg.PerFrameFunctionalGroupsSequence[0]
+    turn = np.array(holder.PlaneOrientationSequence[0].ImageOrientationPatient, float).reshape(2, 3)
+    between_rows, between_columns = map(float, shared.PixelMeasuresSequence[0].PixelSpacing)
+    places = np.unique(np.array([place for _, place, _ in frames_of(seg)]).round(4), axis=0)
+    normal = np.cross(*turn)
+    places = places[np.argsort(places @ normal)]
+    gaps = np.diff(places @ normal)
+    step = float(gaps.min()) if len(gaps) else 2.0
+    slices = round(float(gaps.sum()) / step) + 2
+    affine = np.eye(4)
+    affine[:3] = np.column_stack([turn[0] * between_columns, turn[1] * between_rows, normal * step, places[0]])
+    shape = (seg.Columns, seg.Rows, slices)
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    write_series(folder, np.zeros(shape, np.int8), affine, FrameOfReferenceUID=str(seg.FrameOfReferenceUID))
+    return only(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["binary", "binary_fractional", "binary_overlap", "binary_single_frame", "true_fractional"]
+)
+def test_samples_of_others(name: str, shared_data: Path, tmp_path: Path) -> None:
+    """Each voxel of highdicom's own test files, put in its place by hand; of 16 x 16 pixels, one of a series each."""
+    path = shared_data / "nasty" / "dicom_seg" / f"seg_image_ct_{name}.dcm"
+    seg = highdicom.seg.segread(path)
+    series = series_for(seg, tmp_path / "series")
+    read = read_annotations(path, series, overlap="last")
+    limit = 0.5 * float(seg.get("MaximumFractionalValue", 1))
+    wanted = np.zeros(series.geometry.shape, int)
+    places = np.array([one.position_mm for one in series.slices])
+    for number, place, pixels in sorted(frames_of(seg), key=lambda frame: frame[0]):
+        wanted[:, :, np.abs(places - place).sum(axis=1).argmin()][limit <= pixels.T] = number
+    assert wanted.any()
+    np.testing.assert_array_equal(read.label.array, wanted)
+    assert len(read.labels) == len(seg.SegmentSequence) + 1
+    if name == "binary_overlap":
+        with pytest.raises(VolumeError, match="share"):
+            read_annotations(path, series)
 
 
 @pytest.mark.slow
