@@ -4,9 +4,10 @@
     python benchmarks/dicom.py FOLDER --copies 100               # and how long headers of 100 times as many files take
 
 Stages are those of `medseg segment`, called one after the other: headers, voxels as float32 in RAS+ order, the plan's
-grid, an untrained U-Net that labels by intensity (synthetic.py), the label map as .nii.gz, SEG and RTSTRUCT. SimpleITK finds the series
-(GetGDCMSeriesFileNames) and reads it (ImageSeriesReader); ours and its take turns, and the median counts. Beside the
-seconds that pass, what the process computed in them is shown: the rest is waiting, for the disk or for others.
+grid, an untrained U-Net that labels by intensity (synthetic.py), the label map as .nii.gz, DICOM SEG and RTSTRUCT.
+SimpleITK finds the series (GetGDCMSeriesFileNames) and reads it (ImageSeriesReader); ours and its take turns, and the
+median counts. Beside the seconds that pass, what the process computed in them is shown: the rest is waiting, for the
+disk or for others.
 """
 
 import argparse

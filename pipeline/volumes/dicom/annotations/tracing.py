@@ -13,6 +13,7 @@ row of pixels of the structure, so that software that fills what lies on an edge
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -54,18 +55,51 @@ def _parts(mask: NDArray[np.bool_]) -> list[list[FloatArray]]:
 def _joined(rings: list[FloatArray]) -> FloatArray:
     """Return one polygon of an outer ring and holes, each joined by a channel to what lies next to its right.
 
-    From a hole's rightmost point, half a pixel outside its pixels, the row leads through pixels of the structure to a
-    point of the outer ring or of a hole that reaches further right, and was therefore joined before.
+    From a hole's rightmost point, half a pixel outside its pixels, the row leads through pixels of the structure to the
+    next point of any ring on that row: of the outer one, or of a hole that reaches further right. So channels lead from
+    hole to hole and out, and all rings are passed in one walk.
     """
-    outer, *holes = rings
-    for hole in sorted(holes, key=lambda ring: -float(ring[:, 0].max())):
-        leaves = int(hole[:, 0].argmax())
-        column, row = hole[leaves]
-        to_the_right = np.where((outer[:, 1] == row) & (outer[:, 0] > column), outer[:, 0], np.inf)
-        meets = int(to_the_right.argmin())
-        there_and_back = np.concatenate([hole[leaves:], hole[: leaves + 1]])
-        outer = np.concatenate([outer[: meets + 1], there_and_back, outer[meets:]])
-    return outer
+    if len(rings) == 1:
+        return rings[0]
+    points = np.concatenate(rings)
+    starts = np.cumsum([0, *map(len, rings)]).tolist()
+    order = np.lexsort((points[:, 0], points[:, 1]))
+    after = np.empty(len(points), np.intp)
+    after[order] = np.roll(order, -1)  # The next point on a row; of its last one it means nothing.
+    ways = [list(range(first, last)) for first, last in pairwise(starts)]
+    joined: dict[int, list[int]] = {}
+    for ring, way in zip(rings[1:], ways[1:], strict=True):
+        leaves = int(ring[:, 0].argmax())
+        joined[int(after[way[leaves]])] = [*way[leaves:], *way[: leaves + 1]]
+    return np.asarray(points[_walk(ways[0], joined)])
+
+
+def _walk(outer: list[int], joined: dict[int, list[int]]) -> list[int]:
+    """Return the points of a way round in order, at some of which another is gone round, and so on.
+
+    Args:
+        outer: the first way.
+        joined: point -> the way that is gone from there, and back to there.
+    """
+    passed: list[int] = []
+    ways = [iter(outer)]  # No recursion: a thousand holes may stand in a row.
+    left_at: list[int] = []
+    while ways:
+        point = next((point for point in _taken(ways[-1], passed) if point in joined), None)
+        if point is not None:
+            ways.append(iter(joined[point]))
+            left_at.append(point)
+        else:
+            ways.pop()
+            passed += [left_at.pop()] if left_at else []
+    return passed
+
+
+def _taken(way: Iterator[int], passed: list[int]) -> Iterator[int]:
+    """Yield the points of a way, and note each as passed."""
+    for point in way:
+        passed.append(point)
+        yield point
 
 
 def _straightened(polygon: FloatArray) -> FloatArray:
