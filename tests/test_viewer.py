@@ -385,6 +385,7 @@ def test_the_viewer_in_a_browser(page: Path, tmp_path: Path) -> None:
         open_page.press("3")
 
         # In 3-D, from black.
+        open_page.run("document.getElementById('viewer-canvas').focus()")
         open_page.press("r")
         solid = np.asarray(open_page.picture("#viewer .stage")).astype(int)
         assert (solid.max(-1) < 8).mean() > 0.3

@@ -238,7 +238,7 @@
         paint();
       });
     }
-    document.addEventListener("keydown", press);
+    document.addEventListener("keydown", press, true); // before NiiVue, which has keys of its own
     document.addEventListener("keyup", event => event.code === "Space" && unveil());
     window.addEventListener("blur", unveil);
   }
@@ -262,6 +262,7 @@
       event.preventDefault();
       if (!bare) { bare = true; paint(); }
     } else if (KEYS[event.key]) {
+      event.stopPropagation();
       KEYS[event.key]();
     }
   }
