@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.viewer import assets
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
@@ -26,3 +28,12 @@ def peer_python() -> Callable[[str], Path]:
         return python
 
     return of
+
+
+@pytest.fixture
+def niivue() -> str:
+    """Return NiiVue's script."""
+    script = assets.niivue()
+    if script is None:
+        pytest.skip("NiiVue is not installed; `make setup` or `medseg install-viewer` does it")
+    return script
