@@ -14,15 +14,19 @@ from tiny_models import NEAREST_MEAN, make_model, nearest_mean
 from typer.testing import CliRunner
 
 from pipeline.cli import app
+from pipeline.config_loading import load_config, packaged
 from pipeline.errors import PipelineError
 from pipeline.model import save_model
 from pipeline.networks import NETWORKS
-from pipeline.stages import segment
+from pipeline.stages import dicom_series, evaluate, manifest, preprocess, segment, train
 from pipeline.stages.dicom_labels import import_labels
 from pipeline.stages.segmenting.dicom_inputs import DicomOptions
 from pipeline.stages.segmenting.dicom_objects import DicomOutput, dicom_output
 from pipeline.stages.segmenting.report import SegmentReport
 from pipeline.volumes.dicom.annotations.reading import read_annotations
+from pipeline.volumes.dicom.annotations.rtstruct import write_rtstruct
+from pipeline.volumes.dicom.annotations.structures import Author, structures_of
+from pipeline.volumes.dicom.choosing import SeriesChoice
 from pipeline.volumes.dicom.series import Series, find_series
 from pipeline.volumes.volume import Volume, read_label
 from pipeline.volumes.writing import write_image
@@ -53,7 +57,8 @@ def write_scan(folder: Path, seed: int = 0, **attributes: object) -> Series:
     """Write an MR series that the model gets right, of a patient who is easy to find."""
     who = {"PatientName": "Zyxwvut^Xanadu", "PatientID": "Q7R8S9", "PatientBirthDate": "19330405"}
     study = {"StudyDate": "20171118", "InstitutionName": "Hospital of Nowhere", "SOPClassUID": MR, "Modality": "MR"}
-    write_series(folder, 100 * blocks(), grid(SHAPE, (1, 1, 1)).affine, seed=seed, **who | study | attributes)
+    voxels = 100 * blocks() + seed  # No two patients are alike.
+    write_series(folder, voxels, grid(SHAPE, (1, 1, 1)).affine, seed=seed, **who | study | attributes)
     (series,) = find_series(folder)
     return series
 
@@ -204,3 +209,35 @@ def test_a_label_map_among_dicom_files_is_refused(model: Path, tmp_path: Path) -
 def test_codes_without_objects_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match="--dicom seg,rtstruct"):
         dicom_output([], deidentify=True)
+
+
+@pytest.mark.slow
+def test_from_contours_to_a_model_nobody_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """DICOM and RTSTRUCT to volumes and labels, a model trained, tracked, evaluated, used: all files are searched."""
+    caplog.set_level(logging.DEBUG)
+    rows = ["case,patient,T1,label"]
+    for seed in range(6):
+        series = write_scan(tmp_path / "scans" / str(seed), seed)
+        drawn = tmp_path / "scans" / f"{seed}.dcm"
+        label = Volume(blocks().astype(np.uint8), series.geometry)
+        write_rtstruct(drawn, label, series, structures_of({"background": 0, "a": 1, "b": 2}), Author(kind="MANUAL"))
+        import_labels(drawn, str(tmp_path / "scans" / str(seed)), tmp_path / "out" / "labels" / f"{series.name}.nii.gz")
+        rows.append(f"{series.name},{series.name},volumes/{series.name}.nii.gz,labels/{series.name}.nii.gz")
+    dicom_series.convert(tmp_path / "scans", tmp_path / "out" / "volumes", choice=SeriesChoice(), every=True)
+    (tmp_path / "out" / "cases.csv").write_text("\n".join(rows))
+    manifest.run(tmp_path / "out" / "cases.csv", tmp_path / "out" / "mine.json", folds=3)
+    settings = ["preprocessing.patch_size=[16, 16, 8]", "training.steps_per_epoch=2", "training.budget.epochs=1"]
+    config = load_config(packaged("demo.yaml"), [f"data.manifest={tmp_path / 'out' / 'mine.json'}", *settings])
+    config = config.changed(workspace=tmp_path / "out" / "work")
+    preprocess.run(config)
+    train.run(config, fold="0", device="cpu")
+    evaluate.run(config, device="cpu")
+    model = next((tmp_path / "out").rglob("weights.safetensors")).parent
+    run(model, tmp_path / "scans", tmp_path / "out" / "used", dicom_output(["seg"], deidentify=True))
+    said = caplog.text + "".join(capsys.readouterr())
+    assert [word for word in SECRETS if word in said] == []
+    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert any(file.name == "mlflow.db" for file in files)
+    assert [file for file in files for word in SECRETS if holds(file, word)] == []
