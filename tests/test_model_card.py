@@ -11,8 +11,8 @@ from pipeline.data.manifest import Case, ImageFile, Manifest, load_manifest
 from pipeline.errors import ModelError
 from pipeline.inference.postprocessing import Postprocessing, save_postprocessing
 from pipeline.model import load_model, model_digest, save_model, weights_sha256
-from pipeline.stages import train
-from pipeline.stages.model_card import DataFacts, card_of, read_facts, write_card
+from pipeline.stages import evaluate, train
+from pipeline.stages.model_card import DataFacts, Evaluated, Score, card_of, keep_evaluation, read_facts, write_card
 
 
 def manifest_of(tmp_path: Path) -> Manifest:
@@ -92,6 +92,19 @@ def test_a_card_is_made_anew_from_the_folder_alone(folder: Path, tmp_path: Path)
     assert read_facts(folder) == DataFacts.of(manifest, manifest.cases, ())
 
 
+def test_scores_with_their_intervals_replace_earlier_ones_of_the_same_cases(folder: Path) -> None:
+    before = model_digest(folder)
+    for cases, mean in (("fold", 0.5), ("test", 0.75), ("fold", 0.875)):
+        score = Score(structure="left", metric="dice", mean=mean, low=mean - 0.0625, high=None, cases=7)
+        keep_evaluation(folder, Evaluated(cases=cases, number=8, scores=(score,)))
+    card = (folder / "MODEL_CARD.md").read_text()
+    assert card.count("By `medseg evaluate --cases fold`, on 8 cases:") == 1
+    assert "| left | dice | 0.875 | 0.8125 to not known | 7 |" in card
+    assert "| left | dice | 0.75 | 0.6875 to not known | 7 |" in card
+    assert "| left | dice | 0.5 |" not in card
+    assert model_digest(folder) == before
+
+
 def test_a_card_changes_nothing_of_the_model(folder: Path) -> None:
     before = model_digest(folder)
     write_card(folder)
@@ -138,3 +151,7 @@ def test_training_writes_it_beside_each_model(tmp_path: Path) -> None:
         assert "1 optimiser steps, of a budget of 1 steps" in card
         assert "licence: CC0" in card
         assert not any(case.id in card or case.patient in card for case in manifest.cases)
+    evaluate.run(str(run), workspace=config.workspace)
+    card = (run / "models" / "best" / "MODEL_CARD.md").read_text()
+    assert "By `medseg evaluate --cases fold`, on 2 cases:\n\n| structure | metric | mean |" in card
+    assert not any(case.id in card or case.patient in card for case in manifest.cases)

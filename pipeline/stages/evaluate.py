@@ -26,6 +26,7 @@ from pipeline.evaluation.statistics import summarise
 from pipeline.hardware import give_freed_memory_back, keep_freed_memory
 from pipeline.model import CONFIG
 from pipeline.progress import track
+from pipeline.records import json_number
 from pipeline.stages.dataset import taking_part
 from pipeline.stages.evaluating.cases import (
     LabelledCase,
@@ -40,6 +41,7 @@ from pipeline.stages.evaluating.cases import (
 )
 from pipeline.stages.evaluating.results import run_of, track_results, write_results
 from pipeline.stages.evaluating.scoring import CaseScorer, keep_table
+from pipeline.stages.model_card import Evaluated, Score, keep_evaluation
 from pipeline.stages.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -133,7 +135,28 @@ def run(
     write_results(evaluation, chosen_from, tasks[0].plan, config.evaluation, folder)
     run_log = run_of(tasks, folder, places, tracking_uri)
     track_results(evaluation, tasks, chosen_from, label, folder, run_log)
+    _card(tasks, evaluation, label)
     return EvaluationReport(evaluation, folder)
+
+
+def _card(tasks: Sequence[Task], evaluation: Evaluation, label: str) -> None:
+    """Write the scores of a single run's model into its card, where the cases are of the manifest it was trained on."""
+    (task, *others), (model, *members) = tasks, tasks[0].models
+    if others or members or task.run is None or not task.is_own:
+        return
+    scores = [
+        Score(
+            structure=summary.class_name,
+            metric=name,
+            mean=json_number(found.mean),
+            low=json_number(found.low),
+            high=json_number(found.high),
+            cases=found.cases,
+        )
+        for summary in evaluation.summaries
+        for name, found in summary.metrics.items()
+    ]
+    keep_evaluation(model, Evaluated(cases=label, number=len(evaluation.cases), scores=tuple(scores)))
 
 
 def _lesion_rules(settings: EvaluationSection, plan: Plan) -> LesionRules:

@@ -1,9 +1,10 @@
 """The model card: what a model was trained on, how well it did, what it is for and where it ends; beside its weights.
 
     MODEL/data.json        facts of the data set, which its manifest knows and no other file of the model does
+          evaluation.json  what `medseg evaluate` found on cases of that manifest that the model has not seen
           MODEL_CARD.md    made of them and the model's own files, by `write_card`, each time one of these has changed
 
-Neither is part of the model's digest, for no label map depends on them. No case or patient is named.
+None is part of the model's digest, for no label map depends on them. No case or patient is named.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from pipeline.model import (
 )
 from pipeline.records import Record, write_json, write_text
 
-CARD, DATA = "MODEL_CARD.md", "data.json"
+CARD, DATA, EVALUATION = "MODEL_CARD.md", "data.json", "evaluation.json"
 
 UNKNOWN = "not known"
 
@@ -85,6 +86,65 @@ class DataFacts(Record):
         )
 
 
+class Score(Record):
+    """One metric of one structure; what is no number is None.
+
+    Attributes:
+        structure, metric: their names.
+        mean: over the cases that have a value.
+        low, high: ends of its 95 % interval.
+        cases: that have a value.
+    """
+
+    structure: str
+    metric: str
+    mean: float | None
+    low: float | None
+    high: float | None
+    cases: int
+
+    def as_row(self) -> str:
+        """Return it as a row of the card's table."""
+        mean, low, high = (UNKNOWN if value is None else f"{value:.4g}" for value in (self.mean, self.low, self.high))
+        return f"| {self.structure} | {self.metric} | {mean} | {low} to {high} | {self.cases} |"
+
+
+class Evaluated(Record):
+    """What was found on some cases.
+
+    Attributes:
+        cases: fold, test or all, as `medseg evaluate --cases` calls them.
+        number: of cases.
+        scores: a metric of a structure each.
+    """
+
+    cases: str
+    number: int
+    scores: tuple[Score, ...]
+
+
+def keep_evaluation(folder: Path, found: Evaluated) -> None:
+    """Keep an evaluation's result in a model's folder, in place of an earlier one on such cases, and in its card.
+
+    Raises:
+        ModelError: a file of the model is damaged.
+    """
+    others = [one for one in _evaluations(folder) if one.cases != found.cases]
+    write_json(folder / EVALUATION, [one.model_dump(mode="json") for one in (*others, found)])
+    write_card(folder)
+
+
+def _evaluations(folder: Path) -> list[Evaluated]:
+    """Return the evaluations that a model's folder knows of."""
+    path = folder / EVALUATION
+    if not path.exists():
+        return []
+    try:
+        return [Evaluated.model_validate(one) for one in json.loads(path.read_bytes())]
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{path}: is damaged: {str(error).partition(chr(10))[0]}; remove it") from error
+
+
 def write_card(folder: Path, facts: DataFacts | None = None) -> None:
     """Write a model's card into its folder, or write it anew after another of its files has changed.
 
@@ -114,7 +174,7 @@ def card_of(folder: Path) -> str:
         "Intended use": _use(description, plan),
         "Data": _data(description, plan, fingerprint, facts),
         "Network and training": _training(description, plan, settings, weights_sha256(folder / WEIGHTS)),
-        "Metrics": _metrics(description, facts),
+        "Metrics": [*_metrics(description, facts), *_evaluated(_evaluations(folder))],
         "Confidence": _confidence(calibration),
         "Postprocessing": [f"- {_rules(description, folder)}"],
         "Limits": _limits(plan, fingerprint, facts),
@@ -225,6 +285,17 @@ def _metrics(description: ModelDescription, facts: DataFacts | None) -> Iterator
     yield f"- Means over {cases} of fold {description.fold}, whole volumes on their native grids."
     yield "- The best of all validations during the training, on the cases that it was chosen by: a little too good."
     yield "- `medseg evaluate` gives other metrics and 95 % intervals; `--cases test`, of cases held out of it all."
+
+
+def _evaluated(found: Sequence[Evaluated]) -> Iterator[str]:
+    """Yield what evaluations found."""
+    for one in found:
+        yield ""
+        yield f"By `medseg evaluate --cases {one.cases}`, on {one.number} cases:"
+        yield ""
+        yield "| structure | metric | mean | 95 % interval | cases |"
+        yield "|---|---|---|---|---|"
+        yield from (score.as_row() for score in one.scores)
 
 
 def _confidence(calibration: Calibration | None) -> Iterator[str]:
