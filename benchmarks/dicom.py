@@ -24,8 +24,8 @@ import SimpleITK as sitk
 from synthetic import ct_plan, save_untrained
 
 from pipeline.predictor import Engine, Predictor
-from pipeline.volumes.dicom.annotations.rtstruct import write_rtstruct
-from pipeline.volumes.dicom.annotations.seg import write_seg
+from pipeline.volumes.dicom.annotations.rtstruct.writing import write_rtstruct
+from pipeline.volumes.dicom.annotations.seg.writing import write_seg
 from pipeline.volumes.dicom.annotations.structures import Author, structures_of
 from pipeline.volumes.dicom.reading import read_series
 from pipeline.volumes.dicom.series import Series, find_series

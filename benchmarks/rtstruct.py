@@ -15,7 +15,7 @@ import numpy as np
 import pydicom
 
 from pipeline.volumes.dicom.annotations.reading import read_annotations
-from pipeline.volumes.dicom.annotations.rtstruct import write_rtstruct
+from pipeline.volumes.dicom.annotations.rtstruct.writing import write_rtstruct
 from pipeline.volumes.dicom.annotations.structures import Author, structures_of
 from pipeline.volumes.dicom.series import find_series
 from pipeline.volumes.volume import Volume, read_label

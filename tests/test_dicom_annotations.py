@@ -20,8 +20,8 @@ from pipeline.errors import GeometryError, PipelineError, VolumeError
 from pipeline.geometry import FloatArray, Geometry
 from pipeline.volumes.dicom.annotations.identity import source_header
 from pipeline.volumes.dicom.annotations.reading import read_annotations, read_object, referenced_series
-from pipeline.volumes.dicom.annotations.rtstruct import write_rtstruct
-from pipeline.volumes.dicom.annotations.seg import write_seg
+from pipeline.volumes.dicom.annotations.rtstruct.writing import write_rtstruct
+from pipeline.volumes.dicom.annotations.seg.writing import write_seg
 from pipeline.volumes.dicom.annotations.structures import Author, structures_of
 from pipeline.volumes.dicom.series import Series, find_series
 from pipeline.volumes.volume import Volume, read_label

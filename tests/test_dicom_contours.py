@@ -8,8 +8,8 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.typing import NDArray
 
 from pipeline.geometry import FloatArray
-from pipeline.volumes.dicom.annotations.filling import fill
-from pipeline.volumes.dicom.annotations.tracing import trace
+from pipeline.volumes.dicom.annotations.rtstruct.filling import fill
+from pipeline.volumes.dicom.annotations.rtstruct.tracing import trace
 
 
 def drawn(*rows: str) -> NDArray[np.bool_]:

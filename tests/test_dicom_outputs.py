@@ -24,7 +24,7 @@ from pipeline.stages.segmenting.dicom_inputs import DicomOptions
 from pipeline.stages.segmenting.dicom_objects import DicomOutput, dicom_output
 from pipeline.stages.segmenting.report import SegmentReport
 from pipeline.volumes.dicom.annotations.reading import read_annotations
-from pipeline.volumes.dicom.annotations.rtstruct import write_rtstruct
+from pipeline.volumes.dicom.annotations.rtstruct.writing import write_rtstruct
 from pipeline.volumes.dicom.annotations.structures import Author, structures_of
 from pipeline.volumes.dicom.choosing import SeriesChoice
 from pipeline.volumes.dicom.series import Series, find_series

@@ -42,8 +42,8 @@ KEEPERS = {
     "optuna": ("pipeline.stages.sweeping.search",),
     "typer": ("pipeline.cli",),
     "pydicom": ("pipeline.volumes.dicom",),
-    "highdicom": ("pipeline.volumes.dicom.annotations.seg",),
-    "contourpy": ("pipeline.volumes.dicom.annotations.tracing",),
+    "highdicom": ("pipeline.volumes.dicom.annotations.seg.writing",),
+    "contourpy": ("pipeline.volumes.dicom.annotations.rtstruct.tracing",),
     **dict.fromkeys(("fastapi", "starlette", "uvicorn", "python_multipart"), ("pipeline.stages.serving.web",)),
     "ray": ("pipeline.stages.cluster.ray_cluster",),
 }

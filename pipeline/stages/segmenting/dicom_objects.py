@@ -14,8 +14,8 @@ from pipeline.model import DESCRIPTION, read_description
 from pipeline.records import Record, digest_of
 from pipeline.stages.segmenting.sources import SegmentInput
 from pipeline.volumes.dicom.annotations.coding import Coding, read_codes
-from pipeline.volumes.dicom.annotations.rtstruct import write_rtstruct
-from pipeline.volumes.dicom.annotations.seg import require_highdicom, write_seg
+from pipeline.volumes.dicom.annotations.rtstruct.writing import write_rtstruct
+from pipeline.volumes.dicom.annotations.seg.writing import require_highdicom, write_seg
 from pipeline.volumes.dicom.annotations.structures import Author, structures_of
 from pipeline.volumes.dicom.series import Series
 from pipeline.volumes.volume import Volume

@@ -9,8 +9,8 @@ from typing import Any
 from pipeline.errors import VolumeError
 from pipeline.volumes.dicom.annotations.drawn import LabelMap, Overlap, painted
 from pipeline.volumes.dicom.annotations.placing import Placing
-from pipeline.volumes.dicom.annotations.rtstruct_reading import refuse_other_frame, rois
-from pipeline.volumes.dicom.annotations.seg_reading import segments
+from pipeline.volumes.dicom.annotations.rtstruct.reading import refuse_other_frame, rois
+from pipeline.volumes.dicom.annotations.seg.reading import segments
 from pipeline.volumes.dicom.headers import is_dicom, pydicom_quiet
 from pipeline.volumes.dicom.series import Series
 

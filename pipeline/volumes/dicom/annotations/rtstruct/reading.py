@@ -15,8 +15,8 @@ import numpy as np
 from pipeline.errors import GeometryError, VolumeError
 from pipeline.geometry import FloatArray
 from pipeline.volumes.dicom.annotations.drawn import Drawn, names_apart, pick
-from pipeline.volumes.dicom.annotations.filling import fill
 from pipeline.volumes.dicom.annotations.placing import Placing
+from pipeline.volumes.dicom.annotations.rtstruct.filling import fill
 from pipeline.volumes.dicom.stacking import LARGEST_DISPLACEMENT
 
 # PS3.3 C.8.8.6.1: what encloses an area; points and open lines do not.

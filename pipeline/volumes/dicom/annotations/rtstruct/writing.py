@@ -21,8 +21,8 @@ from pipeline.volumes.dicom.annotations.identity import (
     software,
 )
 from pipeline.volumes.dicom.annotations.placing import Placing
+from pipeline.volumes.dicom.annotations.rtstruct.tracing import trace
 from pipeline.volumes.dicom.annotations.structures import Author, Structure
-from pipeline.volumes.dicom.annotations.tracing import trace
 from pipeline.volumes.dicom.headers import pydicom_quiet
 from pipeline.volumes.dicom.series import Series
 from pipeline.volumes.formats.layout import Array

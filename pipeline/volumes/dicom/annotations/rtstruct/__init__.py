@@ -1,0 +1,1 @@
+"""RTSTRUCT: contours traced and filled, the object written and read."""

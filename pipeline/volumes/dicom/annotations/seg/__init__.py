@@ -1,0 +1,1 @@
+"""DICOM SEG: written through highdicom, read frame by frame."""
