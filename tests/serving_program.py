@@ -51,10 +51,15 @@ class Served:
         host, port = self.url.removeprefix("http://").split(":")
         return host, int(port)
 
+    def workers(self) -> list[psutil.Process]:
+        """Its worker processes, those that were killed and not buried left out."""
+        return [c for c in psutil.Process(self.process.pid).children() if c.status() != psutil.STATUS_ZOMBIE]
+
     def worker(self) -> psutil.Process:
         """Its worker process, once there is one."""
-        wait_until(lambda: bool(psutil.Process(self.process.pid).children()))
-        return psutil.Process(self.process.pid).children()[0]
+        found: list[psutil.Process] = []
+        wait_until(lambda: bool(found.extend(self.workers()) or found))
+        return found[0]
 
     def incoming(self) -> list[Path]:
         return list((self.spool / "incoming").iterdir())

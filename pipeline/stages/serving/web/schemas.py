@@ -91,10 +91,11 @@ class Readiness(BaseModel):
 
 def result_header(job: Job) -> dict[str, str]:
     """Return in a header what a client that waits for its label map should know beside it."""
-    sure = job.result.confidence if job.result else None
-    if sure is None:
+    if job.result is None:
         return {}
-    told = {"low": sure.low, "predicted_dice": sure.predicted_dice, "doubtful": list(sure.doubtful)}
+    told: dict[str, Any] = {"warnings": list(job.result.warnings)}
+    if sure := job.result.confidence:
+        told |= {"low": sure.low, "predicted_dice": sure.predicted_dice, "doubtful": list(sure.doubtful)}
     return {RESULT_HEADER: json.dumps(told)}
 
 
