@@ -61,6 +61,14 @@ def sent(queue: JobQueue, owner: str = "", model: str = MODEL) -> Job:
     return job
 
 
+def begun(queue: JobQueue) -> Job:
+    """Take a job, and write down that it is running."""
+    job = queue.take()
+    assert job
+    queue.note(job)
+    return job
+
+
 def state_of(spool: Spool, job: Job) -> tuple[str, int]:
     """What stands on disk of a job."""
     written = Job.model_validate(json.loads((spool.folder_of(job.tag) / "job.json").read_bytes()))
@@ -71,8 +79,9 @@ def test_jobs_are_taken_in_the_order_in_which_they_came(spool: Spool) -> None:
     queue = queue_of(spool)
     jobs = [sent(queue) for _ in range(3)]
     assert [queue.position(job.tag) for job in jobs] == [0, 1, 2]
-    taken = [queue.take() for _ in range(3)]
-    assert [job.tag for job in taken if job] == [job.tag for job in jobs]
+    taken = [begun(queue) for _ in range(3)]
+    assert [job.tag for job in taken] == [job.tag for job in jobs]
+    assert queue.take(wait=False) is None
     assert queue.position(jobs[0].tag) is None
     assert state_of(spool, jobs[0]) == ("running", 1)
     assert queue.counts() == {"uploading": 0, "queued": 0, "running": 3, "done": 0, "failed": 0}
@@ -123,8 +132,7 @@ def test_a_service_goes_on_from_its_spool(spool: Spool) -> None:
     queue = queue_of(spool)
     first, second, done, foreign = sent(queue), sent(queue), sent(queue), sent(queue, model="another")
     for _ in range(3):
-        job = queue.take()
-        assert job
+        job = begun(queue)
         if job.tag == done.tag:
             queue.end(job, DONE)
     (spool.folder / "jobs" / "half").mkdir()
@@ -132,8 +140,8 @@ def test_a_service_goes_on_from_its_spool(spool: Spool) -> None:
     assert after.load(MODEL) == 2
     assert not (spool.folder / "jobs" / "half").exists()
     assert [after.position(job.tag) for job in (first, second)] == [0, 1]
-    taken = after.take()
-    assert taken and (taken.tag, taken.attempts) == (first.tag, 2)
+    taken = begun(after)
+    assert (taken.tag, taken.attempts) == (first.tag, 2)
     kept, failed = after.find(done.tag, ""), after.find(foreign.tag, "")
     assert kept and kept.state == "done"
     assert failed and "another model" in (failed.reason or "")

@@ -25,6 +25,8 @@ from pipeline.stages.worker_processes import log_level, start_worker
 log = logging.getLogger(__name__)
 
 _TASK = "worker.json"
+# A job that a worker has, the promise of its answer, and when it got it.
+Begun = tuple[Job, Future[Answer], float]
 # One that dies again and again is started more and more slowly.
 _LONGEST_PAUSE_S = 30.0
 
@@ -228,10 +230,10 @@ class Pool:
 
     def _work(self, one: Worker, done: list[int]) -> None:
         """Give a worker one job after another, until the service stops or the worker dies."""
-        while (job := self._jobs.take(lambda: one.is_alive)) is not None:
-            start = time.monotonic()
+        begun = self._begin(one)
+        while begun is not None:
+            job, future, start = begun
             try:
-                future = one.segment(job.tag, self._jobs.spool.files_of(job), self._jobs.spool.folder_of(job.tag))
                 answer = future.result(self._job_s)
             except WorkerDied as death:
                 self._jobs.give_back(job, blamed=death.blamed and not self._stop.is_set())
@@ -239,13 +241,29 @@ class Pool:
             except TimeoutError:
                 self._give_up(job)
                 return
-            taken = time.monotonic() - start
-            self.busy_s += taken
+            # The next is begun before this one's end is on the disk, for which the worker need not wait.
+            following = self._begin(one, wait=False)
             done[0] += 1
-            self._jobs.end(job, Ended(answer.result, answer.failure, answer.reason))
-            what = "done" if answer.result else f"failed ({answer.failure})"
-            log.info("job %s: %s in %.2f s", job.tag[:TAG_SHOWN], what, taken)
+            self._take_down(job, answer, time.monotonic() - start)
+            begun = following or self._begin(one)
         one.refuse_dead()
+
+    def _begin(self, one: Worker, *, wait: bool = True) -> Begun | None:
+        """Give a worker the next job; None where there is none, the service stops, or the worker has died."""
+        job = self._jobs.take(lambda: one.is_alive, wait=wait)
+        if job is None:
+            return None
+        spool = self._jobs.spool
+        begun = job, one.segment(job.tag, spool.files_of(job), spool.folder_of(job.tag)), time.monotonic()
+        self._jobs.note(job)
+        return begun
+
+    def _take_down(self, job: Job, answer: Answer, taken_s: float) -> None:
+        """Take down what a worker made of a job."""
+        self.busy_s += taken_s
+        self._jobs.end(job, Ended(answer.result, answer.failure, answer.reason))
+        what = "done" if answer.result else f"failed ({answer.failure})"
+        log.info("job %s: %s in %.2f s", job.tag[:TAG_SHOWN], what, taken_s)
 
     def _give_up(self, job: Job) -> None:
         """End a job that takes too long; its worker, which knows of no end, goes with it."""

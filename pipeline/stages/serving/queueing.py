@@ -100,15 +100,28 @@ class JobQueue:
             self._waiting.append(job.tag)
             self._changed.notify_all()
 
-    def take(self, still: Callable[[], bool] = lambda: True) -> Job | None:
-        """Wait for the next job, and begin it; None once the service stops, or `still` says no after a `wake`."""
+    def take(self, still: Callable[[], bool] = lambda: True, *, wait: bool = True) -> Job | None:
+        """Take the next job; whoever does so writes it down by `note` once it is begun.
+
+        Args:
+            still: is asked again after each `wake`.
+            wait: for a job, where there is none.
+
+        Returns:
+            The job, running; None where there is none, the service stops, or `still` says no.
+        """
         with self._changed:
-            while not self._waiting and not self._stopped and still():
+            while wait and not self._waiting and not self._stopped and still():
                 self._changed.wait()
-            if self._stopped or not still():
+            if self._stopped or not self._waiting or not still():
                 return None
             tag = self._waiting.popleft()
-            return self._put(self._jobs[tag].changed(state="running", attempts=self._jobs[tag].attempts + 1))
+            self._jobs[tag] = self._jobs[tag].changed(state="running", attempts=self._jobs[tag].attempts + 1)
+            return self._jobs[tag]
+
+    def note(self, job: Job) -> None:
+        """Write down that a job is running: if the service dies from now on, it is known over what."""
+        self._write(job)
 
     def wake(self) -> None:
         """Let whoever waits for a job look whether it still wants one."""
@@ -208,12 +221,16 @@ class JobQueue:
 
     def _put(self, job: Job) -> Job:
         """Write a job down, and know it as it is now."""
+        self._write(job)
+        self._jobs[job.tag] = job
+        return job
+
+    def _write(self, job: Job) -> None:
+        """Write a job down."""
         try:
             self.spool.write(job)
         except OSError as error:  # A full disk: what is known here is right, and a restart would do the job again.
             log.error("job %s: cannot be written down: %s", job.tag[:TAG_SHOWN], error.strerror)
-        self._jobs[job.tag] = job
-        return job
 
     def _end(self, job: Job, ended: Ended) -> None:
         """Take down a job's end, remove its images, and tell who waits for it."""
