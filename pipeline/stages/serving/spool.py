@@ -53,7 +53,7 @@ class Spool:
         """
         busy = PipelineError(f"{self.folder}: another `medseg serve` works here; give this one a --spool of its own")
         try:
-            is_ours = not self.folder.exists()
+            is_ours = not self.folder.exists() or (self.folder / _LOCK).exists()
             self.folder.mkdir(parents=True, exist_ok=True)
             with exclusively(self.folder / _LOCK, busy):
                 shutil.rmtree(self.folder / _INCOMING, ignore_errors=True)
