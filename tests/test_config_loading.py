@@ -71,7 +71,7 @@ inference:
     )
     assert errors(path, "seed=-1", "evaluation.zzz=3", "nothing") == [
         "--set evaluation.zzz=3: evaluation.zzz: unknown key, expected one of surface_tolerance_mm, bootstrap_samples, "
-        "picture_cases, lesions, lesion_iou_thresholds, lesion_connectivity, smallest_lesion_mm3",
+        "picture_cases, lesions, lesion_iou_thresholds, lesion_connectivity, smallest_lesion_mm3, viewer, viewer_mb",
         "--set nothing: expected SECTION.KEY=VALUE",
         "--set seed=-1: seed: expected a whole number of at least 0, got -1",
         "x.yaml:1:1: name: expected text that matches ^[A-Za-z0-9][A-Za-z0-9_.-]*$, got 'a b'",
