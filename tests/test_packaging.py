@@ -34,6 +34,12 @@ def test_every_requirement_is_pinned_to_one_version() -> None:
     assert required() - pinned == {"torch"}
 
 
+def test_who_develops_has_every_extra() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    development = set(extras.pop("dev"))
+    assert {line for lines in extras.values() for line in lines} - development == set()
+
+
 def test_torch_is_pinned_apart_without_a_build_tag() -> None:
     assert list(pins("constraints-torch.txt")) == ["torch"]
     assert re.fullmatch(r"[\d.]+", pins("constraints-torch.txt")["torch"])
