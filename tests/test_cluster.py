@@ -14,6 +14,7 @@ import nibabel as nib
 import numpy as np
 import psutil
 import pytest
+from label_maps import label_files
 from loopback_cluster import LoopbackCluster, loopback_cluster
 from tiny_models import make_model
 
@@ -62,10 +63,6 @@ def undisturbed(model: Path, scans: Path, tmp_path_factory: pytest.TempPathFacto
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     segment.run(str(model), [scans], out, device="cpu")
     return label_files(out)
-
-
-def label_files(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in out.glob("*.nii.gz")}
 
 
 def start(cluster: LoopbackCluster, *words: str, log: Path) -> subprocess.Popen[bytes]:

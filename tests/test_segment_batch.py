@@ -24,6 +24,7 @@ import nibabel as nib
 import numpy as np
 import psutil
 import pytest
+from label_maps import label_files
 from scipy import ndimage
 from tiny_models import NEAREST_MEAN, make_model, make_plan, nearest_mean
 
@@ -84,10 +85,6 @@ def undisturbed(model: Path, scans: Path, tmp_path_factory: pytest.TempPathFacto
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     segment.run(str(model), [scans], out, device="cpu")
     return label_files(out)
-
-
-def label_files(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in out.glob("*.nii.gz")}
 
 
 def arguments(model: Path, scans: Path, out: Path, *more: str) -> list[str]:

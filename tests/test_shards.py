@@ -8,6 +8,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from label_maps import label_files
 from tiny_models import NEAREST_MEAN, make_model, nearest_mean
 from typer.testing import CliRunner
 
@@ -57,10 +58,6 @@ def scans(tmp_path: Path) -> Path:
         nib.save(nib.Nifti1Image(noise, np.eye(4)), folder / f"case_{index}.nii.gz")
     (folder / "bad.nii.gz").write_bytes(b"no volume")
     return folder
-
-
-def label_files(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in out.glob("*.nii.gz")}
 
 
 def reported(out: Path) -> dict[str, str]:

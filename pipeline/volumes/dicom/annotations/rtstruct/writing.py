@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.geometry import FloatArray
-from pipeline.records import atomic_path
-from pipeline.volumes.dicom.annotations.coding import Coding, code_item, coding_schemes, dicom_text
+from pipeline.volumes.dicom.annotations.coding import Coding, code_item, dicom_text
 from pipeline.volumes.dicom.annotations.identity import (
     MANUFACTURER,
     MODEL_NAME,
@@ -22,12 +21,12 @@ from pipeline.volumes.dicom.annotations.identity import (
 )
 from pipeline.volumes.dicom.annotations.placing import Placing
 from pipeline.volumes.dicom.annotations.rtstruct.tracing import trace
+from pipeline.volumes.dicom.annotations.saving import save_object
 from pipeline.volumes.dicom.annotations.structures import Author, Structure
 from pipeline.volumes.dicom.headers import pydicom_quiet
 from pipeline.volumes.dicom.series import Series
 from pipeline.volumes.formats.layout import Array
 from pipeline.volumes.volume import Volume
-from pipeline.volumes.writing import writing
 
 SOP_CLASS = "1.2.840.10008.5.1.4.1.1.481.3"
 # What RT Referenced Study Sequence refers to: a class long retired, whose UID the attribute still wants (type 1).
@@ -74,13 +73,10 @@ def write_rtstruct(
     dataset.StructureSetROISequence = [_roi(structure, header, author) for structure in structures]
     dataset.ROIContourSequence = [_contours(structure, placing, planes, images) for structure in structures]
     dataset.RTROIObservationsSequence = [_observation(structure) for structure in structures]
-    if schemes := coding_schemes(structure.coding for structure in structures):
-        dataset.CodingSchemeIdentificationSequence = schemes
     # Implicit: with explicit VRs a contour of more than 65,534 bytes has no length that old readers know.
     dataset.file_meta = pydicom.dataset.FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
-    with writing(path), atomic_path(path) as temporary:
-        dataset.save_as(temporary, enforce_file_format=True)
+    save_object(path, dataset, structures)
 
 
 def _structure_set(header: Any, series: Series, author: Author) -> Any:

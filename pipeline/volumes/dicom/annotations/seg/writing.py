@@ -12,8 +12,7 @@ import numpy as np
 
 from pipeline import __version__
 from pipeline.errors import PipelineError, VolumeError
-from pipeline.records import atomic_path
-from pipeline.volumes.dicom.annotations.coding import Concept, code_item, coding_schemes, dicom_text
+from pipeline.volumes.dicom.annotations.coding import Concept, code_item, dicom_text
 from pipeline.volumes.dicom.annotations.identity import (
     MANUFACTURER,
     MODEL_NAME,
@@ -24,11 +23,11 @@ from pipeline.volumes.dicom.annotations.identity import (
     source_header,
 )
 from pipeline.volumes.dicom.annotations.placing import Placing
+from pipeline.volumes.dicom.annotations.saving import save_object
 from pipeline.volumes.dicom.annotations.structures import Author, Structure
 from pipeline.volumes.dicom.series import Series
 from pipeline.volumes.formats.layout import Array
 from pipeline.volumes.volume import Volume, smallest_type
-from pipeline.volumes.writing import writing
 
 _ALGORITHM_NAME = "medseg"  # Where the labels come from no model.
 
@@ -105,10 +104,7 @@ def write_seg(
         series_description=dicom_text(f"Segmentation by {author.name or _ALGORITHM_NAME}"),
         specific_character_set=TEXT_ENCODING,
     )
-    if schemes := coding_schemes(structure.coding for structure in structures):
-        dataset.CodingSchemeIdentificationSequence = schemes
-    with writing(path), atomic_path(path) as temporary:
-        dataset.save_as(temporary, enforce_file_format=True)
+    save_object(path, dataset, structures)
 
 
 def _numbered(planes: Array, structures: Sequence[Structure]) -> Array:
