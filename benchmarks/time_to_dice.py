@@ -26,7 +26,6 @@ from pipeline.config_loading import load_config
 from pipeline.data.manifest import Manifest, load_manifest
 
 OURS = "medseg"
-SNAPSHOTS = 8  # of each run
 WANTED = (0.85, 0.88, 0.89)
 
 # Of medseg on two cores, to validate about as often as the peers keep weights.
@@ -76,12 +75,14 @@ def points_of_events(path: Path, budget: float) -> list[Point]:
     return points
 
 
-def run_peer(party: str, python: Path, manifest: Manifest, fold: int, budget: float, folder: Path) -> list[Point]:
+def run_peer(
+    party: str, python: Path, manifest: Manifest, fold: int, budget: float, folder: Path, count: int
+) -> list[Point]:
     """Train and predict in the peers' environment, and score what was predicted."""
     cases = manifest.validation_cases(fold)
     return [
         Point(party, budget, kept.minutes, kept.steps, mean_dice(case_dice(manifest, cases, Path(kept.folder))))
-        for kept in train_peer(party, python, folder, budget, SNAPSHOTS)
+        for kept in train_peer(party, python, folder, budget, count)
     ]
 
 
@@ -133,6 +134,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=root / "configs" / "hippocampus_unet.yaml")
     parser.add_argument("--fold", type=int, default=0)
     parser.add_argument("--minutes", type=float, nargs="+", default=[10, 25, 60])
+    parser.add_argument("--snapshots", type=int, default=8, help="points of each curve, each a prediction of the fold")
     parser.add_argument("--only", choices=[OURS, *SCRIPTS], nargs="+", default=[OURS, *SCRIPTS])
     chosen = parser.parse_args()
     if {*chosen.only} & {*SCRIPTS} and not chosen.peer_python:
@@ -145,9 +147,10 @@ def main() -> None:
         if any((point.party, point.budget) == (party, budget) for point in points):
             continue
         if party == OURS:
-            points += run_medseg(chosen.config.resolve(), chosen.fold, budget, folder, SNAPSHOTS)
+            points += run_medseg(chosen.config.resolve(), chosen.fold, budget, folder, chosen.snapshots)
         else:
-            points += run_peer(party, chosen.peer_python.absolute(), manifest, chosen.fold, budget, folder)
+            python = chosen.peer_python.absolute()
+            points += run_peer(party, python, manifest, chosen.fold, budget, folder, chosen.snapshots)
         (folder / "points.json").write_text(json.dumps([asdict(point) for point in points], indent=1))
         report(points, folder)
     report(points, folder)
