@@ -102,8 +102,10 @@ def minutes_to(points: list[Point], wanted: float) -> float | None:
 
 def report(points: list[Point], folder: Path) -> None:
     """Print the table, and draw the curves."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="minutes of training", ylabel="mean Dice", xscale="log", ylim=(0.5, 0.92))
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    whole, top = figure.subplots(1, 2, subplot_kw={"xlabel": "minutes of training", "xscale": "log"})
+    whole.set(ylabel="mean Dice", ylim=(-0.02, 1))
+    top.set(ylim=(0.84, 0.9))
     print(f"{'':10}" + "".join(f"{f'min to {wanted}':>12}" for wanted in WANTED) + f"{'best':>9}")
     for color, party in zip(("tab:blue", "tab:orange", "tab:green"), (OURS, *SCRIPTS), strict=True):
         own = [point for point in points if point.party == party]
@@ -112,12 +114,14 @@ def report(points: list[Point], folder: Path) -> None:
         cells = [minutes_to(own, wanted) for wanted in WANTED]
         shown = "".join(f"{'-' if cell is None else f'{cell:.1f}':>12}" for cell in cells)
         print(f"{party:10}{shown}{max(point.mean for point in own):9.4f}")
-        for budget in sorted({point.budget for point in own}):
-            run = sorted((p for p in own if p.budget == budget), key=lambda point: point.minutes)
-            axes.plot([p.minutes for p in run], [p.mean for p in run], "o-", color=color, ms=3)
-        axes.plot([], [], "o-", color=color, label=party)
-    axes.grid(alpha=0.3)
-    axes.legend()
+        for axes in (whole, top):
+            for budget in sorted({point.budget for point in own}):
+                run = sorted((p for p in own if p.budget == budget), key=lambda point: point.minutes)
+                axes.plot([p.minutes for p in run], [p.mean for p in run], "o-", color=color, ms=3)
+            axes.plot([], [], "o-", color=color, label=party)
+    for axes in (whole, top):
+        axes.grid(alpha=0.3)
+    whole.legend()
     figure.savefig(folder / "time_to_dice.svg")
 
 
