@@ -27,6 +27,7 @@ from pipeline.data.manifest import Manifest, load_manifest
 
 OURS = "medseg"
 WANTED = (0.85, 0.88, 0.89)
+TICKS = (1, 2, 5, 10, 25, 60)  # minutes
 
 # Of medseg on two cores, to validate about as often as the peers keep weights.
 EPOCH_MINUTES = 0.5
@@ -120,8 +121,10 @@ def report(points: list[Point], folder: Path) -> None:
                 axes.plot([p.minutes for p in run], [p.mean for p in run], "o-", color=color, ms=3)
             axes.plot([], [], "o-", color=color, label=party)
     for axes in (whole, top):
+        axes.set_xticks(TICKS, [str(minutes) for minutes in TICKS])
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
-    whole.legend()
+    whole.legend(loc="center left")
     figure.savefig(folder / "time_to_dice.svg")
 
 
