@@ -115,11 +115,10 @@ def report(points: list[Point], folder: Path) -> None:
         cells = [minutes_to(own, wanted) for wanted in WANTED]
         shown = "".join(f"{'-' if cell is None else f'{cell:.1f}':>12}" for cell in cells)
         print(f"{party:10}{shown}{max(point.mean for point in own):9.4f}")
-        for axes in (whole, top):
-            for budget in sorted({point.budget for point in own}):
-                run = sorted((p for p in own if p.budget == budget), key=lambda point: point.minutes)
-                axes.plot([p.minutes for p in run], [p.mean for p in run], "o-", color=color, ms=3)
-            axes.plot([], [], "o-", color=color, label=party)
+        for axes, budget in product((whole, top), sorted({point.budget for point in own})):
+            run = sorted((p for p in own if p.budget == budget), key=lambda point: point.minutes)
+            axes.plot([p.minutes for p in run], [p.mean for p in run], "o-", color=color, ms=3)
+        whole.plot([], [], "o-", color=color, label=party)
     for axes in (whole, top):
         axes.set_xticks(TICKS, [str(minutes) for minutes in TICKS])
         axes.minorticks_off()
