@@ -121,11 +121,13 @@ def _transfer_lines(title: str) -> Callable[[int, int | None], None]:
 
 
 @contextmanager
-def counter(title: str, total: int, done: int = 0) -> Iterator[Callable[[], None]]:
-    """Yield a function to call at each step done; a bar with the time left on a terminal, nothing elsewhere."""
+def counter(title: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Yield a function to call at each step done with the steps in all, which may change; a bar with the time left on a
+    terminal, nothing elsewhere.
+    """
     if not _shows_bars():
-        yield lambda: None
+        yield lambda total: None
         return
     with _progress() as progress:
         task = progress.add_task(title, total=total, completed=done)
-        yield lambda: progress.advance(task)
+        yield lambda total: progress.update(task, advance=1, total=total)

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from pipeline.config_loading import packaged
 from pipeline.data.phantoms import LABEL_PAIRS, LABELS, make_phantom, write_phantom_dataset
+from pipeline.stages.fold.record import RECOUNTS_TAG
 from pipeline.volumes.volume import read_label
 from pipeline.volumes.writing import write_image
 
@@ -185,15 +186,18 @@ def test_channels_on_grids_of_their_own_of_which_some_are_missing(tmp_path: Path
     assert len((folder / "evaluation/fold/cases.csv").read_text().splitlines()) == 1 + 4
 
 
-def test_minutes_become_a_number_of_steps_that_is_written_down(tmp_path: Path) -> None:
+def test_minutes_become_steps_that_are_written_down_and_end_in_time(tmp_path: Path) -> None:
     config = new_experiment(tmp_path, channels=1, layout="decathlon", cases=4)
     settings = overrides(*TINY, "training.budget={minutes: 0.5}")
     medseg(tmp_path, "preprocess", config, *settings)
     said = medseg(tmp_path, "train", config, *settings).stderr
     folder = tmp_path / "work" / "runs" / "mine" / "fold_0"
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    (total,) = (e["values"]["training.total_steps"] for e in events if "training.total_steps" in e.get("values", {}))
+    (probed,) = (e["values"]["training.total_steps"] for e in events if "training.total_steps" in e.get("values", {}))
+    (counted,) = (json.loads(e["values"][RECOUNTS_TAG]) for e in events if RECOUNTS_TAG in e.get("values", {}))
+    assert counted[0] == [0, int(probed)]
+    total = counted[-1][1]
     assert f"step {total} of {total}" in said
-    assert int(total) > 5
+    assert total > 5
     # What is recorded, not a second probe, decides how far a resumed run goes.
     assert "finished already" in medseg(tmp_path, "train", config, *settings, "--resume").stderr

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipeline.errors import TrainingError
 from pipeline.networks import Network
 from pipeline.networks.recomputing import recompute_activations
-from pipeline.training.budget import Costs, steps_within
+from pipeline.training.budget import Costs, TimedBudget
 from pipeline.training.checkpoints import load_checkpoint, save_checkpoint
 from pipeline.training.loop import LoopSettings, train
 from pipeline.training.losses import Objective, Target, build_loss
@@ -356,9 +356,9 @@ class TestCheckpointsAreRefused:
 
     def test_of_another_format(self, path: Path) -> None:
         with safe_open(path, framework="pt") as file:
-            assert json.loads(file.metadata()["medseg"])["format_version"] == 2
-        path.write_bytes(path.read_bytes().replace(b'\\"format_version\\": 2', b'\\"format_version\\": 7'))
-        with pytest.raises(TrainingError, match="format 7, this medseg reads 2"):
+            assert json.loads(file.metadata()["medseg"])["format_version"] == 3
+        path.write_bytes(path.read_bytes().replace(b'\\"format_version\\": 3', b'\\"format_version\\": 7'))
+        with pytest.raises(TrainingError, match="format 7, this medseg reads 3"):
             load_checkpoint(path, new_state(), {"fold": 0, "plan": "a"})
 
 
@@ -378,10 +378,70 @@ def test_the_average_follows_by_hand_and_is_lent_to_the_network() -> None:
         assert torch.equal(own, new)
 
 
+COSTS = Costs(step_s=0.5, epoch_end_s=1.0, validation_s=10.0, calibration_s=2.0)
+RHYTHM = {"steps_per_epoch": 10, "validation_every_epochs": 2}
+
+
+def at(step: int, spent_s: float, total_steps: int = 0) -> TrainState:
+    """Return a state that stands at a step after so many seconds."""
+    state = new_state(total_steps)
+    state.step, state.spent_s = step, spent_s
+    return state
+
+
 def test_minutes_become_steps_by_hand() -> None:
-    # 100 s, less a last validation of 10 s and a last checkpoint of 1 s: 89 s. An epoch of 10 steps takes 10 x 0.5 s,
-    # and 1 s for the checkpoint; every second one 10 s of validation: 0.5 + 0.1 + 0.5 = 1.1 s a step.
-    costs = Costs(step_s=0.5, epoch_end_s=1.0, validation_s=10.0)
-    assert steps_within(100.0, costs, steps_per_epoch=10, validation_every_epochs=2) == int(89 / 1.1)
-    with pytest.raises(TrainingError, match="allow more minutes"):
-        steps_within(11.0, costs, steps_per_epoch=10, validation_every_epochs=2)
+    # 123 s, of which 20 are gone; the end takes 10 + 2 + 1. In 90 s go 84 steps, 42 s, the eight epoch ends before the
+    # last of them, 8 s, and the four validations, 40 s.
+    assert TimedBudget(123.0, COSTS, at(0, 20.0), **RHYTHM).total_steps == 84
+    with pytest.raises(TrainingError, match=r"no step fits into the 13 s left .* allow more minutes"):
+        TimedBudget(13.0, COSTS, at(0, 0.0), **RHYTHM)
+
+
+def test_the_clock_corrects_what_the_probe_found_by_hand() -> None:
+    budget = TimedBudget(123.0, COSTS, at(0, 20.0), **RHYTHM)
+    assert budget(at(3, 60.0, 84)) == 84  # not yet: at every fourth of 84 steps
+    # The first four took 5 s, not 2. No measure of the others: 98 - 13 s hold 76 more, 38 s, and what epochs end with.
+    assert budget(at(4, 25.0, 84)) == 80
+    # The next sixteen and an epoch end took 21.6 s, not 9. With 10.3 s (a tenth of 103) at the probe's pace, all takes
+    # 31.9 / 19.3 times as long, and the 76.4 s left are as 46.2. Less 13 for the end, and 11 for that of the epoch and
+    # the validation at step 20, they hold twenty steps and an epoch end, 11 s; one more brings a validation.
+    assert budget(at(20, 46.6, 80)) == 40
+    assert budget(at(23, 48.0, 40)) == 40
+    assert budget(at(24, 48.0, 40)) > 40  # faster again: four steps, an epoch end and a validation took 1.4 s
+
+
+def test_a_budget_that_is_over_ends_with_the_step_and_a_resumed_one_has_a_step_left() -> None:
+    budget = TimedBudget(123.0, COSTS, at(0, 20.0), **RHYTHM)
+    assert budget(at(8, 111.0, 84)) == 8
+    assert budget(at(84, 60.0, 84)) == 84  # the schedule has come to its end
+    assert TimedBudget(123.0, COSTS, at(40, 130.0), **RHYTHM).total_steps == 41
+
+
+@pytest.mark.parametrize("from_step", [20, 150, 190])
+def test_a_machine_that_slows_down_costs_steps_and_not_minutes(tmp_path: Path, from_step: int) -> None:
+    """Half a second a step, and two from some step on, in a budget of 100 seconds."""
+    state, hooks = new_state(0), Recorder(path=tmp_path / "x")
+    budget = TimedBudget(100.0, Costs(0.5, 0.0, 0.0), state, steps_per_epoch=50, validation_every_epochs=2)
+    assert budget.total_steps == 200
+    rates: dict[int, float] = {}
+
+    def recount(state: TrainState) -> int:
+        state.spent_s = 0.5 * min(state.step, from_step) + 2.0 * max(0, state.step - from_step)
+        return budget(state)
+
+    def schedule(step: int, total_steps: int) -> float:
+        rates[step] = SCHEDULE(step, total_steps)
+        return rates[step]
+
+    state.total_steps = budget.total_steps
+    train(state, batches, schedule, settings(steps_per_epoch=50), hooks, recount=recount)
+    assert 98.0 <= state.spent_s <= 105.0  # ten steps may lie between two counts
+    assert state.step == state.total_steps < 200
+    assert hooks.epochs[-1][0] == state.step and "val/score" in hooks.epochs[-1][1]
+    assert rates[state.step - 1] < 0.1 * max(rates.values())  # the schedule ends with it
+    # What changes the learning rate is in a checkpoint before the next step, so that a step done again has the same.
+    counted = dict(state.recounts)
+    assert set(counted) <= set(hooks.checkpoints)
+    again = new_state(0)
+    load_checkpoint(tmp_path / f"{min(counted)}.safetensors", again, {"fold": 0})
+    assert again.total_steps == counted[again.step] and again.spent_s > 0

@@ -13,7 +13,9 @@ from pipeline.cli import app
 from pipeline.config import Config
 from pipeline.errors import ManifestError, ModelError, StoreError
 from pipeline.stages import preprocess, reproduce, train
-from pipeline.tracking import read_state, send_pending
+from pipeline.stages.fold.record import RECOUNTS_TAG
+from pipeline.tracking import metric_history, read_state, send_pending
+from pipeline.tracking.log import read_tags
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:::mlflow")]
 
@@ -140,7 +142,7 @@ def test_other_metrics_are_told_with_what_may_explain_them(
     assert done.output.endswith("DIFFERS, as was to be expected\n")
 
 
-def test_minutes_become_the_steps_that_were_found_and_a_server_is_as_good(
+def test_minutes_are_as_many_steps_again_at_the_same_learning_rates_and_a_server_is_as_good(
     prepared: Config, tmp_path: Path, port: int
 ) -> None:
     with server(tmp_path, port):
@@ -159,3 +161,9 @@ def test_minutes_become_the_steps_that_were_found_and_a_server_is_as_good(
         assert new.info.run_id != report.run_id
         assert len(client.search_model_versions("name='net'")) == 1
         assert report.compared >= 5
+        # The clock has its say once: where the steps in all were counted anew, they are again.
+        tags = [read_tags(path)[RECOUNTS_TAG] for path in (folder, report.folder)]
+        assert len(json.loads(tags[0])) > 1
+        assert json.loads(tags[1]) == [[step, total] for step, total in json.loads(tags[0]) if step > 0]
+        rates = [metric_history(path)["train/learning_rate"] for path in (folder, report.folder)]
+        assert rates[0] == rates[1]

@@ -16,7 +16,15 @@ from pipeline.errors import ManifestError, ModelError, StoreError
 from pipeline.records import write_json
 from pipeline.stages import preprocess
 from pipeline.stages.dataset import dataset_of
-from pipeline.stages.fold.record import ARITHMETIC_TAG, MANIFEST, MANIFEST_TAG, ROOT_TAG, WEIGHTS_TAG, tags_of
+from pipeline.stages.fold.record import (
+    ARITHMETIC_TAG,
+    MANIFEST,
+    MANIFEST_TAG,
+    RECOUNTS_TAG,
+    ROOT_TAG,
+    WEIGHTS_TAG,
+    tags_of,
+)
 from pipeline.stages.fold.run import complete_fold
 from pipeline.stages.fold.task import FoldTask
 from pipeline.stages.preprocess import KEYS
@@ -33,6 +41,7 @@ from pipeline.tracking import (
     send_pending,
 )
 from pipeline.tracking.log import read_tags, safe_name, tracking_uri
+from pipeline.training.budget import Recount
 
 CONFIG, PLAN, REPORT = "config.yaml", "plan.yaml", "reproduction.json"
 # Metrics that say what was learned; the others say how long it took and what the machine did.
@@ -129,7 +138,7 @@ def run(
     if _THREADS in original.tags and device in ("auto", "cpu"):
         torch.set_num_threads(int(original.tags[_THREADS]))
     task = _prepared(config, original, device, jobs)
-    complete_fold(task)
+    complete_fold(task, recount=_as_counted_then(original))
     report = _compared(task, original, tolerance)
     _record(report)
     return report
@@ -171,6 +180,12 @@ def _as_then(original: FetchedRun, workspace: Path, uri: str, manifest: Path | N
     # What is registered under a name stays the original.
     tracking = config.tracking.changed(uri=uri, register_as=None, alias=None)
     return config.changed(workspace=workspace.absolute(), data=data, training=training, tracking=tracking)
+
+
+def _as_counted_then(original: FetchedRun) -> Recount:
+    """Return the steps in all as the run counted them while its minutes passed: the learning rate followed them."""
+    counted = dict(json.loads(original.tags.get(RECOUNTS_TAG, "[]")))
+    return lambda state: counted.get(state.step, state.total_steps)
 
 
 def _refuse_other_manifest(config: Config, original: FetchedRun) -> None:

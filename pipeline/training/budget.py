@@ -1,16 +1,29 @@
-"""From minutes to steps: a probe at the start measures what a step, an epoch's end and a validation take."""
+"""From minutes to steps: a probe tells how many will fit, and the clock corrects it as they are done."""
 
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipeline.errors import TrainingError
 from pipeline.training.distributed import from_first
+from pipeline.training.state import TrainState
 
 # The first steps pay for memory and for the choice of kernels.
 WARMUP_STEPS = 3
+# The steps of a budget in minutes are counted anew about so often, and more often towards the end.
+RECOUNTS = 20
+# The probe is believed as if so much of the budget had gone by its pace.
+PROBE_SHARE = 0.1
+
+Recount = Callable[[TrainState], int]
+
+
+def as_counted(state: TrainState) -> int:
+    """Leave the steps in all as they are: of a budget in steps."""
+    return state.total_steps
 
 
 @dataclass(frozen=True)
@@ -57,17 +70,79 @@ def pace_of(step: Callable[[], object], *, most_steps: int, within_s: float) -> 
     return Pace(spent_s / done, done)
 
 
-def steps_within(seconds: float, costs: Costs, *, steps_per_epoch: int, validation_every_epochs: int) -> int:
-    """Return how many steps fit into a time, with their epoch ends, validations, and what ends the training.
+class TimedBudget:
+    """A budget in seconds, and the steps that it holds.
+
+    What the probe found a step, an epoch's end and a validation to take is off by as much as the machine has been
+    slower or faster since: by the time that the steps so far have taken over the time that they should have taken.
+    Other work on the machine, or a clock that drops in the heat, then costs steps and not minutes. The first steps pay
+    for memory, the choice of kernels and the start of tracking: what they take is gone, and no measure of the others.
+
+    Args:
+        seconds: of the budget, start-up and the end included.
+        costs: as the probe found them.
+        state: at the first step from here on; of its budget `spent_s` are gone.
+        steps_per_epoch: steps between two epoch ends.
+        validation_every_epochs: epochs between two validations.
+
+    Attributes:
+        total_steps: steps in all, by the probe alone.
 
     Raises:
-        TrainingError: not even one step fits.
+        TrainingError: not even one step fits. A training that goes on has one at least, and is validated.
     """
-    overhead_s = costs.epoch_end_s / steps_per_epoch + costs.validation_s / (steps_per_epoch * validation_every_epochs)
-    steps = int((seconds - costs.validation_s - costs.calibration_s - costs.epoch_end_s) / (costs.step_s + overhead_s))
-    if steps < 1:
-        raise TrainingError(
-            f"training.budget.minutes: no step fits into the {seconds:.0f} s left after start-up: a step takes "
-            f"{costs.step_s:.2f} s and a validation {costs.validation_s:.1f} s; allow more minutes"
-        )
-    return steps
+
+    def __init__(
+        self, seconds: float, costs: Costs, state: TrainState, *, steps_per_epoch: int, validation_every_epochs: int
+    ) -> None:
+        self._seconds, self._costs = seconds, costs
+        self._epoch, self._validation = steps_per_epoch, steps_per_epoch * validation_every_epochs
+        left_s = seconds - from_first(state.spent_s)
+        self._measured_from: tuple[int, float] | None = None
+        self._trust_s = PROBE_SHARE * max(0.0, left_s)
+        steps = self._steps_within(left_s, state.step, state.step)
+        if steps < 1 and state.step == 0:
+            raise TrainingError(
+                f"training.budget.minutes: no step fits into the {left_s:.0f} s left after start-up: a step takes "
+                f"{costs.step_s:.2f} s and a validation {costs.validation_s:.1f} s; allow more minutes"
+            )
+        self.total_steps = state.step + max(1, steps)
+        self._most_apart = max(1, min(steps_per_epoch, steps // RECOUNTS))
+        self._due = self._next(state.step, self.total_steps)
+
+    def __call__(self, state: TrainState) -> int:
+        """Return the steps in all, the same in all processes; they are counted anew now and then."""
+        step = state.step
+        if step < self._due or step == state.total_steps:
+            return state.total_steps
+        spent_s = from_first(state.spent_s)
+        left_s = (self._seconds - spent_s) / self._slower(step, spent_s)
+        # Where an epoch ends with this step, its end is still to come.
+        total_steps = step + self._steps_within(left_s, step, step - 1)
+        self._due = self._next(step, total_steps)
+        return total_steps
+
+    def _slower(self, step: int, spent_s: float) -> float:
+        """Return how many times as long as by the probe things take."""
+        if self._measured_from is None:
+            self._measured_from = step, spent_s
+        first, first_s = self._measured_from
+        expected_s = self._expected_s(step - first, first - 1, step)
+        return (spent_s - first_s + self._trust_s) / (expected_s + self._trust_s)
+
+    def _next(self, step: int, total_steps: int) -> int:
+        """Return the step after which to count again: half-way to the end, if not before."""
+        return step + max(1, min(self._most_apart, (total_steps - step) // 2))
+
+    def _steps_within(self, seconds: float, step: int, ended: int) -> int:
+        """Return how many steps fit after this one, with the epoch ends after step `ended`, and the training's end."""
+        costs = self._costs
+        seconds -= costs.validation_s + costs.calibration_s + costs.epoch_end_s
+        most = max(0, int(seconds / costs.step_s))
+        return bisect_right(range(1, most + 1), seconds, key=lambda more: self._expected_s(more, ended, step + more))
+
+    def _expected_s(self, steps: int, after: int, to: int) -> float:
+        """Return what steps take by the probe, with what epochs end with after one step and before another."""
+        costs = self._costs
+        ends, validations = ((to - 1) // every - after // every for every in (self._epoch, self._validation))
+        return steps * costs.step_s + ends * costs.epoch_end_s + validations * costs.validation_s

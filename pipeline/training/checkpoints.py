@@ -19,9 +19,9 @@ from pipeline.errors import TrainingError
 from pipeline.records import atomic_path
 from pipeline.training.state import TrainState
 
-CHECKPOINT_FORMAT_VERSION = 2
+CHECKPOINT_FORMAT_VERSION = 3
 
-_NUMBERS = ("step", "total_steps", "best_score", "best_step", "stale_validations")
+_NUMBERS = ("step", "total_steps", "recounts", "spent_s", "best_score", "best_step", "stale_validations")
 # Of the epoch so far; a state with a bad step is never written.
 _SUMS = ("loss", "gradient_norm", "norms")
 

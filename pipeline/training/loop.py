@@ -2,7 +2,7 @@
 
 Everything that a step needs is a function of its number: the batches, the learning rate, the seed of dropout. What is
 left to remember stands in TrainState, and a run that was killed goes on from its last checkpoint with the very weights
-it would have had.
+it would have had; unless its budget is in minutes, for then the clock has a say in the learning rate.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pipeline.errors import TrainingError
 from pipeline.hardware import autocast
+from pipeline.training.budget import Recount, as_counted
 from pipeline.training.diagnosis.stopwatch import CHECKPOINTS, LOGGING, STEPS, VALIDATION, WAITING, Clock, untimed
 from pipeline.training.distributed import average_buffers, averaged, this_share, unsynchronised
 from pipeline.training.losses.target import Target
@@ -95,6 +96,7 @@ def train(
     settings: LoopSettings,
     hooks: Hooks,
     clock: Clock = untimed,
+    recount: Recount = as_counted,
 ) -> None:
     """Train until the budget is spent or validation stops getting better.
 
@@ -106,20 +108,25 @@ def train(
         settings: how.
         hooks: what the stage does at each validation, checkpoint and epoch end.
         clock: measures the phases.
+        recount: state after a step -> steps in all, the same in all processes.
 
     Raises:
         TrainingError: a loss or gradient is not finite; no checkpoint and no model is written of what it led to.
     """
-    epoch_start = saved = time.monotonic()
+    epoch_start = saved = counted = time.monotonic()
     while state.step < state.total_steps and not _stopped_early(state, settings):
         train_step(state, batches, schedule(state.step, state.total_steps), settings, clock)
+        now = time.monotonic()
+        state.spent_s, counted = state.spent_s + now - counted, now
+        recounted = state.recounted(recount(state))
         ended = state.step % settings.steps_per_epoch == 0 or state.step == state.total_steps
-        due = ended or time.monotonic() - saved > settings.checkpoint_s
+        # A step done again from a checkpoint has the same learning rate: what changes it is followed by one.
+        due = ended or recounted or now - saved > settings.checkpoint_s
         if due:
             with clock(STEPS):  # waits for the device's last steps
                 bad_step = int(state.sums.bad_step)
-            # Only at an epoch's end do all processes look: a clock is each one's own.
-            if bad_step >= 0 and (ended or this_share().processes == 1):
+            # All processes look at the same steps only: a clock is each one's own.
+            if bad_step >= 0 and (ended or recounted or this_share().processes == 1):
                 raise hooks.not_finite(state, bad_step)
         if ended:
             metrics = _epoch_metrics(state, settings, time.monotonic() - epoch_start, schedule)

@@ -71,6 +71,8 @@ class TrainState:
         average: the running mean of those; None without EMA.
         step: steps done.
         total_steps: steps in all; the schedule ends there.
+        recounts: [step, steps in all] wherever the steps in all were counted anew, as a budget in minutes has it.
+        spent_s: seconds of training so far, start-up included, pauses before it was resumed left out.
         best_score: best validation score so far.
         best_step: its step.
         stale_validations: validations since then.
@@ -85,6 +87,8 @@ class TrainState:
     average: list[Tensor] | None
     step: int
     total_steps: int
+    recounts: list[list[int]]
+    spent_s: float
     best_score: float
     best_step: int
     stale_validations: int
@@ -107,11 +111,21 @@ class TrainState:
             average=[tensor.clone() for tensor in followed] if ema else None,
             step=0,
             total_steps=0,
+            recounts=[],
+            spent_s=0.0,
             best_score=-math.inf,
             best_step=0,
             stale_validations=0,
             sums=EpochSums.on(followed[0].device),
         )
+
+    def recounted(self, total_steps: int) -> bool:
+        """Take what the steps in all were found to be after this step; tell whether that is another number."""
+        if total_steps == self.total_steps:
+            return False
+        self.total_steps = total_steps
+        self.recounts.append([self.step, total_steps])
+        return True
 
     @property
     def network(self) -> Network:

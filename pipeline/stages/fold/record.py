@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 # How the tags begin that say what a run computed with, and which weights came out.
 ARITHMETIC_TAG, WEIGHTS_TAG = "medseg.arithmetic.", "medseg.weights_sha256."
+# [step, steps in all] wherever a budget in minutes was counted anew, as JSON.
+RECOUNTS_TAG = "medseg.recounts"
 MANIFEST_TAG, ROOT_TAG = "medseg.manifest_digest", "medseg.data_root"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable
@@ -17,13 +18,13 @@ from pipeline.records import atomic_path, exclusively
 from pipeline.stages.fold.determinism import refuse_nondeterministic
 from pipeline.stages.fold.diagnosis import FoldDiagnosis
 from pipeline.stages.fold.hooks import FoldHooks, Listener, unheard_scores
-from pipeline.stages.fold.record import WEIGHTS_TAG, new_run
+from pipeline.stages.fold.record import RECOUNTS_TAG, WEIGHTS_TAG, new_run
 from pipeline.stages.fold.task import FoldTask
 from pipeline.stages.initialisation import initialise
 from pipeline.stages.model_card import write_card
 from pipeline.stages.models import BEST, LAST
 from pipeline.tracking import RunLog, SilentLog, metric_history, start_follower
-from pipeline.training.budget import Costs, pace_of, steps_within
+from pipeline.training.budget import Costs, Recount, TimedBudget, as_counted, pace_of
 from pipeline.training.checkpoints import load_checkpoint, save_checkpoint
 from pipeline.training.diagnosis.stopwatch import FINISHING, STARTING, Stopwatch
 from pipeline.training.distributed import agree, from_first, synchronised, this_share
@@ -41,7 +42,9 @@ PROBE_CASES = 3
 PROBE_S, MOST_PROBE_STEPS = 8.0, 50
 
 
-def train_fold(task: FoldTask, *, resume: bool, listener: Listener = unheard_scores) -> None:
+def train_fold(
+    task: FoldTask, *, resume: bool, listener: Listener = unheard_scores, recount: Recount | None = None
+) -> None:
     """Train one fold to the end of its budget, from its checkpoint or anew.
 
     Processes that train it together all come by here. The first alone holds the run folder and writes into it; what
@@ -51,6 +54,7 @@ def train_fold(task: FoldTask, *, resume: bool, listener: Listener = unheard_sco
         task: the fold.
         resume: from its checkpoint.
         listener: is told the scores of each validation, and may end the training by raising TrainingEnded.
+        recount: how the steps in all are counted as they are done; None: by the clock, where the budget is in minutes.
 
     Raises:
         TrainingError: the checkpoint is of another configuration, the loss is not finite, another process trains here,
@@ -64,20 +68,21 @@ def train_fold(task: FoldTask, *, resume: bool, listener: Listener = unheard_sco
     lock = task.folder.with_name(f".{task.folder.name}.lock")
     held = exclusively(lock, busy) if this_share().is_first else nullcontext()
     with held, deterministic(task.config.training.deterministic):
-        _train_locked(task, resume=resume, listener=listener)
+        _train_locked(task, resume=resume, listener=listener, recount=recount)
 
 
-def complete_fold(task: FoldTask, listener: Listener = unheard_scores) -> None:
+def complete_fold(task: FoldTask, listener: Listener = unheard_scores, recount: Recount | None = None) -> None:
     """Train a fold, from its checkpoint where there is one of this very training; unless it is finished.
 
     Raises:
         TrainingError, ConfigError: as `train_fold`.
     """
     if not task.is_finished:
-        train_fold(task, resume=task.is_begun and task.checkpoint.exists(), listener=listener)
+        resume = task.is_begun and task.checkpoint.exists()
+        train_fold(task, resume=resume, listener=listener, recount=recount)
 
 
-def _train_locked(task: FoldTask, *, resume: bool, listener: Listener) -> None:
+def _train_locked(task: FoldTask, *, resume: bool, listener: Listener, recount: Recount | None) -> None:
     """Train one fold while no other process does."""
     began, share = time.monotonic(), this_share()
     state = task.new_state()
@@ -90,7 +95,6 @@ def _train_locked(task: FoldTask, *, resume: bool, listener: Listener) -> None:
         load_checkpoint(task.checkpoint, state, task.facts_to_resume)
         agree({"checkpoint": (state.step, state.total_steps, state.best_step)})
         tracked = RunLog.resume(task.folder) if share.is_first else SilentLog(task.folder)
-        log.info("fold %d: going on at step %d of %d", task.fold, state.step, state.total_steps)
     else:
         taken = initialise(task, state)  # before anything is moved or written: it may refuse
         tracked = new_run(task, taken) if share.is_first else SilentLog(task.folder)
@@ -98,15 +102,14 @@ def _train_locked(task: FoldTask, *, resume: bool, listener: Listener) -> None:
     hooks = FoldHooks(task, state, tracked, diagnosis, listener)
     try:
         with diagnosis.watchdog(tracked):
-            if not resume:
-                with clock(STARTING):
-                    _begin(hooks, state, began)
+            with clock(STARTING):
+                by_budget = _begin(hooks, state, began, resume=resume)
             # Only now: MLflow's imports beside the probe would make the steps look dear.
             follower = start_follower(task.folder) if share.is_first else None
             diagnosis.count_to(STARTING)
             with counter(f"fold {task.fold}", state.total_steps, state.step) as advance:
-                counted = _counted(diagnosis.batch, advance, task.settings.accumulate)
-                train(state, counted, task.schedule(state), task.settings, hooks, clock)
+                counted = _counted(diagnosis.batch, lambda: advance(state.total_steps), task.settings.accumulate)
+                train(state, counted, task.schedule(state), task.settings, hooks, clock, recount or by_budget)
         if share.is_first:
             _finish(hooks, state)
         diagnosis.count_to(FINISHING)
@@ -121,16 +124,22 @@ def _train_locked(task: FoldTask, *, resume: bool, listener: Listener) -> None:
     diagnosis.summarise()
 
 
-def _begin(hooks: FoldHooks, state: TrainState, began: float) -> None:
-    """Picture what is learned from, find out how long to train, and write the checkpoint of the first step."""
+def _begin(hooks: FoldHooks, state: TrainState, began: float, *, resume: bool) -> Recount:
+    """Find out how long to train, write a checkpoint that says so, and return how steps are counted from here on; at
+    the first step also picture what is learned from.
+    """
     tracked = hooks.tracked
-    if this_share().is_first:
+    if not resume and this_share().is_first:
         hooks.diagnosis.picture_patches(tracked)
-    state.total_steps = _budgeted_steps(hooks, hooks.diagnosis.batch, began)
-    parameters = sum(tensor.numel() for tensor in state.network.parameters())
-    tracked.params({"training.total_steps": state.total_steps, "network.parameters": parameters})
-    tracked.metrics({"network/parameters": parameters}, 0)
+    recount = _budgeted(hooks, state, began, resume=resume)
+    if resume:
+        log.info("fold %d: going on at step %d of %d", hooks.task.fold, state.step, state.total_steps)
+    else:
+        parameters = sum(tensor.numel() for tensor in state.network.parameters())
+        tracked.params({"training.total_steps": state.total_steps, "network.parameters": parameters})
+        tracked.metrics({"network/parameters": parameters}, 0)
     hooks.checkpoint(state)
+    return recount
 
 
 def _warn_of_unpaired_sides(task: FoldTask) -> None:
@@ -145,26 +154,38 @@ def _warn_of_unpaired_sides(task: FoldTask) -> None:
         )
 
 
-def _budgeted_steps(hooks: FoldHooks, batches: Batches, began: float) -> int:
-    """Return the steps of the budget, the same in all processes; minutes are turned into steps by a probe."""
+def _budgeted(hooks: FoldHooks, state: TrainState, began: float, *, resume: bool) -> Recount:
+    """Set the steps in all, the same in all processes, and return how they are counted from here on.
+
+    Minutes are turned into steps by a probe; of a resumed training too, for it may be on another machine now.
+    """
     task = hooks.task
     section, settings = task.config.training, task.settings
-    if section.budgeted_steps is not None:
-        return section.budgeted_steps
-    minutes = section.budget.minutes or 0.0
-    costs = _probe(hooks, batches)
-    steps = steps_within(
-        60 * minutes - from_first(time.monotonic() - began),
+    if section.budget.minutes is None:
+        if not resume:
+            state.total_steps = section.budgeted_steps or 0
+        return as_counted
+    costs = _probe(hooks, hooks.diagnosis.batch, pictured=not resume)
+    state.spent_s += time.monotonic() - began
+    budget = TimedBudget(
+        60 * section.budget.minutes,
         costs,
+        state,
         steps_per_epoch=settings.steps_per_epoch,
         validation_every_epochs=settings.validation_every_epochs,
     )
-    log.info("fold %d: %d steps fit into %g minutes, at %.3f s each", task.fold, steps, minutes, costs.step_s)
-    return steps
+    state.recounted(budget.total_steps)
+    log.info(
+        "fold %d: %d steps fit into %g minutes, at %.3f s each; the clock corrects it",
+        *(task.fold, state.total_steps, section.budget.minutes, costs.step_s),
+    )
+    return budget
 
 
-def _probe(hooks: FoldHooks, batches: Batches) -> Costs:
-    """Measure a training's parts, on a state that is thrown away, as the first process's clock has them."""
+def _probe(hooks: FoldHooks, batches: Batches, *, pictured: bool) -> Costs:
+    """Measure a training's parts, on a state that is thrown away, as the first process's clock has them; before the
+    first step a picture of it is kept.
+    """
     task, state = hooks.task, hooks.task.new_state()
     _wrap_step(task, state, batches)
 
@@ -176,7 +197,7 @@ def _probe(hooks: FoldHooks, batches: Batches) -> Costs:
     every = task.validation_cases
     some = every[: PROBE_CASES * this_share().processes]
     start = time.monotonic()
-    for case in some[:1]:
+    for case in some[:1] if pictured else ():
         hooks.draw(case, 0)
     drawn_s = time.monotonic() - start
     hooks.validation.scores(some, hooks.diagnosis.clock.reached)
@@ -219,6 +240,8 @@ def _finish(hooks: FoldHooks, state: TrainState) -> None:
         draw_learning_curves(metric_history(task.folder)).savefig(temporary)
     tracked.artifact(picture)
     tracked.metrics({"best/score": state.best_score, "best/step": state.best_step}, state.step)
+    if state.recounts:
+        tracked.tags({RECOUNTS_TAG: json.dumps(state.recounts)})
     _calibrate(task, tracked, state.step)
     tracked.model(task.folder / BEST, task.config.tracking.register_as, task.config.tracking.alias)
     # Last of all: where it is, the training is over.
