@@ -119,7 +119,7 @@ class BudgetSection(Section):
     epochs: Count | None = None
     """Epochs of `steps_per_epoch` steps."""
     minutes: Positive | None = None
-    """Wall time, start-up and validation included; a probe at the start turns it into steps."""
+    """Wall time, start-up and validation included; a probe turns it into steps, and the clock corrects them."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> BudgetSection:
@@ -272,7 +272,7 @@ class TrainingSection(Section):
 
     @property
     def budgeted_steps(self) -> int | None:
-        """Optimiser steps of the budget, epochs counted in steps; None: of a budget in minutes a probe will tell."""
+        """Optimiser steps of the budget, epochs counted in steps; None: of a budget in minutes the clock will tell."""
         if self.budget.minutes is not None:
             return None
         return self.budget.steps or (self.budget.epochs or 0) * self.steps_per_epoch

@@ -398,23 +398,25 @@ def test_minutes_become_steps_by_hand() -> None:
 
 
 def test_the_clock_corrects_what_the_probe_found_by_hand() -> None:
-    budget = TimedBudget(123.0, COSTS, at(0, 20.0), **RHYTHM)
-    assert budget(at(3, 60.0, 84)) == 84  # not yet: at every fourth of 84 steps
-    # The first four took 5 s, not 2. No measure of the others: 98 - 13 s hold 76 more, 38 s, and what epochs end with.
-    assert budget(at(4, 25.0, 84)) == 80
-    # The next sixteen and an epoch end took 21.6 s, not 9. With 10.3 s (a tenth of 103) at the probe's pace, all takes
-    # 31.9 / 19.3 times as long, and the 76.4 s left are as 46.2. Less 13 for the end, and 11 for that of the epoch and
-    # the validation at step 20, they hold twenty steps and an epoch end, 11 s; one more brings a validation.
-    assert budget(at(20, 46.6, 80)) == 40
-    assert budget(at(23, 48.0, 40)) == 40
-    assert budget(at(24, 48.0, 40)) > 40  # faster again: four steps, an epoch end and a validation took 1.4 s
+    budget = TimedBudget(403.0, COSTS, at(0, 20.0), **RHYTHM)
+    assert budget.total_steps == 340
+    assert budget(at(9, 60.0, 340)) == 340  # not yet: it counts once an epoch
+    # The first ten took 22 s, not 5, which is no measure of the others. Of the 361 s left the end takes 13; in 348 go
+    # 312 steps, 156 s, the ends of 32 epochs, that of this step among them, and sixteen validations.
+    assert budget(at(10, 42.0, 340)) == 10 + 312
+    # The next twenty took 104 s, not 22 with two ends of epochs and a validation. With a minute at the probe's pace
+    # that is 164 / 82, twice as long, and the 257 s left are as 128.5. Less the end they are 115.5: 109 steps, 54.5 s,
+    # eleven ends of epochs and five validations.
+    assert budget(at(30, 146.0, 322)) == 30 + 109
+    assert budget(at(39, 150.0, 139)) == 139
+    assert budget(at(40, 150.0, 139)) > 139  # faster again
 
 
 def test_a_budget_that_is_over_ends_with_the_step_and_a_resumed_one_has_a_step_left() -> None:
-    budget = TimedBudget(123.0, COSTS, at(0, 20.0), **RHYTHM)
-    assert budget(at(8, 111.0, 84)) == 8
-    assert budget(at(84, 60.0, 84)) == 84  # the schedule has come to its end
-    assert TimedBudget(123.0, COSTS, at(40, 130.0), **RHYTHM).total_steps == 41
+    budget = TimedBudget(403.0, COSTS, at(0, 20.0), **RHYTHM)
+    assert budget(at(20, 391.0, 340)) == 20
+    assert budget(at(340, 60.0, 340)) == 340  # the schedule has come to its end
+    assert TimedBudget(403.0, COSTS, at(40, 400.0), **RHYTHM).total_steps == 41
 
 
 @pytest.mark.parametrize("from_step", [20, 150, 190])

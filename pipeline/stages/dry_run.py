@@ -106,7 +106,7 @@ def _budget(config: Config) -> str:
     """Return how long a fold is trained."""
     section, steps = config.training, config.training.budgeted_steps
     if steps is None:
-        return f"{section.budget.minutes:g} minutes a fold, turned into steps by a probe"
+        return f"{section.budget.minutes:g} minutes a fold, turned into steps by a probe and the clock"
     return f"{steps:,} steps a fold, validated every {section.validation_every_epochs * section.steps_per_epoch:,}"
 
 

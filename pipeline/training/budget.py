@@ -15,8 +15,8 @@ from pipeline.training.state import TrainState
 WARMUP_STEPS = 3
 # The steps of a budget in minutes are counted anew about so often, and more often towards the end.
 RECOUNTS = 20
-# The probe is believed as if so much of the budget had gone by its pace.
-PROBE_SHARE = 0.1
+# The probe is believed as if so many seconds had gone by its pace: a few slow steps do not end a short training.
+TRUST_S = 60.0
 
 Recount = Callable[[TrainState], int]
 
@@ -99,7 +99,6 @@ class TimedBudget:
         self._epoch, self._validation = steps_per_epoch, steps_per_epoch * validation_every_epochs
         left_s = seconds - from_first(state.spent_s)
         self._measured_from: tuple[int, float] | None = None
-        self._trust_s = PROBE_SHARE * max(0.0, left_s)
         steps = self._steps_within(left_s, state.step, state.step)
         if steps < 1 and state.step == 0:
             raise TrainingError(
@@ -128,7 +127,7 @@ class TimedBudget:
             self._measured_from = step, spent_s
         first, first_s = self._measured_from
         expected_s = self._expected_s(step - first, first - 1, step)
-        return (spent_s - first_s + self._trust_s) / (expected_s + self._trust_s)
+        return (spent_s - first_s + TRUST_S) / (expected_s + TRUST_S)
 
     def _next(self, step: int, total_steps: int) -> int:
         """Return the step after which to count again: half-way to the end, if not before."""
