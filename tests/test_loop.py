@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipeline.errors import TrainingError
 from pipeline.networks import Network
 from pipeline.networks.recomputing import recompute_activations
-from pipeline.training.budget import Costs, TimedBudget
+from pipeline.training.budget import Costs, TimedBudget, repeated
 from pipeline.training.checkpoints import load_checkpoint, save_checkpoint
 from pipeline.training.loop import LoopSettings, train
 from pipeline.training.losses import Objective, Target, build_loss
@@ -208,7 +208,7 @@ def test_the_gradient_norm_is_that_before_clipping_by_hand() -> None:
         return SCHEDULE(step, total_steps)
 
     train(state, batches, recording, settings(steps_per_epoch=2, gradient_clip=None), hooks)
-    # It is asked before each step, and once more for the epoch's metrics.
+    norms.append(total_norm(state))
     assert norms[0] == 0.0 < norms[1]
     assert hooks.epochs[0][1]["train/gradient_norm"] == pytest.approx((norms[1] + norms[2]) / 2)
     clipped, later = new_state(1, ema=False), Recorder()
@@ -392,31 +392,31 @@ def at(step: int, spent_s: float, total_steps: int = 0) -> TrainState:
 def test_minutes_become_steps_by_hand() -> None:
     # 123 s, of which 20 are gone; the end takes 10 + 2 + 1. In 90 s go 84 steps, 42 s, the eight epoch ends before the
     # last of them, 8 s, and the four validations, 40 s.
-    assert TimedBudget(123.0, COSTS, at(0, 20.0), **RHYTHM).total_steps == 84
+    assert TimedBudget(123.0, COSTS, at(0, 20.0), **RHYTHM).probed_steps == 84
     with pytest.raises(TrainingError, match=r"no step fits into the 13 s left .* allow more minutes"):
         TimedBudget(13.0, COSTS, at(0, 0.0), **RHYTHM)
 
 
 def test_the_clock_corrects_what_the_probe_found_by_hand() -> None:
     budget = TimedBudget(403.0, COSTS, at(0, 20.0), **RHYTHM)
-    assert budget.total_steps == 340
-    assert budget(at(9, 60.0, 340)) == 340  # not yet: it counts once an epoch
-    # The first ten took 22 s, not 5, which is no measure of the others. Of the 361 s left the end takes 13; in 348 go
-    # 312 steps, 156 s, the ends of 32 epochs, that of this step among them, and sixteen validations.
-    assert budget(at(10, 42.0, 340)) == 10 + 312
+    assert budget.probed_steps == 340
+    assert budget(at(16, 60.0, 340)) == 340  # not yet: it counts after a twentieth
+    # The first twenty took 28 s, not 11, which is no measure of the others. Of the 355 s left the end takes 13; in 342
+    # go 302 steps, 151 s, the ends of 31 epochs, that of this step among them, and sixteen validations.
+    assert budget(at(20, 48.0, 340)) == 20 + 302
     # The next twenty took 104 s, not 22 with two ends of epochs and a validation. With a minute at the probe's pace
-    # that is 164 / 82, twice as long, and the 257 s left are as 128.5. Less the end they are 115.5: 109 steps, 54.5 s,
-    # eleven ends of epochs and five validations.
-    assert budget(at(30, 146.0, 322)) == 30 + 109
-    assert budget(at(39, 150.0, 139)) == 139
-    assert budget(at(40, 150.0, 139)) > 139  # faster again
+    # that is 164 / 82, twice as long, and the 251 s left are as 125.5. Less the end they are 112.5: a hundred steps,
+    # 50 s, ten ends of epochs and five validations, that of this step among them; one more step brings a sixth.
+    assert budget(at(40, 152.0, 322)) == 40 + 100
+    assert budget(at(44, 154.0, 140)) == 140
+    assert budget(at(50, 154.0, 140)) > 140  # faster again
 
 
 def test_a_budget_that_is_over_ends_with_the_step_and_a_resumed_one_has_a_step_left() -> None:
     budget = TimedBudget(403.0, COSTS, at(0, 20.0), **RHYTHM)
     assert budget(at(20, 391.0, 340)) == 20
     assert budget(at(340, 60.0, 340)) == 340  # the schedule has come to its end
-    assert TimedBudget(403.0, COSTS, at(40, 400.0), **RHYTHM).total_steps == 41
+    assert TimedBudget(403.0, COSTS, at(40, 400.0), **RHYTHM).probed_steps == 41
 
 
 @pytest.mark.parametrize("from_step", [20, 150, 190])
@@ -424,7 +424,7 @@ def test_a_machine_that_slows_down_costs_steps_and_not_minutes(tmp_path: Path, f
     """Half a second a step, and two from some step on, in a budget of 100 seconds."""
     state, hooks = new_state(0), Recorder(path=tmp_path / "x")
     budget = TimedBudget(100.0, Costs(0.5, 0.0, 0.0), state, steps_per_epoch=50, validation_every_epochs=2)
-    assert budget.total_steps == 200
+    assert budget.probed_steps == 200
     rates: dict[int, float] = {}
 
     def recount(state: TrainState) -> int:
@@ -435,15 +435,20 @@ def test_a_machine_that_slows_down_costs_steps_and_not_minutes(tmp_path: Path, f
         rates[step] = SCHEDULE(step, total_steps)
         return rates[step]
 
-    state.total_steps = budget.total_steps
+    state.total_steps = budget.probed_steps
     train(state, batches, schedule, settings(steps_per_epoch=50), hooks, recount=recount)
-    assert 98.0 <= state.spent_s <= 105.0  # ten steps may lie between two counts
+    assert 98.0 <= state.spent_s <= 105.1  # ten steps may lie between two counts
     assert state.step == state.total_steps < 200
     assert hooks.epochs[-1][0] == state.step and "val/score" in hooks.epochs[-1][1]
     assert rates[state.step - 1] < 0.1 * max(rates.values())  # the schedule ends with it
-    # What changes the learning rate is in a checkpoint before the next step, so that a step done again has the same.
-    counted = dict(state.recounts)
-    assert set(counted) <= set(hooks.checkpoints)
-    again = new_state(0)
-    load_checkpoint(tmp_path / f"{min(counted)}.safetensors", again, {"fold": 0})
-    assert again.total_steps == counted[again.step] and again.spent_s > 0
+    assert all(metrics["train/learning_rate"] == rates[step - 1] for step, metrics in hooks.epochs)
+    # Counted as it was, from the start or from a checkpoint on, it has the same rates again.
+    for step in (0, 50):
+        again, first = new_state(200), dict(rates)
+        if step:
+            load_checkpoint(tmp_path / f"{step}.safetensors", again, {"fold": 0})
+            assert again.spent_s > 0
+        assert again.step == step
+        train(again, batches, schedule, settings(steps_per_epoch=50), Recorder(), recount=repeated(state.recounts))
+        assert rates == first and again.step == state.step
+        assert torch.equal(*(next(run.network.parameters()) for run in (state, again)))

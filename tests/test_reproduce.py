@@ -13,9 +13,8 @@ from pipeline.cli import app
 from pipeline.config import Config
 from pipeline.errors import ManifestError, ModelError, StoreError
 from pipeline.stages import preprocess, reproduce, train
-from pipeline.stages.fold.record import RECOUNTS_TAG
+from pipeline.stages.fold.record import RECOUNTS
 from pipeline.tracking import metric_history, read_state, send_pending
-from pipeline.tracking.log import read_tags
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:::mlflow")]
 
@@ -162,8 +161,8 @@ def test_minutes_are_as_many_steps_again_at_the_same_learning_rates_and_a_server
         assert len(client.search_model_versions("name='net'")) == 1
         assert report.compared >= 5
         # The clock has its say once: where the steps in all were counted anew, they are again.
-        tags = [read_tags(path)[RECOUNTS_TAG] for path in (folder, report.folder)]
-        assert len(json.loads(tags[0])) > 1
-        assert json.loads(tags[1]) == [[step, total] for step, total in json.loads(tags[0]) if step > 0]
+        recounts = [json.loads((path / RECOUNTS).read_text()) for path in (folder, report.folder)]
+        assert len(recounts[0]) > 1
+        assert recounts[1] == [[step, total] for step, total in recounts[0] if step > 0]
         rates = [metric_history(path)["train/learning_rate"] for path in (folder, report.folder)]
         assert rates[0] == rates[1]

@@ -20,7 +20,7 @@ from pipeline.stages.fold.record import (
     ARITHMETIC_TAG,
     MANIFEST,
     MANIFEST_TAG,
-    RECOUNTS_TAG,
+    RECOUNTS,
     ROOT_TAG,
     WEIGHTS_TAG,
     tags_of,
@@ -41,7 +41,7 @@ from pipeline.tracking import (
     send_pending,
 )
 from pipeline.tracking.log import read_tags, safe_name, tracking_uri
-from pipeline.training.budget import Recount
+from pipeline.training.budget import repeated
 
 CONFIG, PLAN, REPORT = "config.yaml", "plan.yaml", "reproduction.json"
 # Metrics that say what was learned; the others say how long it took and what the machine did.
@@ -131,14 +131,14 @@ def run(
         StoreError: images or labels are not the run's.
     """
     run_id, uri = _named(name, uri)
-    original = fetch_run(run_id, uri, workspace / "reproduced" / run_id, (CONFIG, PLAN, MANIFEST, KEYS))
+    original = fetch_run(run_id, uri, workspace / "reproduced" / run_id, (CONFIG, PLAN, MANIFEST, KEYS, RECOUNTS))
     _refuse_incomplete(original)
     config = _as_then(original, workspace, uri, manifest, root)
     _refuse_other_manifest(config, original)
     if _THREADS in original.tags and device in ("auto", "cpu"):
         torch.set_num_threads(int(original.tags[_THREADS]))
     task = _prepared(config, original, device, jobs)
-    complete_fold(task, recount=_as_counted_then(original))
+    complete_fold(task, recount=repeated(_recounts(original)))
     report = _compared(task, original, tolerance)
     _record(report)
     return report
@@ -176,16 +176,18 @@ def _as_then(original: FetchedRun, workspace: Path, uri: str, manifest: Path | N
     data = DataSection(manifest=(manifest or original.files / MANIFEST).absolute(), root=root and root.absolute())
     training = config.training
     if training.budget.minutes is not None:
-        training = training.changed(budget=BudgetSection(steps=int(original.params["training.total_steps"])))
+        steps = dict(_recounts(original)).get(0, int(original.params["training.total_steps"]))
+        training = training.changed(budget=BudgetSection(steps=steps))
     # What is registered under a name stays the original.
     tracking = config.tracking.changed(uri=uri, register_as=None, alias=None)
     return config.changed(workspace=workspace.absolute(), data=data, training=training, tracking=tracking)
 
 
-def _as_counted_then(original: FetchedRun) -> Recount:
-    """Return the steps in all as the run counted them while its minutes passed: the learning rate followed them."""
-    counted = dict(json.loads(original.tags.get(RECOUNTS_TAG, "[]")))
-    return lambda state: counted.get(state.step, state.total_steps)
+def _recounts(original: FetchedRun) -> list[list[int]]:
+    """Return [step, steps in all from there on] as the run counted its minutes: the learning rate followed them."""
+    path = original.files / RECOUNTS
+    found: list[list[int]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return found
 
 
 def _refuse_other_manifest(config: Config, original: FetchedRun) -> None:

@@ -124,7 +124,8 @@ class RunLog:
     def resume(cls, folder: Path) -> RunLog:
         """Go on with an interrupted run: it runs again in MLflow, and no metric is logged twice at one step.
 
-        A resumed training repeats the steps since its last checkpoint; what was logged of them before stays as it is.
+        A resumed training does the steps since its last checkpoint again, the very same unless its budget is minutes;
+        what was logged of them before stays as it is.
 
         Raises:
             ModelError: no run was created in `folder`.

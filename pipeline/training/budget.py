@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import TrainingError
@@ -13,17 +13,23 @@ from pipeline.training.state import TrainState
 
 # The first steps pay for memory and for the choice of kernels.
 WARMUP_STEPS = 3
-# The steps of a budget in minutes are counted anew about so often, and more often towards the end.
-RECOUNTS = 20
+# The steps of a budget in minutes are counted anew about so often, and then at every half of what is left.
+COUNTS = 20
 # The probe is believed as if so many seconds had gone by its pace: a few slow steps do not end a short training.
 TRUST_S = 60.0
 
 Recount = Callable[[TrainState], int]
 
 
-def as_counted(state: TrainState) -> int:
+def unchanged(state: TrainState) -> int:
     """Leave the steps in all as they are: of a budget in steps."""
     return state.total_steps
+
+
+def repeated(recounts: Iterable[Sequence[int]]) -> Recount:
+    """Return what counts the steps in all as a training has done before: [step, steps in all from there on]."""
+    total_steps = {step: total for step, total in recounts}  # noqa: C416  (lists, as JSON has them, are no pairs to mypy)
+    return lambda state: total_steps.get(state.step, state.total_steps)
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,7 @@ class TimedBudget:
         validation_every_epochs: epochs between two validations.
 
     Attributes:
-        total_steps: steps in all, by the probe alone.
+        probed_steps: steps in all by the probe alone.
 
     Raises:
         TrainingError: not even one step fits. A training that goes on has one at least, and is validated.
@@ -105,9 +111,9 @@ class TimedBudget:
                 f"training.budget.minutes: no step fits into the {left_s:.0f} s left after start-up: a step takes "
                 f"{costs.step_s:.2f} s and a validation {costs.validation_s:.1f} s; allow more minutes"
             )
-        self.total_steps = state.step + max(1, steps)
-        self._most_apart = max(1, min(steps_per_epoch, steps // RECOUNTS))
-        self._due = self._next(state.step, self.total_steps)
+        self.probed_steps = state.step + max(1, steps)
+        self._first = state.step
+        self._due = self._next(state.step, self.probed_steps)
 
     def __call__(self, state: TrainState) -> int:
         """Return the steps in all, the same in all processes; they are counted anew now and then."""
@@ -130,8 +136,8 @@ class TimedBudget:
         return (spent_s - first_s + TRUST_S) / (expected_s + TRUST_S)
 
     def _next(self, step: int, total_steps: int) -> int:
-        """Return the step after which to count again: half-way to the end, if not before."""
-        return step + max(1, min(self._most_apart, (total_steps - step) // 2))
+        """Return the step after which to count again."""
+        return step + max(1, min((total_steps - self._first) // COUNTS, (total_steps - step) // 2))
 
     def _steps_within(self, seconds: float, step: int, ended: int) -> int:
         """Return how many steps fit after this one, with the epoch ends after step `ended`, and the training's end."""

@@ -1,7 +1,7 @@
 """Several processes that train one network together: which of them this is, and what they tell one another.
 
 They are launched by `torchrun`, or by whoever else sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. All
-of them hold the same TrainState at every step, and the first alone writes.
+of them hold the same TrainState at every step, but for the seconds by their own clocks, and the first alone writes.
 
 Every function here that talks to the others is a collective: all processes call it, in the same order, or all wait. In
 one process each of them returns what it was given.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.errors import TrainingError
 from pipeline.hardware import autocast
-from pipeline.training.budget import Recount, as_counted
+from pipeline.training.budget import Recount, unchanged
 from pipeline.training.diagnosis.stopwatch import CHECKPOINTS, LOGGING, STEPS, VALIDATION, WAITING, Clock, untimed
 from pipeline.training.distributed import average_buffers, averaged, this_share, unsynchronised
 from pipeline.training.losses.target import Target
@@ -96,7 +96,7 @@ def train(
     settings: LoopSettings,
     hooks: Hooks,
     clock: Clock = untimed,
-    recount: Recount = as_counted,
+    recount: Recount = unchanged,
 ) -> None:
     """Train until the budget is spent or validation stops getting better.
 
@@ -113,23 +113,22 @@ def train(
     Raises:
         TrainingError: a loss or gradient is not finite; no checkpoint and no model is written of what it led to.
     """
-    epoch_start = saved = counted = time.monotonic()
-    while state.step < state.total_steps and not _stopped_early(state, settings):
-        train_step(state, batches, schedule(state.step, state.total_steps), settings, clock)
-        now = time.monotonic()
-        state.spent_s, counted = state.spent_s + now - counted, now
-        recounted = state.recounted(recount(state))
+    epoch_start = saved = spent = time.monotonic()
+    while not is_over(state, settings):
+        learning_rate = schedule(state.step, state.total_steps)
+        train_step(state, batches, learning_rate, settings, clock)
+        spent = _spend(state, spent)
+        state.set_total_steps(recount(state))
         ended = state.step % settings.steps_per_epoch == 0 or state.step == state.total_steps
-        # A step done again from a checkpoint has the same learning rate: what changes it is followed by one.
-        due = ended or recounted or now - saved > settings.checkpoint_s
+        due = ended or time.monotonic() - saved > settings.checkpoint_s
         if due:
             with clock(STEPS):  # waits for the device's last steps
                 bad_step = int(state.sums.bad_step)
-            # All processes look at the same steps only: a clock is each one's own.
-            if bad_step >= 0 and (ended or recounted or this_share().processes == 1):
+            # Only at an epoch's end do all processes look: a clock is each one's own.
+            if bad_step >= 0 and (ended or this_share().processes == 1):
                 raise hooks.not_finite(state, bad_step)
         if ended:
-            metrics = _epoch_metrics(state, settings, time.monotonic() - epoch_start, schedule)
+            metrics = _epoch_metrics(state, settings, time.monotonic() - epoch_start, learning_rate)
             if _validation_due(state, settings):
                 with clock(VALIDATION):
                     metrics |= _validate(state, hooks)
@@ -137,11 +136,24 @@ def train(
                 hooks.epoch_ended(state, metrics)
             epoch_start = time.monotonic()
         if due and bad_step < 0:
+            spent = _spend(state, spent)
             with clock(CHECKPOINTS):
                 hooks.checkpoint(state)
             saved = time.monotonic()
     if _stopped_early(state, settings):
         log.info("stopped early: %d validations without a better one", state.stale_validations)
+
+
+def is_over(state: TrainState, settings: LoopSettings) -> bool:
+    """Tell whether no step is left to do; also of a run resumed at that point."""
+    return state.step >= state.total_steps or _stopped_early(state, settings)
+
+
+def _spend(state: TrainState, since: float) -> float:
+    """Count the time since a moment as spent on training, and return the moment that it is now."""
+    now = time.monotonic()
+    state.spent_s += now - since
+    return now
 
 
 def train_step(
@@ -219,13 +231,13 @@ def _validate(state: TrainState, hooks: Hooks) -> dict[str, float]:
     return {f"val/{name}": value for name, value in scores.items()}
 
 
-def _epoch_metrics(state: TrainState, settings: LoopSettings, seconds: float, schedule: Schedule) -> dict[str, float]:
-    """Return the epoch's mean loss and gradient norm, learning rate and speed, and begin the next epoch's sums."""
+def _epoch_metrics(state: TrainState, settings: LoopSettings, seconds: float, learning_rate: float) -> dict[str, float]:
+    """Return the epoch's mean loss and gradient norm, last learning rate and speed, and begin the next epoch's sums."""
     steps = (state.step - 1) % settings.steps_per_epoch + 1
     sums, norms = state.sums, int(state.sums.norms)
     metrics = {
         "train/loss": sums.loss.item() / steps,
-        "train/learning_rate": schedule(state.step - 1, state.total_steps),
+        "train/learning_rate": learning_rate,
         "train/steps_per_s": steps / seconds,
     }
     if norms:

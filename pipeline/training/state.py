@@ -71,7 +71,7 @@ class TrainState:
         average: the running mean of those; None without EMA.
         step: steps done.
         total_steps: steps in all; the schedule ends there.
-        recounts: [step, steps in all] wherever the steps in all were counted anew, as a budget in minutes has it.
+        recounts: [step, steps in all from there on] wherever a budget in minutes was counted anew.
         spent_s: seconds of training so far, start-up included, pauses before it was resumed left out.
         best_score: best validation score so far.
         best_step: its step.
@@ -119,13 +119,11 @@ class TrainState:
             sums=EpochSums.on(followed[0].device),
         )
 
-    def recounted(self, total_steps: int) -> bool:
-        """Take what the steps in all were found to be after this step; tell whether that is another number."""
-        if total_steps == self.total_steps:
-            return False
-        self.total_steps = total_steps
-        self.recounts.append([self.step, total_steps])
-        return True
+    def set_total_steps(self, total_steps: int) -> None:
+        """Set the steps in all from here on, and remember where they became others."""
+        if total_steps != self.total_steps:
+            self.total_steps = total_steps
+            self.recounts.append([self.step, total_steps])
 
     @property
     def network(self) -> Network:

@@ -15,6 +15,7 @@ from pipeline.records import atomic_path
 from pipeline.stages.fold.task import FoldTask
 from pipeline.stages.models import BEST
 from pipeline.tracking import RunLog
+from pipeline.training.budget import repeated
 from pipeline.training.checkpoints import load_checkpoint
 from pipeline.training.diagnosis.advice import Circumstances, advice, shares_of, spoken
 from pipeline.training.diagnosis.explanation import explained, named
@@ -120,8 +121,9 @@ class FoldDiagnosis:
         """Return the error for a loss or gradient that was not finite, after the steps before it were done again."""
         task = self.task
         log.warning("fold %d: not finite at step %d; looking for the cause from the checkpoint on", task.fold, bad_step)
+        recount = repeated(self.state.recounts)
         load_checkpoint(task.checkpoint, self.state, task.facts)
-        finding = replay(self.state, self.batch, schedule, task.settings, bad_step)
+        finding = replay(self.state, self.batch, schedule, task.settings, bad_step, recount)
         # Each process has looked into its own patches: the first that has found something speaks for all.
         found = next(filter(None, gathered_texts("" if finding is None else self._said(finding))), None)
         return TrainingError(

@@ -22,10 +22,10 @@ log = logging.getLogger(__name__)
 
 # The manifest's cases that take part, as a file of the run; beside it, under KEYS, a digest of each prepared case.
 MANIFEST = "manifest.json"
+# Of a budget in minutes: [step, steps in all from there on] wherever it was counted anew.
+RECOUNTS = "recounts.json"
 # How the tags begin that say what a run computed with, and which weights came out.
 ARITHMETIC_TAG, WEIGHTS_TAG = "medseg.arithmetic.", "medseg.weights_sha256."
-# [step, steps in all] wherever a budget in minutes was counted anew, as JSON.
-RECOUNTS_TAG = "medseg.recounts"
 MANIFEST_TAG, ROOT_TAG = "medseg.manifest_digest", "medseg.data_root"
 
 

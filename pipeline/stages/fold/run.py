@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -14,21 +13,21 @@ from pipeline.hardware import compiled_to_train, deterministic, keep_freed_memor
 from pipeline.model import WEIGHTS, weights_sha256
 from pipeline.pictures import draw_learning_curves
 from pipeline.progress import counter
-from pipeline.records import atomic_path, exclusively
+from pipeline.records import atomic_path, exclusively, write_json
 from pipeline.stages.fold.determinism import refuse_nondeterministic
 from pipeline.stages.fold.diagnosis import FoldDiagnosis
 from pipeline.stages.fold.hooks import FoldHooks, Listener, unheard_scores
-from pipeline.stages.fold.record import RECOUNTS_TAG, WEIGHTS_TAG, new_run
+from pipeline.stages.fold.record import RECOUNTS, WEIGHTS_TAG, new_run
 from pipeline.stages.fold.task import FoldTask
 from pipeline.stages.initialisation import initialise
 from pipeline.stages.model_card import write_card
 from pipeline.stages.models import BEST, LAST
 from pipeline.tracking import RunLog, SilentLog, metric_history, start_follower
-from pipeline.training.budget import Costs, Recount, TimedBudget, as_counted, pace_of
+from pipeline.training.budget import Costs, Recount, TimedBudget, pace_of, unchanged
 from pipeline.training.checkpoints import load_checkpoint, save_checkpoint
 from pipeline.training.diagnosis.stopwatch import FINISHING, STARTING, Stopwatch
 from pipeline.training.distributed import agree, from_first, synchronised, this_share
-from pipeline.training.loop import Batch, Batches, train, train_step
+from pipeline.training.loop import Batch, Batches, is_over, train, train_step
 from pipeline.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -125,8 +124,8 @@ def _train_locked(task: FoldTask, *, resume: bool, listener: Listener, recount: 
 
 
 def _begin(hooks: FoldHooks, state: TrainState, began: float, *, resume: bool) -> Recount:
-    """Find out how long to train, write a checkpoint that says so, and return how steps are counted from here on; at
-    the first step also picture what is learned from.
+    """Find out how long to train, and return how the steps in all are counted from here on; before the first step also
+    picture what is learned from, and write the checkpoint of that step.
     """
     tracked = hooks.tracked
     if not resume and this_share().is_first:
@@ -138,7 +137,7 @@ def _begin(hooks: FoldHooks, state: TrainState, began: float, *, resume: bool) -
         parameters = sum(tensor.numel() for tensor in state.network.parameters())
         tracked.params({"training.total_steps": state.total_steps, "network.parameters": parameters})
         tracked.metrics({"network/parameters": parameters}, 0)
-    hooks.checkpoint(state)
+        hooks.checkpoint(state)
     return recount
 
 
@@ -164,9 +163,12 @@ def _budgeted(hooks: FoldHooks, state: TrainState, began: float, *, resume: bool
     if section.budget.minutes is None:
         if not resume:
             state.total_steps = section.budgeted_steps or 0
-        return as_counted
+        return unchanged
+    if resume and is_over(state, settings):  # killed after its last step
+        return unchanged
     costs = _probe(hooks, hooks.diagnosis.batch, pictured=not resume)
-    state.spent_s += time.monotonic() - began
+    # Where no step was done the time before is not counted: it bought nothing.
+    state.spent_s = (state.spent_s if state.step else 0.0) + time.monotonic() - began
     budget = TimedBudget(
         60 * section.budget.minutes,
         costs,
@@ -174,7 +176,7 @@ def _budgeted(hooks: FoldHooks, state: TrainState, began: float, *, resume: bool
         steps_per_epoch=settings.steps_per_epoch,
         validation_every_epochs=settings.validation_every_epochs,
     )
-    state.recounted(budget.total_steps)
+    state.set_total_steps(budget.probed_steps)
     log.info(
         "fold %d: %d steps fit into %g minutes, at %.3f s each; the clock corrects it",
         *(task.fold, state.total_steps, section.budget.minutes, costs.step_s),
@@ -241,7 +243,8 @@ def _finish(hooks: FoldHooks, state: TrainState) -> None:
     tracked.artifact(picture)
     tracked.metrics({"best/score": state.best_score, "best/step": state.best_step}, state.step)
     if state.recounts:
-        tracked.tags({RECOUNTS_TAG: json.dumps(state.recounts)})
+        write_json(task.folder / RECOUNTS, state.recounts)
+        tracked.artifact(task.folder / RECOUNTS)
     _calibrate(task, tracked, state.step)
     tracked.model(task.folder / BEST, task.config.tracking.register_as, task.config.tracking.alias)
     # Last of all: where it is, the training is over.

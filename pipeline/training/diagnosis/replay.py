@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pipeline.training.budget import Recount, unchanged
 from pipeline.training.diagnosis.finiteness import Fault, faulty_weight, inspect
 from pipeline.training.distributed import this_share
 from pipeline.training.loop import Batches, LoopSettings, batch_loss, train_step
@@ -29,7 +30,12 @@ class Finding:
 
 
 def replay(
-    state: TrainState, batches: Batches, schedule: Schedule, settings: LoopSettings, bad_step: int
+    state: TrainState,
+    batches: Batches,
+    schedule: Schedule,
+    settings: LoopSettings,
+    bad_step: int,
+    recount: Recount = unchanged,
 ) -> Finding | None:
     """Do the steps before a bad one again, and return what in that one is the first not to be finite.
 
@@ -39,6 +45,7 @@ def replay(
         schedule: as training has it.
         settings: as training has them.
         bad_step: the step, from 0, whose loss or gradient was not finite.
+        recount: how the steps in all were counted.
 
     Returns:
         The finding; None where all was finite this time, as it may be on a GPU, which does not round twice alike, or
@@ -46,8 +53,10 @@ def replay(
     """
     if name := faulty_weight(state.network):
         return Finding(state.step, None, Fault("weights", name))
+    state.set_total_steps(recount(state))
     while state.step < bad_step:
         train_step(state, batches, schedule(state.step, state.total_steps), settings)
+        state.set_total_steps(recount(state))
     if name := faulty_weight(state.network):
         return Finding(bad_step - 1, None, Fault("step", name))
     state.objective.train()
