@@ -111,6 +111,7 @@ def test_the_options_of_one_are_listed_with_what_they_take() -> None:
         networks.options_of("unte")
 
 
+@pytest.mark.slow
 def test_both_commands_answer(folder: Path) -> None:
     config(folder)
     settings = [part for setting in SAID for part in ("--set", setting)]

@@ -50,6 +50,7 @@ def tags_of(folder: Path) -> dict[str, str]:
     return {name: value for event in events if event["kind"] == "tags" for name, value in event["values"].items()}
 
 
+@pytest.mark.slow
 def test_threads_that_read_ahead_change_no_bit_and_the_seed_changes_them(prepared: Config) -> None:
     hashes = []
     for workers in (0, 4):

@@ -78,6 +78,7 @@ def test_what_is_rightly_not_there_counts_one_and_what_never_was_nothing() -> No
     assert replace(nothing, reference=5).dice(Rule(largest_only=True)) == 0.0
 
 
+@pytest.mark.slow
 def test_rules_that_help_are_chosen_and_ship(littered: Config, tmp_path: Path) -> None:
     before = evaluate.run(littered).evaluation
     report = find_best.run([littered])
@@ -118,6 +119,7 @@ def test_segment_does_cases_again_once_rules_are_chosen(littered: Config, tmp_pa
     assert statuses == ["done", "skipped", "done"]
 
 
+@pytest.mark.slow
 def test_rules_that_do_not_help_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = finished(known_experiment(tmp_path, monkeypatch, shifted_cases()), 2)
     report = find_best.run([config])

@@ -119,6 +119,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) ->
         time.sleep(0.0005)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "moment",
     [

@@ -153,6 +153,7 @@ os.kill(os.getpid(), 9)
 """
 
 
+@pytest.mark.slow
 def test_a_trial_whose_process_died_goes_on_and_is_given_up_after_the_third_time(tmp_path: Path) -> None:
     command = [sys.executable, "-c", DIES, str(tmp_path), str(Path(__file__).parent)]
     said = [subprocess.run(command, capture_output=True, text=True, check=False).stdout for _ in range(3)]

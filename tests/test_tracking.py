@@ -370,6 +370,7 @@ def test_runs_have_colours_that_differ(workspace: Path) -> None:
     assert len({run.data.tags["mlflow.runColor"] for run in runs}) == 8
 
 
+@pytest.mark.slow
 def test_pages_are_prepared_for_old_runs_too(workspace: Path) -> None:
     from mlflow import MlflowClient
 

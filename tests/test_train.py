@@ -58,6 +58,7 @@ def test_deep_supervision_of_a_network_without_it_is_refused(
     assert not Workspace(config.workspace).run("deep", 0).exists()
 
 
+@pytest.mark.slow
 def test_a_patch_that_the_network_cannot_halve_is_rounded_up_with_the_reason(prepared: Config) -> None:
     config = changed(prepared.changed(name="odd"), "network", name="fcn", options={"width": 4, "stride": 32})
     (folder,) = train.run(config)
@@ -75,6 +76,7 @@ def test_a_patch_that_the_network_cannot_halve_is_rounded_up_with_the_reason(pre
         assert plan.reasons["patch_size"] == "set in the configuration; rounded up to what fcn can yield"
 
 
+@pytest.mark.slow
 def test_a_2d_network_goes_the_whole_way_plane_by_plane(prepared: Config, tmp_path: Path) -> None:
     options = {"width": 4, "levels": 2}
     config = changed(prepared.changed(name="flat"), "network", spatial_dims=2, options=options)
@@ -92,6 +94,7 @@ def test_a_2d_network_goes_the_whole_way_plane_by_plane(prepared: Config, tmp_pa
     assert read_header(tmp_path / "labels" / image.name).geometry.matches(read_header(image).geometry)
 
 
+@pytest.mark.slow
 def test_a_network_with_margin_reads_more_than_its_patch_and_is_evaluated(prepared: Config) -> None:
     options = {"width": 4, "levels": 2, "convs": 1, "padding": "valid", "norm": "batch"}
     config = changed(prepared.changed(name="valid"), "network", options=options)
