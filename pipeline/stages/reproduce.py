@@ -176,18 +176,17 @@ def _as_then(original: FetchedRun, workspace: Path, uri: str, manifest: Path | N
     data = DataSection(manifest=(manifest or original.files / MANIFEST).absolute(), root=root and root.absolute())
     training = config.training
     if training.budget.minutes is not None:
-        steps = dict(_recounts(original)).get(0, int(original.params["training.total_steps"]))
+        steps = _recounts(original).get(0, int(original.params["training.total_steps"]))
         training = training.changed(budget=BudgetSection(steps=steps))
     # What is registered under a name stays the original.
     tracking = config.tracking.changed(uri=uri, register_as=None, alias=None)
     return config.changed(workspace=workspace.absolute(), data=data, training=training, tracking=tracking)
 
 
-def _recounts(original: FetchedRun) -> list[list[int]]:
-    """Return [step, steps in all from there on] as the run counted its minutes: the learning rate followed them."""
+def _recounts(original: FetchedRun) -> dict[int, int]:
+    """Return step -> steps in all from there on, as the run counted its minutes: the learning rate followed them."""
     path = original.files / RECOUNTS
-    found: list[list[int]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    return found
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def _refuse_other_manifest(config: Config, original: FetchedRun) -> None:

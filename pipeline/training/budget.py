@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from pipeline.errors import TrainingError
@@ -26,10 +26,9 @@ def unchanged(state: TrainState) -> int:
     return state.total_steps
 
 
-def repeated(recounts: Iterable[Sequence[int]]) -> Recount:
-    """Return what counts the steps in all as a training has done before: [step, steps in all from there on]."""
-    total_steps = {step: total for step, total in recounts}  # noqa: C416  (lists, as JSON has them, are no pairs to mypy)
-    return lambda state: total_steps.get(state.step, state.total_steps)
+def repeated(recounts: Mapping[int, int]) -> Recount:
+    """Return what counts the steps in all as a training has done before: step -> steps in all from there on."""
+    return lambda state: recounts.get(state.step, state.total_steps)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ def save_checkpoint(path: Path, state: TrainState, facts: dict[str, Any]) -> Non
     """
     numbers = {name: getattr(state, name) for name in _NUMBERS}
     numbers["best_score"] = repr(state.best_score)  # minus infinity is no JSON
+    numbers["recounts"] = list(state.recounts.items())  # nor are keys that are numbers
     tensors, optimiser_numbers = _optimiser_parts(state.optimiser)
     tensors |= {f"network/{name}": tensor for name, tensor in state.network.state_dict().items()}
     tensors |= {f"average/{i}": tensor for i, tensor in enumerate(state.average or [])}

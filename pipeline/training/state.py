@@ -71,7 +71,7 @@ class TrainState:
         average: the running mean of those; None without EMA.
         step: steps done.
         total_steps: steps in all; the schedule ends there.
-        recounts: [step, steps in all from there on] wherever a budget in minutes was counted anew.
+        recounts: step -> steps in all from there on, wherever a budget in minutes was counted anew.
         spent_s: seconds of training so far, start-up included, pauses before it was resumed left out.
         best_score: best validation score so far.
         best_step: its step.
@@ -87,7 +87,7 @@ class TrainState:
     average: list[Tensor] | None
     step: int
     total_steps: int
-    recounts: list[list[int]]
+    recounts: dict[int, int]
     spent_s: float
     best_score: float
     best_step: int
@@ -111,7 +111,7 @@ class TrainState:
             average=[tensor.clone() for tensor in followed] if ema else None,
             step=0,
             total_steps=0,
-            recounts=[],
+            recounts={},
             spent_s=0.0,
             best_score=-math.inf,
             best_step=0,
@@ -123,7 +123,7 @@ class TrainState:
         """Set the steps in all from here on, and remember where they became others."""
         if total_steps != self.total_steps:
             self.total_steps = total_steps
-            self.recounts.append([self.step, total_steps])
+            self.recounts[self.step] = total_steps
 
     @property
     def network(self) -> Network:

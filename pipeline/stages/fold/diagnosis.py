@@ -121,7 +121,7 @@ class FoldDiagnosis:
         """Return the error for a loss or gradient that was not finite, after the steps before it were done again."""
         task = self.task
         log.warning("fold %d: not finite at step %d; looking for the cause from the checkpoint on", task.fold, bad_step)
-        recount = repeated(self.state.recounts)
+        recount = repeated(dict(self.state.recounts))  # as it is now
         load_checkpoint(task.checkpoint, self.state, task.facts)
         finding = replay(self.state, self.batch, schedule, task.settings, bad_step, recount)
         # Each process has looked into its own patches: the first that has found something speaks for all.

@@ -243,7 +243,7 @@ def _finish(hooks: FoldHooks, state: TrainState) -> None:
     tracked.artifact(picture)
     tracked.metrics({"best/score": state.best_score, "best/step": state.best_step}, state.step)
     if state.recounts:
-        write_json(task.folder / RECOUNTS, state.recounts)
+        write_json(task.folder / RECOUNTS, list(state.recounts.items()))
         tracked.artifact(task.folder / RECOUNTS)
     _calibrate(task, tracked, state.step)
     tracked.model(task.folder / BEST, task.config.tracking.register_as, task.config.tracking.alias)
