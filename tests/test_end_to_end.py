@@ -203,6 +203,7 @@ def test_minutes_become_steps_and_are_written_down_as_those(tmp_path: Path) -> N
     total = recounts[-1][1]
     assert f"step {total} of {total}" in said
     assert read_description(folder / "models" / "last" / "model.yaml").step == total
+    assert total > 5
     assert "finished already" in medseg(tmp_path, "train", config, *settings, "--resume").stderr
 
 
