@@ -52,6 +52,7 @@ def ours(section: AugmentationSection, size: tuple[int, int, int], batch: int, d
         left_right_axis=0,
         paired_classes=(),
         num_classes=3,
+        spacing_mm=(1.0, 1.0, 1.0),
         seed=0,
     )
     x, y, z = (n // 4 for n in augmentation.read_size)

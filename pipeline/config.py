@@ -138,17 +138,17 @@ class AugmentationSection(Section):
     affine_probability: Probability = 0.5
     """Rotation, scaling and shift together."""
     rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 15.0
-    """Largest rotation about each axis."""
+    """Largest rotation about each axis, in space: of voxels that are not cubes it does not shear."""
     scale: Factors = (0.85, 1.18)
     """Range of the size of things, drawn log-uniformly; above 1 enlarges them."""
     scale_anisotropy: Annotated[float, Field(ge=0, lt=1)] = 0.08
     """Largest relative deviation of one axis' scale from the common one."""
     shift_voxels: NonNegative = 2.0
-    """Largest shift along each axis."""
+    """Largest shift along each axis, in the shortest side of a voxel."""
     elastic_probability: Probability = 0.2
     """A smooth random displacement."""
     elastic_voxels: NonNegative = 2.0
-    """Standard deviation of the displacement at the control points."""
+    """Standard deviation of the displacement at the control points, in the shortest side of a voxel."""
     elastic_spacing_voxels: Positive = 12.0
     """Distance of the control points."""
     noise_probability: Probability = 0.15

@@ -29,6 +29,7 @@ def augmentation(
     num_classes: int = 4,
     patch: tuple[int, int, int] = PATCH,
     target: tuple[int, int, int] | None = None,
+    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0),
     **changes: object,
 ) -> Augmentation:
     return Augmentation(
@@ -38,6 +39,7 @@ def augmentation(
         left_right_axis=0,
         paired_classes=((1, 2),),
         num_classes=num_classes,
+        spacing_mm=spacing_mm,
         seed=seed,
     )
 
@@ -246,7 +248,46 @@ def test_rotation_by_hand() -> None:
     assert np.linalg.det(matrix) == pytest.approx(1.0)
 
 
-def testspline_weights_by_hand() -> None:
+def test_of_thick_slices_a_ball_stays_a_ball() -> None:
+    spacing_mm, patch = (1.0, 1.0, 4.0), (40, 40, 10)
+    turning = augmentation(
+        patch=patch,
+        num_classes=2,
+        spacing_mm=spacing_mm,
+        affine_probability=1.0,
+        rotation_degrees=90.0,
+        scale=(1.0, 1.0),
+        scale_anisotropy=0.0,
+        shift_voxels=0.0,
+    )
+    middles = [(torch.arange(n) - (n - 1) / 2) * mm for n, mm in zip(turning.read_size, spacing_mm, strict=True)]
+    distance = torch.stack(torch.meshgrid(*middles, indexing="ij")).square().sum(0).sqrt()
+    ball = (distance < 14).to(torch.uint8).expand(8, *turning.read_size)
+    _, turned = apply(turning, ball[:, None].float(), ball, 0)
+    middle = tuple(slice((n - m) // 2, (n + m) // 2) for n, m in zip(turning.read_size, patch, strict=True))
+    still = ball[0][middle].long()
+    for label in turned:
+        overlap = 2 * (label * still).sum() / (label.sum() + still.sum())
+        assert overlap > 0.93  # an egg of as many voxels along each axis, turned by 45 degrees, has 0.6
+
+
+def test_shifts_and_bends_are_as_long_along_thick_slices() -> None:
+    shifting = augmentation(
+        spacing_mm=(1.0, 1.0, 4.0),
+        affine_probability=1.0,
+        shift_voxels=8.0,
+        elastic_probability=1.0,
+        elastic_voxels=2.0,
+    )
+    changes = shifting.deformation.draw(range(200))
+    shifts = np.abs(changes["sampled"].values[:, :, 3].numpy()).max(axis=0)
+    assert shifts[:2].min() > 7.5
+    assert 1.9 < shifts[2] <= 2.0
+    x, y, z = changes["bent"].values.numpy().std(axis=(0, 2, 3, 4))
+    assert (x, y, z) == pytest.approx((2.0, 2.0, 0.5), rel=0.05)
+
+
+def test_spline_weights_by_hand() -> None:
     weights = spline_weights(25, 6, 12.0)
     assert weights.sum(1) == pytest.approx(np.ones(25))
     # Voxel 0 lies on control point 1, where a cubic B-spline weighs 1/6, 2/3, 1/6.

@@ -43,6 +43,7 @@ def batches(of: list[PatchCase] | None = None, batch_size: int = 4, seed: int = 
         left_right_axis=0,
         paired_classes=((1, 2),),
         num_classes=3,
+        spacing_mm=(1.0, 1.0, 1.0),
         seed=seed,
     )
     sampler = PatchSampler(

@@ -6,17 +6,19 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from phantom_experiments import preprocessed
+from phantom_experiments import preprocessed, task_of
 from safetensors.numpy import load_file
 
 from pipeline.config import Config
-from pipeline.config_loading import dump_config
+from pipeline.config_loading import dump_config, load_config
 
 pytestmark = pytest.mark.slow
 
@@ -204,11 +206,12 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def started_apart(config: Path, name: str, *more: str) -> list[tuple[int, str]]:
+def started_apart(config: Path, name: str, *more: str, both: Sequence[str] = ()) -> list[tuple[int, str]]:
     """Start two processes without a launcher, the second with more of its own; return how they have ended."""
     group = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     processes = [
-        start(*command(config, name, *own), RANK=rank, LOCAL_RANK=rank, **group) for rank, own in enumerate(((), more))
+        start(*command(config, name, *both, *own), RANK=rank, LOCAL_RANK=rank, **group)
+        for rank, own in enumerate(((), more))
     ]
     return [ended(process, 120) for process in processes]
 
@@ -226,6 +229,25 @@ def test_where_one_fails_the_other_ends_with_a_line(config: Path, tmp_path: Path
     assert "is not preprocessed so; run `medseg preprocess`" in reason
     assert "Traceback" not in said
     assert said.splitlines()[-1].startswith("error: process 0 of 2: another one has ended")
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+def test_a_poisoned_case_of_any_process_is_named_by_all(config: Path, norm: str) -> None:
+    """With norms that pool their statistics a process that ended its pass early would leave the other waiting."""
+    task = task_of(load_config(config))
+    case = task.training_cases[-1].id
+    sound, key = task.store.read(case), task.store.key_of(case)
+    assert key is not None
+    image = sound.image.copy()
+    image[:] = np.inf
+    task.store.write(case, replace(sound, image=image), key)
+    try:
+        ends = started_apart(config, f"poisoned_{norm}", both=("--set", f"network.options.norm={norm}"))
+    finally:
+        task.store.write(case, sound, key)
+    for code, said in ends:
+        assert code == 2, said
+        assert f"the image of case {case} holds inf or NaN" in said
 
 
 def test_a_batch_that_cannot_be_divided_is_refused_before_anything_is_written(config: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -24,7 +25,7 @@ from pipeline.stages.fold.hooks import FoldHooks
 from pipeline.stages.fold.run import train_fold
 from pipeline.stages.fold.task import FoldTask
 from pipeline.tracking import RunLog
-from pipeline.training.diagnosis.stopwatch import FINISHING, STARTING, Stopwatch
+from pipeline.training.diagnosis.stopwatch import FINISHING, STARTING, Stopwatch, unheard
 from pipeline.training.loop import train as run_loop
 from pipeline.training.sampling.cases import PatchCase
 
@@ -175,37 +176,60 @@ class BlockedTask(FoldTask):
 
     told = threading.Event()
 
-    def patch_cases(self) -> list[PatchCase]:
-        first, second, *others = super().patch_cases()
+    def patch_cases(self, reached: Callable[[str], None] = unheard) -> list[PatchCase]:
+        first, second, *others = super().patch_cases(reached)
         return [first, cast(PatchCase, BlockedCase(second, self.checkpoint, self.told)), *others]
+
+
+class UnreadableTask(FoldTask):
+    """A training whose second case cannot be read into memory."""
+
+    def patch_cases(self, reached: Callable[[str], None] = unheard) -> list[PatchCase]:
+        reached(self.training_cases[1].id)
+        assert BlockedTask.told.wait(30)
+        raise Stalled
 
 
 class Listener(logging.Handler):
     """Hears the first warning of data that do not come."""
 
-    def __init__(self) -> None:
+    def __init__(self, where: str) -> None:
         super().__init__(logging.WARNING)
+        self.where = where
         self.heard: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        if "waiting for data, step" in record.getMessage():
+        if self.where in record.getMessage():
             self.heard.append(record.getMessage())
             BlockedTask.told.set()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_case_that_cannot_be_read_is_named_with_stage_and_stack(prepared: Config, workers: int) -> None:
-    config = changed(prepared.changed(name="blocked"), "training", stall_minutes=1 / 60, workers=workers, batch_size=1)
-    task = BlockedTask.prepare(config, train.dataset_of(config), 0, torch.device("cpu"))
+def stall_of(task: FoldTask, where: str) -> str:
+    """Train until a stall has been told, and return what was said."""
     BlockedTask.told.clear()
-    listener, logger = Listener(), logging.getLogger("pipeline")
+    listener, logger = Listener(where), logging.getLogger("pipeline")
     logger.addHandler(listener)
     try:
         with pytest.raises(Stalled):
             train_fold(task, resume=False)
     finally:
         logger.removeHandler(listener)
-    said, stack = listener.heard[-1].split("\n", 1)
+    return listener.heard[-1]
+
+
+def test_a_case_that_cannot_be_read_into_memory_is_named_before_the_first_step(prepared: Config) -> None:
+    config = changed(prepared.changed(name="unreadable"), "training", stall_minutes=1 / 60)
+    task = UnreadableTask.prepare(config, train.dataset_of(config), 0, torch.device("cpu"))
+    said, stack = stall_of(task, "starting").split("\n", 1)
+    assert said == f"no progress for 0.0 minutes; starting, case {task.training_cases[1].id}"
+    assert "in patch_cases" in stack
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_case_that_cannot_be_read_is_named_with_stage_and_stack(prepared: Config, workers: int) -> None:
+    config = changed(prepared.changed(name="blocked"), "training", stall_minutes=1 / 60, workers=workers, batch_size=1)
+    task = BlockedTask.prepare(config, train.dataset_of(config), 0, torch.device("cpu"))
+    said, stack = stall_of(task, "waiting for data, step").split("\n", 1)
     blocked = task.training_cases[1].id
     assert re.fullmatch(rf"no progress for 0\.0 minutes; waiting for data, step \d, case {blocked}", said)
     assert "in read_image" in stack

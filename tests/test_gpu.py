@@ -77,6 +77,7 @@ def sampled(place: Place, device: str, workers: int = 0) -> Batches:
         left_right_axis=0,
         paired_classes=((1, 2),),
         num_classes=3,
+        spacing_mm=(1.0, 1.0, 1.0),
         seed=0,
     )
     cases = [case.on(torch.device(device)) for case in held] if place == "GPU" else held

@@ -53,19 +53,21 @@ class DenoisingTask(FoldTask):
         """Random changes of the clean patches: without noise, which could not be told from that to take away."""
         return self.config.training.augmentation.changed(noise_probability=0.0)
 
-    def batches(self, network: Network, clock: Clock = untimed) -> CaseBatches:
+    def batches(
+        self, network: Network, clock: Clock = untimed, reached: Callable[[str], None] = unheard
+    ) -> CaseBatches:
         """Build the way from the store to noisy batches and what is to become of them."""
         return NoisyBatches(
-            super().batches(network, clock),
+            super().batches(network, clock, reached),
             noise_std=self.config.training.denoising.noise_std,
             output_size=self.plan.patch_size,
             seed=self.config.seed,
             share=this_share(),
         )
 
-    def patch_cases(self) -> list[PatchCase]:
+    def patch_cases(self, reached: Callable[[str], None] = unheard) -> list[PatchCase]:
         """Return the training cases without their labels."""
-        return [WithoutLabel(case) for case in super().patch_cases()]
+        return [WithoutLabel(case) for case in super().patch_cases(reached)]
 
 
 @dataclass(frozen=True)

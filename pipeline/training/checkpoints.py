@@ -7,6 +7,7 @@ pickled.
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor
 from pipeline.errors import TrainingError
 from pipeline.records import atomic_path
 from pipeline.training.state import TrainState
+
+log = logging.getLogger(__name__)
 
 CHECKPOINT_FORMAT_VERSION = 3
 
@@ -74,7 +77,10 @@ def load_checkpoint(path: Path, state: TrainState, facts: dict[str, Any]) -> Non
     _fill(state.network.state_dict(), tensors, "network/")
     _fill({str(i): tensor for i, tensor in enumerate(state.average or [])}, tensors, "average/")
     _restore_optimiser(state.optimiser, tensors, metadata["optimiser"])
-    state.scaler.load_state_dict(metadata["scaler"])
+    if bool(metadata["scaler"]) != state.scaler.is_enabled():
+        log.warning("%s: was written by a machine on which training.precision auto is another", path)
+    if metadata["scaler"]:
+        state.scaler.load_state_dict(metadata["scaler"])
     _fill({name: getattr(state.sums, name) for name in _SUMS}, tensors, "sums/")
     state.sums.bad_step.fill_(-1)
     for name in _NUMBERS:

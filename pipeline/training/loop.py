@@ -114,6 +114,7 @@ def train(
         TrainingError: a loss or gradient is not finite; no checkpoint and no model is written of what it led to.
     """
     epoch_start = saved = spent = time.monotonic()
+    first = state.step  # of the epoch, as far as it is done here
     while not is_over(state, settings):
         learning_rate = schedule(state.step, state.total_steps)
         train_step(state, batches, learning_rate, settings, clock)
@@ -128,13 +129,14 @@ def train(
             if bad_step >= 0 and (ended or this_share().processes == 1):
                 raise hooks.not_finite(state, bad_step)
         if ended:
-            metrics = _epoch_metrics(state, settings, time.monotonic() - epoch_start, learning_rate)
+            speed = (state.step - first) / (time.monotonic() - epoch_start)
+            metrics = _epoch_metrics(state, settings, speed, learning_rate)
             if _validation_due(state, settings):
                 with clock(VALIDATION):
                     metrics |= _validate(state, hooks)
             with clock(LOGGING):
                 hooks.epoch_ended(state, metrics)
-            epoch_start = time.monotonic()
+            epoch_start, first = time.monotonic(), state.step
         if due and bad_step < 0:
             spent = _spend(state, spent)
             with clock(CHECKPOINTS):
@@ -221,24 +223,23 @@ def _validation_due(state: TrainState, settings: LoopSettings) -> bool:
 
 
 def _validate(state: TrainState, hooks: Hooks) -> dict[str, float]:
-    """Score full volumes, and keep the model where it is the best so far."""
+    """Score full volumes, and keep the model where none was better so far: of equal ones the last."""
     scores = hooks.validate(state)
-    if scores["score"] > state.best_score:
-        state.best_score, state.best_step, state.stale_validations = scores["score"], state.step, 0
+    state.stale_validations = 0 if scores["score"] > state.best_score else state.stale_validations + 1
+    if scores["score"] >= state.best_score:
+        state.best_score, state.best_step = scores["score"], state.step
         hooks.improved(state, scores)
-    else:
-        state.stale_validations += 1
     return {f"val/{name}": value for name, value in scores.items()}
 
 
-def _epoch_metrics(state: TrainState, settings: LoopSettings, seconds: float, learning_rate: float) -> dict[str, float]:
+def _epoch_metrics(state: TrainState, settings: LoopSettings, speed: float, learning_rate: float) -> dict[str, float]:
     """Return the epoch's mean loss and gradient norm, last learning rate and speed, and begin the next epoch's sums."""
     steps = (state.step - 1) % settings.steps_per_epoch + 1
     sums, norms = state.sums, int(state.sums.norms)
     metrics = {
         "train/loss": sums.loss.item() / steps,
         "train/learning_rate": learning_rate,
-        "train/steps_per_s": steps / seconds,
+        "train/steps_per_s": speed,
     }
     if norms:
         metrics["train/gradient_norm"] = sums.gradient_norm.item() / norms

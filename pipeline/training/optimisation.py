@@ -45,7 +45,7 @@ def sgd(
     nesterov: bool = True,
 ) -> torch.optim.Optimizer:
     """Build SGD with momentum, by default Nesterov's; its defaults are nnU-Net's (Isensee et al. 2021)."""
-    return torch.optim.SGD(
+    optimiser = torch.optim.SGD(
         groups,
         lr=learning_rate,
         momentum=momentum,
@@ -53,6 +53,12 @@ def sgd(
         weight_decay=weight_decay,
         fused=True,
     )
+    if momentum > 0:
+        # A fused first step that overflows fp16 would leave its momenta behind as memory that nobody has written (torch
+        # 2.13). From zero they become the first gradient, as torch begins them.
+        for parameter in (parameter for group in optimiser.param_groups for parameter in group["params"]):
+            optimiser.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimiser
 
 
 def cosine(peak: float, warmup_fraction: float = 0.05) -> Schedule:

@@ -75,7 +75,7 @@ class TrainState:
         spent_s: seconds of training so far, start-up included, pauses before it was resumed left out.
         best_score: best validation score so far.
         best_step: its step.
-        stale_validations: validations since then.
+        stale_validations: validations since the score last rose.
         sums: of the losses and gradients of the epoch so far.
     """
 

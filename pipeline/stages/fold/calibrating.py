@@ -24,6 +24,7 @@ from pipeline.inference.planes import LogitPlanes
 from pipeline.model import load_model
 from pipeline.predictor import Engine, Predictor, Segmentation, Watcher
 from pipeline.preparation.preprocessing import PreparedImage
+from pipeline.training.diagnosis.stopwatch import unheard
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,9 @@ class VoxelJudge:
         return _known(self.shipped.result) | {f"{name}{UNCALIBRATED}": value for name, value in bare.items()}
 
 
-def calibration_of(folder: Path, store: CaseStore, cases: Sequence[Case], engine: Engine) -> Calibration | None:
+def calibration_of(
+    folder: Path, store: CaseStore, cases: Sequence[Case], engine: Engine, reached: Callable[[str], None] = unheard
+) -> Calibration | None:
     """Learn from validation cases how far a model's confidence can be trusted.
 
     The temperature comes from up to TEMPERATURE_CASES of them; all are then segmented at it, by the road that `segment`
@@ -77,6 +80,7 @@ def calibration_of(folder: Path, store: CaseStore, cases: Sequence[Case], engine
         store: the prepared cases.
         cases: not seen by the model, with all of their labels.
         engine: how the machine is used.
+        reached: is told the id of each case as it is begun.
 
     Returns:
         None without cases, and where memory does not suffice: the model is whole without it.
@@ -87,18 +91,20 @@ def calibration_of(folder: Path, store: CaseStore, cases: Sequence[Case], engine
     description = model.description
     predictor = Predictor(model.network, model.plan, description.inference, engine, output=description.output)
     try:
-        return calibrate(predictor, store, cases)
+        return calibrate(predictor, store, cases, reached)
     except ResourceError as error:
         log.warning("%s: is left without a calibration: %s", folder, error)
         return None
 
 
-def calibrate(predictor: Predictor, store: CaseStore, cases: Sequence[Case]) -> Calibration:
+def calibrate(
+    predictor: Predictor, store: CaseStore, cases: Sequence[Case], reached: Callable[[str], None] = unheard
+) -> Calibration:
     """Do the work of `calibration_of`; the predictor has the fitted temperature from then on."""
-    predictor.temperature = _fitted_temperature(predictor, store, cases)
+    predictor.temperature = _fitted_temperature(predictor, store, cases, reached)
     found: dict[str, list[tuple[Features, float]]] = {label: [] for label in list(predictor.plan.labels)[1:]}
     before, after = ReliabilityMeter(predictor.output), ReliabilityMeter(predictor.output)
-    for case, label in _labelled(store, cases):
+    for case, label in _labelled(store, cases, reached):
         judge = VoxelJudge(predictor, label)
         segmentation = predictor.segment(_image_of(case), case.native, watch=[judge])
         before += judge.bare
@@ -137,11 +143,13 @@ def beside(
     return watch
 
 
-def _fitted_temperature(predictor: Predictor, store: CaseStore, cases: Sequence[Case]) -> float:
+def _fitted_temperature(
+    predictor: Predictor, store: CaseStore, cases: Sequence[Case], reached: Callable[[str], None]
+) -> float:
     """Return the temperature at which a few cases' logits are likeliest."""
     fit = TemperatureFit(predictor.output)
     chosen = np.linspace(0, len(cases) - 1, min(len(cases), TEMPERATURE_CASES)).round().astype(int)
-    for case, label in _labelled(store, [cases[index] for index in chosen]):
+    for case, label in _labelled(store, [cases[index] for index in chosen], reached):
         watch = beside(label, fit.add, ignored=predictor.plan.ignored_class, most_voxels=TEMPERATURE_VOXELS)
         with predictor.stream(case.image, case.body) as stream:
             for planes in stream:
@@ -149,11 +157,15 @@ def _fitted_temperature(predictor: Predictor, store: CaseStore, cases: Sequence[
     return fit.temperature
 
 
-def _labelled(store: CaseStore, cases: Sequence[Case]) -> Iterator[tuple[PreparedCase, Labels]]:
+def _labelled(
+    store: CaseStore, cases: Sequence[Case], reached: Callable[[str], None]
+) -> Iterator[tuple[PreparedCase, Labels]]:
     """Read cases with their labels on the plan's grid."""
-    for case in map(store.read, (case.id for case in cases)):
-        if case.label is not None:
-            yield case, case.label
+    for case in cases:
+        reached(case.id)
+        prepared = store.read(case.id)
+        if prepared.label is not None:
+            yield prepared, prepared.label
 
 
 def _lessons(

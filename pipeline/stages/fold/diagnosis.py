@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count, islice
 
 import numpy as np
@@ -34,6 +34,16 @@ log = logging.getLogger(__name__)
 
 # Patches in the picture at the start of a run.
 PICTURED_PATCHES = 8
+
+
+def watchdog_of(task: FoldTask, clock: Stopwatch) -> Watchdog:
+    """Return what warns when a training stands still, from its first file on."""
+    return Watchdog(
+        clock,
+        60 * task.config.training.stall_minutes,
+        place=lambda: f"case {clock.case}" if clock.case else "before the first case",
+        report=lambda said: None,
+    )
 
 
 class FoldDiagnosis:
@@ -100,14 +110,10 @@ class FoldDiagnosis:
                 log.warning("%s", sentence)
                 self._advised.add(phase)
 
-    def watchdog(self, tracked: RunLog) -> Watchdog:
-        """Return what warns, here and in the run, when training stands still."""
-        return Watchdog(
-            self.clock,
-            60 * self.task.config.training.stall_minutes,
-            place=self.place,
-            report=lambda said: tracked.tags({"medseg.stalled": said}),
-        )
+    def takes_over(self, watchdog: Watchdog, tracked: RunLog) -> None:
+        """Let a watchdog know where training stands, and write stalls into the run too."""
+        watchdog.place = self.place
+        watchdog.report = lambda said: tracked.tags({"medseg.stalled": said})
 
     def place(self) -> str:
         """Say what is worked on: the case that was reached, or the cases of the batch."""
@@ -124,10 +130,8 @@ class FoldDiagnosis:
         recount = repeated(dict(self.state.recounts))  # as it is now
         load_checkpoint(task.checkpoint, self.state, task.facts)
         finding = replay(self.state, self.batch, schedule, task.settings, bad_step, recount)
-        # Each process has looked into its own patches: the first that has found something speaks for all.
-        found = next(filter(None, gathered_texts("" if finding is None else self._said(finding))), None)
         return TrainingError(
-            found
+            _earliest(finding.order if finding else (), self._said(finding) if finding else "")
             or f"step {bad_step}: loss or gradient was inf or NaN, and finite when the step was done again; among "
             f"{named(self._cases_of_step(bad_step))}; go on with --resume, or lower training.learning_rate"
         )
@@ -187,3 +191,16 @@ class FoldDiagnosis:
         ]
         for line in lines:
             log.info("fold %d: %s", self.task.fold, line)
+
+
+def _earliest(order: Sequence[int], said: str) -> str:
+    """Return what the processes say whose findings came about first, each of them having looked into its own patches.
+
+    Args:
+        order: which of several findings is earlier; of as many numbers everywhere, less than a million.
+        said: "" where this process has found nothing.
+    """
+    mine = " ".join(f"{number + 1:07d}" for number in order) + f"\n{said}" if said else ""
+    found = [text.partition("\n") for text in gathered_texts(mine) if text]
+    first = min((order for order, _, _ in found), default="")
+    return "; ".join(dict.fromkeys(said for order, _, said in found if order == first))

@@ -11,8 +11,9 @@ from pipeline.data.plan import write_plan
 from pipeline.hardware import arithmetic_facts
 from pipeline.records import write_json, write_text
 from pipeline.stages.fold.hooks import shareable
-from pipeline.stages.fold.task import FACTS, FoldTask
+from pipeline.stages.fold.task import FoldTask
 from pipeline.stages.initialisation import Initialisation
+from pipeline.stages.models import FACTS
 from pipeline.stages.preprocess import KEYS
 from pipeline.stages.workspace import EARLIER, Workspace
 from pipeline.tracking import RunLog, environment_tags

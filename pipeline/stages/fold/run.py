@@ -15,17 +15,18 @@ from pipeline.pictures import draw_learning_curves
 from pipeline.progress import counter
 from pipeline.records import atomic_path, exclusively, write_json
 from pipeline.stages.fold.determinism import refuse_nondeterministic
-from pipeline.stages.fold.diagnosis import FoldDiagnosis
+from pipeline.stages.fold.diagnosis import FoldDiagnosis, watchdog_of
 from pipeline.stages.fold.hooks import FoldHooks, Listener, unheard_scores
 from pipeline.stages.fold.record import RECOUNTS, WEIGHTS_TAG, new_run
 from pipeline.stages.fold.task import FoldTask
 from pipeline.stages.initialisation import initialise
 from pipeline.stages.model_card import write_card
 from pipeline.stages.models import BEST, LAST
-from pipeline.tracking import RunLog, SilentLog, metric_history, start_follower
+from pipeline.tracking import Follower, RunLog, SilentLog, metric_history, start_follower
 from pipeline.training.budget import Costs, Recount, TimedBudget, pace_of, unchanged
 from pipeline.training.checkpoints import load_checkpoint, save_checkpoint
 from pipeline.training.diagnosis.stopwatch import FINISHING, STARTING, Stopwatch
+from pipeline.training.diagnosis.watchdog import Watchdog
 from pipeline.training.distributed import agree, from_first, synchronised, this_share
 from pipeline.training.loop import Batch, Batches, is_over, train, train_step
 from pipeline.training.state import TrainState
@@ -83,13 +84,24 @@ def complete_fold(task: FoldTask, listener: Listener = unheard_scores, recount: 
 
 def _train_locked(task: FoldTask, *, resume: bool, listener: Listener, recount: Recount | None) -> None:
     """Train one fold while no other process does."""
-    began, share = time.monotonic(), this_share()
-    state = task.new_state()
     clock = Stopwatch(task.device)
-    batches = task.batches(state.network, clock)
-    if task.config.training.deterministic:
-        refuse_nondeterministic(task, batches)
-    _wrap_step(task, state, batches)
+    with watchdog_of(task, clock) as watchdog:
+        follower = _train_watched(task, clock, watchdog, resume=resume, listener=listener, recount=recount)
+    if follower is not None:
+        follower.wait(TRACKING_WAIT_S)
+
+
+def _train_watched(
+    task: FoldTask, clock: Stopwatch, watchdog: Watchdog, *, resume: bool, listener: Listener, recount: Recount | None
+) -> Follower | None:
+    """Train one fold while a watchdog watches, and return who still sends to MLflow."""
+    began, share = time.monotonic(), this_share()
+    with clock(STARTING):
+        state = task.new_state()
+        batches = task.batches(state.network, clock, clock.reached)
+        if task.config.training.deterministic:
+            refuse_nondeterministic(task, batches)
+        _wrap_step(task, state, batches)
     if resume:
         load_checkpoint(task.checkpoint, state, task.facts_to_resume)
         agree({"checkpoint": (state.step, state.total_steps, state.best_step)})
@@ -98,19 +110,20 @@ def _train_locked(task: FoldTask, *, resume: bool, listener: Listener, recount: 
         taken = initialise(task, state)  # before anything is moved or written: it may refuse
         tracked = new_run(task, taken) if share.is_first else SilentLog(task.folder)
     diagnosis = FoldDiagnosis(task, state, batches, clock)
+    diagnosis.takes_over(watchdog, tracked)
     hooks = FoldHooks(task, state, tracked, diagnosis, listener)
     try:
-        with diagnosis.watchdog(tracked):
-            with clock(STARTING):
-                by_budget = _begin(hooks, state, began, resume=resume)
-            # Only now: MLflow's imports beside the probe would make the steps look dear.
-            follower = start_follower(task.folder) if share.is_first else None
-            diagnosis.count_to(STARTING)
-            with counter(f"fold {task.fold}", state.total_steps, state.step) as advance:
-                counted = _counted(diagnosis.batch, lambda: advance(state.total_steps), task.settings.accumulate)
-                train(state, counted, task.schedule(state), task.settings, hooks, clock, recount or by_budget)
-        if share.is_first:
-            _finish(hooks, state)
+        with clock(STARTING):
+            by_budget = _begin(hooks, state, began, resume=resume)
+        # Only now: MLflow's imports beside the probe would make the steps look dear.
+        follower = start_follower(task.folder) if share.is_first else None
+        diagnosis.count_to(STARTING)
+        with counter(f"fold {task.fold}", state.total_steps, state.step) as advance:
+            counted = _counted(diagnosis.batch, lambda: advance(state.total_steps), task.settings.accumulate)
+            train(state, counted, task.schedule(state), task.settings, hooks, clock, recount or by_budget)
+        with clock(FINISHING):
+            if share.is_first:
+                _finish(hooks, state)
         diagnosis.count_to(FINISHING)
     except BaseException as error:
         tracked.finish("KILLED" if isinstance(error, KeyboardInterrupt | TrainingEnded) else "FAILED")
@@ -118,9 +131,8 @@ def _train_locked(task: FoldTask, *, resume: bool, listener: Listener, recount: 
     finally:
         batches.close()
     tracked.finish("FINISHED")
-    if follower is not None:
-        follower.wait(TRACKING_WAIT_S)
     diagnosis.summarise()
+    return follower
 
 
 def _begin(hooks: FoldHooks, state: TrainState, began: float, *, resume: bool) -> Recount:
@@ -245,7 +257,7 @@ def _finish(hooks: FoldHooks, state: TrainState) -> None:
     if state.recounts:
         write_json(task.folder / RECOUNTS, list(state.recounts.items()))
         tracked.artifact(task.folder / RECOUNTS)
-    _calibrate(task, tracked, state.step)
+    _calibrate(hooks, state.step)
     tracked.model(task.folder / BEST, task.config.tracking.register_as, task.config.tracking.alias)
     # Last of all: where it is, the training is over.
     hooks.save_model(state, LAST, {})
@@ -254,9 +266,10 @@ def _finish(hooks: FoldHooks, state: TrainState) -> None:
     log.info("fold %d: SHA-256 of the weights, %s", task.fold, ", ".join(f"{n} {d}" for n, d in digests.items()))
 
 
-def _calibrate(task: FoldTask, tracked: RunLog, step: int) -> None:
+def _calibrate(hooks: FoldHooks, step: int) -> None:
     """Write into the best model's folder what its validation cases teach about its confidence."""
-    calibration = task.calibration(task.folder / BEST)
+    task, tracked = hooks.task, hooks.tracked
+    calibration = task.calibration(task.folder / BEST, hooks.diagnosis.clock.reached)
     if calibration is None:
         return
     save_calibration(task.folder / BEST, calibration)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,12 +27,12 @@ from pipeline.records import digest_of
 from pipeline.stages.fold.calibrating import PASS_COST, TEMPERATURE_CASES, calibration_of
 from pipeline.stages.fold.validation import DiceValidation, Validation
 from pipeline.stages.initial_weights import find_initial, initial_digest
-from pipeline.stages.models import LAST
+from pipeline.stages.models import FACTS, LAST
 from pipeline.stages.preprocess import CASES, KEYS, sources_digest
 from pipeline.stages.settling import plan_path
 from pipeline.stages.workspace import Workspace
 from pipeline.training.batch_norm import pool_batch_norms, pools_statistics
-from pipeline.training.diagnosis.stopwatch import Clock, untimed
+from pipeline.training.diagnosis.stopwatch import Clock, unheard, untimed
 from pipeline.training.distributed import this_share
 from pipeline.training.loop import LoopSettings
 from pipeline.training.losses import Objective, build_loss
@@ -46,7 +46,7 @@ from pipeline.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT, FACTS = "checkpoint.safetensors", "facts.json"
+CHECKPOINT = "checkpoint.safetensors"
 NO_TRAINING_CASE = "fold {}: all cases to train on lie in it, so that held out it leaves none; see the manifest's folds"
 
 
@@ -105,7 +105,9 @@ class FoldTask:
             raise ConfigError(NO_TRAINING_CASE.format(fold))
         task.refuse_stale_store(folder / KEYS)
         with config_errors_of(f"network {config.network.name}"):
-            return replace(task, plan=fitted_plan(task.plan, config.network, config.training.batch_size))
+            plan = fitted_plan(task.plan, config.network, config.training.batch_size)
+        # From here on a case that is prepared anew is an error: the plan would be another's.
+        return replace(task, plan=plan, store=CaseStore(store.folder, task.keys))
 
     def refuse_stale_store(self, record: Path) -> None:
         """See that the store was made from this manifest and plan, and that each case came out.
@@ -128,6 +130,8 @@ class FoldTask:
     @cached_property
     def keys(self) -> dict[str, str | None]:
         """Digest of what each prepared case was made from, by the case's id."""
+        if self.store.keys is not None:
+            return dict(self.store.keys)
         return {case.id: self.store.key_of(case.id) for case in (*self.training_cases, *self.validation_cases)}
 
     @property
@@ -269,16 +273,20 @@ class FoldTask:
         predictor = Predictor(network, self.plan, self.config.inference, self.engine, output=self.plan.output)
         return DiceValidation(predictor, self.store)
 
-    def calibration(self, model: Path) -> Calibration | None:
+    def calibration(self, model: Path, reached: Callable[[str], None] = unheard) -> Calibration | None:
         """Learn from the validation cases how far a model's confidence can be trusted; None where there is nothing.
 
         Only from cases in which people looked for everything: elsewhere what is right is not known.
+
+        Args:
+            model: its folder.
+            reached: is told the id of each case as it is begun.
         """
         if self.config.task != "segment":
             return None
         structures = list(self.plan.labels)[1:]
         cases = [case for case in self.validation_cases if case.is_annotated(structures)]
-        return calibration_of(model, self.store, cases, self.engine)
+        return calibration_of(model, self.store, cases, self.engine, reached)
 
     @property
     def calibration_passes(self) -> float:
@@ -303,8 +311,15 @@ class FoldTask:
         """Threads that read ahead."""
         return workers_for(self.config.training.workers, self.cases_at, self.device)
 
-    def batches(self, network: Network, clock: Clock = untimed) -> CaseBatches:
+    def batches(
+        self, network: Network, clock: Clock = untimed, reached: Callable[[str], None] = unheard
+    ) -> CaseBatches:
         """Build the way from the store to the network's augmented batches; to be closed.
+
+        Args:
+            network: that learns from them.
+            clock: measures the phases.
+            reached: is told the id of each case as it is read or opened.
 
         Raises:
             ConfigError: a label with a weight is not among the plan's.
@@ -318,10 +333,11 @@ class FoldTask:
             left_right_axis=self.plan.left_right_axis,
             paired_classes=self.plan.paired_classes,
             num_classes=len(self.plan.labels) + self.plan.has_ignored,
+            spacing_mm=self.plan.spacing_mm,
             seed=self.config.seed,
         )
         sampler = PatchSampler(
-            self.patch_cases(),
+            self.patch_cases(reached),
             patch_size=self.plan.patch_size,
             read_size=augmentation.read_size,
             foreground_fraction=section.foreground_fraction,
@@ -340,9 +356,9 @@ class FoldTask:
             clock=clock,
         )
 
-    def patch_cases(self) -> list[PatchCase]:
+    def patch_cases(self, reached: Callable[[str], None] = unheard) -> list[PatchCase]:
         """Return the training cases, kept as near to the network as they fit."""
-        return keep(self.training_cases, self.store, self.plan, self.cases_at, self.device)
+        return keep(self.training_cases, self.store, self.plan, self.cases_at, self.device, reached)
 
 
 def class_weights(of_labels: Mapping[str, float], labels: Iterable[str]) -> dict[int, float]:

@@ -59,7 +59,8 @@ class DiceValidation:
         """Score cases from the store, each process its share; all of them return the same.
 
         A structure that is missed, or found where there is none, counts as 0 here, for what is chosen by this score
-        must not gain from missing a structure; `evaluate` lists such cases apart.
+        must not gain from missing a structure; `evaluate` lists such cases apart. Where no case holds any structure,
+        the score is 1 for who finds none; where no case has a label, 0.
         """
         names = list(self.predictor.plan.structures)
         mine = []
@@ -69,7 +70,9 @@ class DiceValidation:
         table = gathered(torch.tensor(mine, dtype=torch.float64).reshape(-1, len(names)), len(cases)).numpy()
         columns = {name: column[~np.isnan(column)] for name, column in zip(names, table.T, strict=True)}
         means = {f"dice/{name}": float(np.mean(values)) for name, values in columns.items() if len(values)}
-        return {**means, "score": float(np.mean(list(means.values()))) if means else 0.0}
+        if means:
+            return {**means, "score": float(np.mean(list(means.values())))}
+        return {"score": 1.0 if any(case.label for case in cases) else 0.0}
 
     def _dice(self, case: Case) -> list[float]:
         """Return a case's Dice per label or region; what does not count is no number."""

@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from itertools import count
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+# In the order in which they come about.
 Kind = Literal["weights", "image", "layer", "loss", "gradient", "step"]
 
 
@@ -25,11 +27,18 @@ class Fault:
         kind: what it is.
         name: of the layer or parameter, as `named_modules` has it; "" where there is none to name.
         rows: samples of the batch in which it is not; empty where all are concerned, or none.
+        place: of a layer: how many had given their output before it.
     """
 
     kind: Kind
     name: str = ""
     rows: tuple[int, ...] = ()
+    place: int = 0
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Which of several faults of a batch came about first."""
+        return get_args(Kind).index(self.kind), self.place
 
 
 def not_finite_among(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
@@ -45,21 +54,23 @@ def faulty_weight(network: nn.Module) -> str | None:
 def inspect(network: nn.Module, image: Tensor, loss_of: Callable[[], Tensor], *, backward: bool) -> Fault | None:
     """Do a batch's forward and backward pass, and return what is the first in it not to be finite.
 
+    Both passes are done to their ends whatever is found: processes that train together wait for one another in them.
+
     Args:
         network: its weights those from before the step; its gradients are left as they are.
         image: (N, C, *input) of the batch.
         loss_of: does the forward pass of this batch under the training's autocast and seed.
         backward: whether to look at the gradients too: they are no fault where a scaler leaves out what overflows.
     """
-    if rows := _faulty_rows(image, len(image)):
-        return Fault("image", rows=rows)
     with _watching_layers(network, len(image)) as found:
         loss = loss_of()
+    name = _faulty_gradient(network, loss) if backward else None
+    if rows := _faulty_rows(image, len(image)):
+        return Fault("image", rows=rows)
     if found:
         return found[0]
     if not _finite(loss):
         return Fault("loss")
-    name = _faulty_gradient(network, loss) if backward else None
     return None if name is None else Fault("gradient", name)
 
 
@@ -78,11 +89,13 @@ def _watching_layers(network: nn.Module, samples: int) -> Iterator[list[Fault]]:
     What a module computes between its children is its own: these report before it does.
     """
     found: list[Fault] = []
+    place = count()
 
     def look(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        before = next(place)
         if not found and not all(_finite(tensor) for tensor in _tensors(output)):
             rows = {row for tensor in _tensors(output) for row in _faulty_rows(tensor, samples)}
-            found.append(Fault("layer", name or type(module).__name__, tuple(sorted(rows))))
+            found.append(Fault("layer", name or type(module).__name__, tuple(sorted(rows)), before))
 
     handles = [module.register_forward_hook(partial(look, name)) for name, module in network.named_modules()]
     try:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from pipeline.training.budget import Recount, unchanged
 from pipeline.training.diagnosis.finiteness import Fault, faulty_weight, inspect
-from pipeline.training.distributed import this_share
 from pipeline.training.loop import Batches, LoopSettings, batch_loss, train_step
 from pipeline.training.optimisation import Schedule
 from pipeline.training.state import TrainState
@@ -27,6 +24,11 @@ class Finding:
     step: int
     batch: int | None
     fault: Fault
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Which of several processes' findings came about first."""
+        return self.step, -1 if self.batch is None else self.batch, *self.fault.order
 
 
 def replay(
@@ -49,7 +51,8 @@ def replay(
 
     Returns:
         The finding; None where all was finite this time, as it may be on a GPU, which does not round twice alike, or
-        where the fault is in the batch of another process.
+        where the fault is in the batch of another process. Processes that train together do the same passes, whatever
+        each of them finds.
     """
     if name := faulty_weight(state.network):
         return Finding(state.step, None, Fault("weights", name))
@@ -60,23 +63,17 @@ def replay(
     if name := faulty_weight(state.network):
         return Finding(bad_step - 1, None, Fault("step", name))
     state.objective.train()
-    for number in range(bad_step * settings.accumulate, (bad_step + 1) * settings.accumulate):
-        if fault := _fault_of(state, batches, settings, number):
-            return Finding(bad_step, number, fault)
-    return None
+    numbers = range(bad_step * settings.accumulate, (bad_step + 1) * settings.accumulate)
+    faults = [(number, _fault_of(state, batches, settings, number)) for number in numbers]
+    return next((Finding(bad_step, number, fault) for number, fault in faults if fault), None)
 
 
 def _fault_of(state: TrainState, batches: Batches, settings: LoopSettings, number: int) -> Fault | None:
     """Return what in a batch is the first not to be finite."""
     batch = batches(number)
-    alone = this_share().processes == 1
-
-    def logits(image: Tensor, _: object) -> Tensor:
-        output: Tensor = state.network(image)
-        return output
-
-    def loss() -> Tensor:
-        # Several processes would wait for one another in the loss; for a layer each can look alone.
-        return batch_loss(state.objective if alone else logits, batch, number, settings)
-
-    return inspect(state.network, batch[0], loss, backward=alone and not state.scaler.is_enabled())
+    return inspect(
+        state.network,
+        batch[0],
+        lambda: batch_loss(state.objective, batch, number, settings),
+        backward=not state.scaler.is_enabled(),
+    )

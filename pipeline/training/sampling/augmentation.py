@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import AugmentationSection
+from pipeline.data.plan import Millimetres
 from pipeline.networks.contract import Size
 from pipeline.training.sampling.changes import Draws, on_device
 from pipeline.training.sampling.deformation import Deformation, flip_of
@@ -31,6 +32,7 @@ class Augmentation:
         paired_classes: class indices that swap.
         num_classes: classes that a label may hold, background included, and ignored voxels where there are any: they
             are deformed as one more class.
+        spacing_mm: of the voxels.
         seed: of every draw.
     """
 
@@ -43,12 +45,18 @@ class Augmentation:
         left_right_axis: int,
         paired_classes: tuple[tuple[int, int], ...],
         num_classes: int,
+        spacing_mm: Millimetres,
         seed: int,
     ) -> None:
         self.enabled = section.enabled
         self.patch_size = patch_size
         self.deformation = Deformation(
-            section, patch_size=patch_size, target_size=target_size, num_classes=num_classes, seed=seed
+            section,
+            patch_size=patch_size,
+            target_size=target_size,
+            num_classes=num_classes,
+            spacing_mm=spacing_mm,
+            seed=seed,
         )
         self.intensity = Intensity(section, seed)
         self._sides = flip_of(left_right_axis)

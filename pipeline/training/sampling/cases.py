@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
@@ -17,7 +17,8 @@ from torch import Tensor
 from pipeline.data.manifest import Case
 from pipeline.data.plan import Plan
 from pipeline.data.store import CaseStore, StoredCase
-from pipeline.hardware import available_bytes
+from pipeline.free_memory import available_bytes
+from pipeline.training.diagnosis.stopwatch import unheard
 
 log = logging.getLogger(__name__)
 
@@ -158,17 +159,35 @@ def place_for(needed_bytes: int, device: torch.device, processes: int = 1) -> Pl
     return place
 
 
-def keep(cases: Sequence[Case], store: CaseStore, plan: Plan, place: Place, device: torch.device) -> list[PatchCase]:
+def keep(
+    cases: Sequence[Case],
+    store: CaseStore,
+    plan: Plan,
+    place: Place,
+    device: torch.device,
+    reached: Callable[[str], None] = unheard,
+) -> list[PatchCase]:
     """Return prepared cases, read into memory or onto the device, or open.
+
+    Args:
+        cases: which.
+        store: where they lie.
+        plan: their channels and labels.
+        place: where they shall be.
+        device: of the place "GPU".
+        reached: is told the id of each case as it is begun; from several threads.
 
     Raises:
         StoreError: a case is missing or damaged.
     """
 
     def kept(case: Case) -> PatchCase:
+        reached(case.id)
         annotated = _annotated(case, plan)
         if place == "disk":
-            return CaseOnDisk(store.open(case.id), case.id, annotated)
+            stored = store.open(case.id)
+            stored.hold()
+            return CaseOnDisk(stored, case.id, annotated)
         prepared = store.read(case.id)
         held = HeldCase(prepared.image, prepared.label, prepared.class_voxels, case.id, annotated)
         return held.on(device) if place == "GPU" else held

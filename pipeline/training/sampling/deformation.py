@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.config import AugmentationSection
+from pipeline.data.plan import Millimetres
 from pipeline.networks.contract import Size, centre_crop
 from pipeline.training.randomness import generator
 from pipeline.training.sampling.changes import Change, Changes, drawn
@@ -27,18 +28,26 @@ Matrices = NDArray[np.float64]
 
 
 class Deformation:
-    """Random changes of where things are.
+    """Random changes of where things are, in millimetres: of voxels that are not cubes a rotation does not shear.
 
     Args:
         section: probabilities and ranges.
         patch_size: voxels of the image returned.
         target_size: voxels of the label returned, its centre.
         num_classes: classes, background and ignored voxels included.
+        spacing_mm: of the voxels; shifts and displacements are counted in the shortest side of one.
         seed: of every draw.
     """
 
     def __init__(
-        self, section: AugmentationSection, *, patch_size: Size, target_size: Size, num_classes: int, seed: int
+        self,
+        section: AugmentationSection,
+        *,
+        patch_size: Size,
+        target_size: Size,
+        num_classes: int,
+        spacing_mm: Millimetres,
+        seed: int,
     ) -> None:
         self.section = section
         self.patch_size = patch_size
@@ -48,6 +57,7 @@ class Deformation:
         self.flip_axes = tuple("xyz".index(axis) for axis in section.flip_axes)
         # 1 for each axis along which a patch has more than one voxel, 0 for that of a 2-D network's planes.
         self._thick = np.array([float(size > 1) for size in patch_size])
+        self._sides = np.array(spacing_mm) / min(spacing_mm)
         self._points = tuple(int(np.ceil(n / section.elastic_spacing_voxels)) + 3 for n in patch_size)
         self._splines = [
             torch.from_numpy(spline_weights(size, points, section.elastic_spacing_voxels)).float()
@@ -74,7 +84,8 @@ class Deformation:
         maps = np.where(affine[:, None, None], self._affine_maps(numbers), np.eye(3, 4))
         points = [section.elastic_voxels * generators[row].standard_normal((3, *self._points)) for row in bent]
         changes = drawn("sampled", sampled, maps[sampled])
-        changes |= drawn("bent", np.searchsorted(sampled, bent), np.array(points) * self._thick[:, None, None, None])
+        reach = (self._thick / self._sides)[:, None, None, None]
+        changes |= drawn("bent", np.searchsorted(sampled, bent), np.array(points) * reach)
         for axis in self.flip_axes:
             flipped = np.flatnonzero(chances[:, 2 + axis] < 0.5)
             changes |= drawn(flip_of(axis), flipped, np.zeros((len(flipped), 0)))
@@ -92,9 +103,10 @@ class Deformation:
         smallest, largest = np.log(section.scale)
         common = np.exp((smallest + largest) / 2 + (largest - smallest) / 2 * numbers[:, 3:4])
         sizes = common * (1 + section.scale_anisotropy * numbers[:, 4:7])
-        shifts = section.shift_voxels * numbers[:, 7:10] * self._thick
-        # The grid asks where a voxel comes from: things grow where the grid shrinks.
-        return np.concatenate([rotations(angles) / sizes[:, None, :], shifts[:, :, None]], axis=2)
+        shifts = section.shift_voxels * numbers[:, 7:10] * self._thick / self._sides
+        # The grid asks where a voxel comes from: things grow where the grid shrinks. From voxels to space and back.
+        turns = rotations(angles) / sizes[:, None, :] * (self._sides / self._sides[:, None])
+        return np.concatenate([turns, shifts[:, :, None]], axis=2)
 
     def __call__(self, image: Tensor, label: Tensor, changes: Changes) -> tuple[Tensor, Tensor]:
         """Change where things are.
