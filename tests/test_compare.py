@@ -21,9 +21,9 @@ from pipeline.errors import ConfigError, EvaluationError, ModelError, PipelineEr
 from pipeline.model import model_digest, save_model
 from pipeline.networks import NETWORKS
 from pipeline.stages import compare, evaluate, manifest, preprocess
-from pipeline.stages.fold.task import FACTS, configuration_digest
+from pipeline.stages.fold.task import configuration_digest
 from pipeline.stages.member_runs import budget_of
-from pipeline.stages.models import BEST, LAST
+from pipeline.stages.models import BEST, FACTS, LAST
 from pipeline.stages.study import load_study, study_runs
 from pipeline.stages.workspace import Workspace
 from pipeline.tracking import (

@@ -18,16 +18,17 @@ from pipeline.confidence.reliability import Reliability
 from pipeline.config import BudgetSection, Config, DataSection, EvaluationSection, TrainingSection
 from pipeline.config_loading import dump_config
 from pipeline.data.manifest import Case, ImageFile, Manifest, load_manifest, save_manifest
-from pipeline.errors import ConfigError, ManifestError, ModelError, PipelineError
+from pipeline.errors import ConfigError, EvaluationError, ManifestError, ModelError, PipelineError
 from pipeline.evaluation.metrics import METRICS, score_case
 from pipeline.evaluation.structures import Structures
 from pipeline.geometry import Geometry
 from pipeline.model import save_model
 from pipeline.networks import NETWORKS
-from pipeline.records import file_digest
-from pipeline.stages import evaluate
+from pipeline.records import file_digest, write_json
+from pipeline.stages import compare, evaluate
 from pipeline.stages.evaluate import EvaluationReport
 from pipeline.stages.evaluating.cases import choose, models_of
+from pipeline.stages.models import FACTS
 from pipeline.stages.workspace import Workspace
 from pipeline.tracking import RunLog, read_state, send_pending
 from pipeline.tracking.log import read_events
@@ -295,6 +296,28 @@ def test_all_cases_of_several_folds_are_those_that_none_has_seen(config: Config)
         choose(models_of(experiment, workspace), without, config, "all")
 
 
+def test_folds_that_were_not_trained_alike_are_no_experiment(config: Config) -> None:
+    runs = [config.workspace / "runs" / config.name / f"fold_{fold}" for fold in (0, 1)]
+    facts = {"configuration": "a", "plan": "p", "manifest": "m", "fold": 0, "initial model": None}
+    write_json(runs[0] / FACTS, facts)
+    assert len(evaluate.run(config).evaluation.cases) == 4  # the other says nothing of itself
+    write_json(runs[1] / FACTS, {**facts, "fold": 1, "initial model": "other"})
+    assert len(evaluate.run(config).evaluation.cases) == 4
+    write_json(runs[1] / FACTS, {**facts, "configuration": "b"})
+    with pytest.raises(ModelError, match=r"tiny: its folds are not of one configuration: fold_0 \| fold_1; train"):
+        evaluate.run(config)
+    with pytest.raises(ModelError, match="not of one configuration"):
+        models_of(str(runs[0].parent), Workspace(config.workspace))
+    assert ids(evaluate.run(best(config, 1))) == ["c", "d"]
+
+
+def test_how_volumes_are_predicted_belongs_to_the_model(config: Config) -> None:
+    with pytest.raises(ConfigError, match=r"inference: overlap is 0\.75: how .* trained with overlap 0\.5; put that"):
+        evaluate.run(best(config), overrides=["inference.overlap=0.75"])
+    with pytest.raises(ConfigError, match="belongs to the model"):
+        evaluate.run(config.changed(inference=config.inference.changed(flip_axes=("x",))))
+
+
 def test_what_any_member_has_seen_is_left_out(config: Config, tmp_path: Path) -> None:
     own = {case.id: case for case in load_manifest(config.data.manifest).cases}
     renamed = [case.changed(id=f"again_{case.id}") for case in (own["a"], own["c"], own["held_out"])]
@@ -318,6 +341,40 @@ def test_a_broken_case_is_listed_and_the_rest_go_on(config: Config) -> None:
     assert report.failures.keys() == {"a"}
     assert "a_T1.nii.gz" in report.failures["a"]
     assert "failed: a:" in report.as_text()
+
+
+def test_a_cross_validation_with_a_broken_case_is_incomplete(config: Config) -> None:
+    image = load_manifest(config.data.manifest).root / "a_T1.nii.gz"
+    image.write_bytes(image.read_bytes()[:200])
+    found = evaluate.run(config).evaluation.cross_validation
+    assert found is not None
+    assert (found.failed, found.is_complete) == (("a",), False)
+    assert "cases that failed: a" in found.remark
+
+
+def test_ensembles_are_compared_on_the_cases_that_they_labelled_together(config: Config) -> None:
+    for fold in (0, 1):
+        shutil.copytree(best(config, fold), Path(best(config, fold)).with_name("last"))
+    other = config.changed(name="other")
+    shutil.copytree(config.workspace / "runs" / config.name, config.workspace / "runs" / other.name)
+    for path in (config.workspace / "runs" / other.name).rglob("*.yaml"):
+        path.write_text(path.read_text().replace("name: tiny", "name: other"))
+    for one in (config, other):
+        evaluate.run(one, cases="test")
+    experiments = [str(config.workspace / "runs" / name) for name in ("tiny", "other")]
+    result = compare.run(experiments, cases="test", workspace=config.workspace).result
+    assert result.cases == ("held_out",)
+    (whole,) = result.members[0].runs
+    (single,) = compare.run([f"{name}/evaluation/test" for name in experiments]).result.members[0].runs
+    assert (whole.fold, whole.seed, [case.case_id for case in whole.cases]) == (None, 0, ["held_out"])
+    assert whole == single
+    # What the ensemble scored is not one fold's.
+    with pytest.raises(EvaluationError, match="fold_0: its best model is not evaluated on --cases test"):
+        compare.run([f"{name}/fold_0" for name in experiments], cases="test", workspace=config.workspace)
+    for name in experiments:
+        evaluate.run(f"{name}/fold_0/models/best", cases="test")
+    alone = compare.run([f"{name}/fold_0" for name in experiments], cases="test", workspace=config.workspace).result
+    assert alone.members[0].runs[0].fold == 0
 
 
 def test_where_every_case_fails_each_is_listed_and_no_earlier_picture_stays(config: Config) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from known_predictions import best_of, experiment_of, known_experiment, littered_cases, shifted_cases
-from test_comparison import member, scored
+from test_comparison import member, pair_of, scored
 from test_evaluate import NATIVE, VALUES, structures
 from tiny_models import make_plan
 
@@ -16,6 +16,7 @@ from pipeline.config import Config, InferenceSection
 from pipeline.errors import EvaluationError, ModelError
 from pipeline.evaluation.comparison.comparing import compare
 from pipeline.evaluation.metrics import score_case
+from pipeline.evaluation.statistics import MEAN
 from pipeline.evaluation.structures import Structures
 from pipeline.inference.postprocessing import (
     POSTPROCESSING,
@@ -203,6 +204,21 @@ def test_of_few_patients_a_clear_difference_is_no_noise() -> None:
     bad = member("bad", *(scored(str(n), d - 0.3, d - 0.3, seconds=1.0) for n, d in enumerate(DICE[:5])))
     verdict = verdict_of(compare("two", [bad, good], samples=50))
     assert (verdict.recommended, verdict.level) == ("good", ("good",))
+    assert "5 patients are too few for the test to tell any from another. Use good" in verdict.reason
+
+
+def test_an_uncorrected_interval_does_not_make_noise_a_difference() -> None:
+    # Worse in one patient of ten, by the fifth of the differences: p is 0.02, of one pair of ten.
+    gains = [0.010, 0.011, 0.012, 0.013, -0.0135, 0.014, 0.015, 0.016, 0.017, 0.018]
+    dear = member("dear", *(scored(str(n), 0.8 + g, 0.8, seconds=9.0) for n, g in enumerate(gains)))
+    others = [member(f"other{k}", *(scored(str(n), 0.8, 0.8, seconds=k + 1) for n in range(10))) for k in range(4)]
+    result = compare("five", [dear, *others], samples=200)
+    pair = pair_of(result, "dice", MEAN)
+    assert (pair.first, pair.second) == ("dear", "other0")
+    assert pair.p < 0.05 < pair.p_holm
+    assert pair.difference.low > 0
+    verdict = verdict_of(result)
+    assert (verdict.best, verdict.recommended) == ("dear", "other0")
 
 
 def test_within_noise_the_cheaper_is_recommended() -> None:

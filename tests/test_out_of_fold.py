@@ -155,6 +155,11 @@ def test_folds_beside_each_other_by_hand() -> None:
     assert metrics["cv/dice/left_fold_sd"] == pytest.approx(0.2 / math.sqrt(2))
     assert not [name for name in metrics if "hd95" in name]
     assert cv_metrics(cross_validate(cases, missing=[1]), summaries) == {}
+    assert cv_metrics(cross_validate(cases, failed=["d"]), summaries) == {}
+    remark = cross_validate(cases, missing=[1], unfinished=[2], failed=["d", "e"]).remark
+    assert remark == (
+        "incomplete cross-validation: 2 of 3 folds; not trained: 1; training has not ended: 2; cases that failed: d, e"
+    )
 
 
 def test_the_cross_validated_table_is_in_every_report(config: Config) -> None:

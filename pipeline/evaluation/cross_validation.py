@@ -37,18 +37,20 @@ class CrossValidation:
         folds: that were evaluated.
         missing: folds of the manifest that are not trained.
         unfinished: evaluated by the best model so far of a training that has not ended.
+        failed: ids of cases without a score.
         spreads: (class or MEAN, metric) -> its folds.
     """
 
     folds: tuple[int, ...]
     missing: tuple[int, ...]
     unfinished: tuple[int, ...]
+    failed: tuple[str, ...]
     spreads: Mapping[tuple[str, str], FoldSpread]
 
     @property
     def is_complete(self) -> bool:
         """Whether every case of the development set has its score, by a model whose training has ended."""
-        return not self.missing and not self.unfinished
+        return not (self.missing or self.unfinished or self.failed)
 
     @property
     def remark(self) -> str:
@@ -56,11 +58,16 @@ class CrossValidation:
         total = len(self.folds) + len(self.missing)
         said = [f"{len(self.folds)} of {total} folds; not trained: {_listed(self.missing)}"] if self.missing else []
         said += [f"training has not ended: {_listed(self.unfinished)}"] if self.unfinished else []
+        said += [f"cases that failed: {', '.join(self.failed)}"] if self.failed else []
         return f"incomplete cross-validation: {'; '.join(said)}" if said else ""
 
 
 def cross_validate(
-    cases: Sequence[ScoredCase], *, missing: Sequence[int] = (), unfinished: Sequence[int] = ()
+    cases: Sequence[ScoredCase],
+    *,
+    missing: Sequence[int] = (),
+    unfinished: Sequence[int] = (),
+    failed: Sequence[str] = (),
 ) -> CrossValidation:
     """Compare the folds of an experiment.
 
@@ -68,6 +75,7 @@ def cross_validate(
         cases: each scored by the model of its fold, the same classes in the same order.
         missing: folds that are not trained.
         unfinished: folds whose training has not ended.
+        failed: ids of cases without a score.
     """
     folds = sorted({case.fold for case in cases if case.fold is not None})
     spreads = {}
@@ -76,7 +84,7 @@ def cross_validate(
         tables = {fold: _table([case for case in cases if case.fold == fold], metric) for fold in folds}
         for index, name in enumerate([*names, MEAN]):
             spreads[name, metric] = _spread({fold: table[index] for fold, table in tables.items()})
-    return CrossValidation(tuple(folds), tuple(missing), tuple(unfinished), spreads)
+    return CrossValidation(tuple(folds), tuple(missing), tuple(unfinished), tuple(failed), spreads)
 
 
 def cv_metrics(cross_validation: CrossValidation, summaries: Sequence[ClassSummary]) -> dict[str, float]:
@@ -112,6 +120,7 @@ def as_json(cross_validation: CrossValidation) -> dict[str, Any]:
         "folds": list(cross_validation.folds),
         "missing": list(cross_validation.missing),
         "unfinished": list(cross_validation.unfinished),
+        "failed": list(cross_validation.failed),
         "classes": classes,
     }
 

@@ -13,7 +13,7 @@ from pipeline.evaluation.comparison.comparing import ComparisonResult, compare
 from pipeline.evaluation.comparison.members import Member
 from pipeline.evaluation.statistics import MEAN
 from pipeline.records import write_text
-from pipeline.stages.member_runs import names_of, read_run, run_folders
+from pipeline.stages.member_runs import names_of, read_runs, run_folders
 from pipeline.stages.study import load_study, make_missing, refuse_unequal_budgets, study_members, study_runs
 from pipeline.stages.workspace import Workspace
 from pipeline.tracking import RunLog, environment_tags, is_tracked, read_state, send_pending
@@ -109,7 +109,7 @@ def _named_members(targets: Sequence[str], workspace: Workspace, cases: str) -> 
     members, problems = [], []
     for name, (folders, label) in zip(names, chosen, strict=True):
         try:
-            members.append(Member(name, tuple(read_run(folder, label) for folder in folders)))
+            members.append(Member(name, read_runs(folders, label)))
         except PipelineError as error:
             problems.append(str(error))
     if problems:

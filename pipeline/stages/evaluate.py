@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,7 @@ from pipeline.evaluation.scored import ScoredCase
 from pipeline.evaluation.self_assessment import assess_dice, estimate_reliability
 from pipeline.evaluation.statistics import summarise
 from pipeline.hardware import give_freed_memory_back, keep_freed_memory
-from pipeline.model import CONFIG
+from pipeline.model import CONFIG, DESCRIPTION, read_description
 from pipeline.progress import track
 from pipeline.records import json_number
 from pipeline.stages.dataset import taking_part
@@ -115,6 +115,7 @@ def run(
     models = models_of(target, places, tracking_uri)
     if config is None:
         config = target if isinstance(target, Config) else load_config(models[0] / CONFIG, overrides)
+    _refuse_other_inference(models, config)
     chosen_from = taking_part(load_manifest(manifest), config.preprocessing) if manifest else own_manifest(config)
     tasks = choose(models, chosen_from, config, cases)
     lesions = _lesion_rules(config.evaluation, tasks[0].plan)
@@ -137,6 +138,23 @@ def run(
     track_results(evaluation, tasks, chosen_from, label, folder, run_log)
     _card(tasks, evaluation, label)
     return EvaluationReport(evaluation, folder)
+
+
+def _refuse_other_inference(models: Sequence[Path], config: Config) -> None:
+    """Raise where a configuration says how volumes are predicted in another way than a model has it.
+
+    Raises:
+        ConfigError: it would be of no effect.
+    """
+    for model in models:
+        own = read_description(model / DESCRIPTION).inference
+        said = {name: value for name, value in config.inference if getattr(own, name) != value}
+        if said:
+            raise ConfigError(
+                f"inference: {', '.join(f'{name} is {value}' for name, value in said.items())}: how volumes are "
+                f"predicted belongs to the model, and {model} was trained with "
+                f"{', '.join(f'{name} {getattr(own, name)}' for name in said)}; put that back, or train anew"
+            )
 
 
 def _card(tasks: Sequence[Task], evaluation: Evaluation, label: str) -> None:
@@ -217,17 +235,22 @@ def _evaluate(
         dice_predictions=tuple(assess_dice(scored)),
         lesion_rules=lesions,
         lesions=summarise_lesions(scored, lesions, samples=settings.bootstrap_samples, seed=0),
-        cross_validation=_cross_validated(tasks, manifest, scored) if of_experiment and label == "fold" else None,
+        cross_validation=(
+            _cross_validated(tasks, manifest, scored, failures) if of_experiment and label == "fold" else None
+        ),
     )
 
 
-def _cross_validated(tasks: Sequence[Task], manifest: Manifest, scored: Sequence[ScoredCase]) -> CrossValidation:
+def _cross_validated(
+    tasks: Sequence[Task], manifest: Manifest, scored: Sequence[ScoredCase], failures: Collection[str]
+) -> CrossValidation:
     """Compare an experiment's folds; what is incomplete is said."""
     trained = {task.fold for task in tasks}
     found = cross_validate(
         scored,
         missing=[fold for fold in manifest.folds if fold not in trained],
         unfinished=[task.fold for task in tasks if task.fold is not None and not task.is_finished],
+        failed=sorted(failures),
     )
     if found.remark:
         log.warning("%s: %s", tasks[0].descriptions[0].name, found.remark)

@@ -16,6 +16,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.data.plan import read_plan
+from pipeline.errors import EvaluationError
 from pipeline.evaluation.comparison import report as comparison_report
 from pipeline.evaluation.comparison.comparing import ComparisonResult, compare
 from pipeline.evaluation.comparison.members import Member
@@ -34,8 +35,7 @@ from pipeline.stages.workspace import Workspace
 log = logging.getLogger(__name__)
 
 METRIC = "dice"
-# A difference is within noise where its corrected p is not below this and its interval holds 0. The interval is asked
-# too, for of five patients or fewer no signed-rank test reaches such a p, however far two members lie apart.
+# A difference is within noise where its corrected p is not below this.
 SIGNIFICANCE = 0.05
 
 
@@ -46,7 +46,7 @@ class Verdict:
     Attributes:
         best: the one with the highest mean Dice over patients.
         recommended: the cheapest of those that cannot be told from it.
-        level: the members that cannot be told from the best, the best among them.
+        level: the members that the paired test cannot tell from the best, though it could, and the best itself.
         reason: for people.
     """
 
@@ -162,21 +162,28 @@ def run(
 
 
 def verdict_of(result: ComparisonResult) -> Verdict:
-    """Say which member to use: the best, or the cheapest of those that the paired test cannot tell from it."""
+    """Say which member to use: the best, or the cheapest of those that the paired test cannot tell from it.
+
+    With so few patients that the test could tell no members apart, however far they lie apart, it is the best.
+    """
     means = {member.name: result.estimates[member.name, METRIC, MEAN].mean for member in result.members}
     best = max(means, key=lambda name: means[name])
+    pairs = [pair for pair in result.pairs if (pair.metric, pair.class_name) == (METRIC, MEAN)]
+    # The smallest p of so many signs, by Holm's rule times the number of pairs.
+    can_tell = len(pairs) * 2.0 ** (1 - result.patients) < SIGNIFICANCE
     level = [best]
     said = []
-    for pair in result.pairs:
-        if (pair.metric, pair.class_name) == (METRIC, MEAN) and best in (pair.first, pair.second):
+    for pair in pairs:
+        if best in (pair.first, pair.second):
             other = pair.second if pair.first == best else pair.first
-            told = pair.p_holm < SIGNIFICANCE or pair.difference.low > 0 or pair.difference.high < 0
-            level += [] if told else [other]
+            level += [other] if can_tell and not pair.p_holm < SIGNIFICANCE else []
             said.append(f"{other} {_signed(pair.difference, pair.first == best)}, p {pair.p_holm:.2g}")
     cost, unit = _costs(result.members)
     recommended = min(level, key=lambda name: cost[name])
     reason = f"{best} has the best mean Dice, {means[best]:.4f}; against it {'; '.join(said)} (corrected by Holm)"
-    if recommended != best:
+    if not can_tell:
+        reason += f". {result.patients} patients are too few for the test to tell any from another"
+    elif recommended != best:
         reason += f". The difference to {recommended} is within noise, and that is cheaper"
         reason += f" ({cost[recommended]:.3g} against {cost[best]:.3g} {unit})"
     elif len(level) > 1:
@@ -203,6 +210,9 @@ def _signed(difference: Estimate, first_is_best: bool) -> str:
 def _candidate(config: Config, device: str) -> _Candidate:
     """Bring an experiment's out-of-fold predictions up to date, and read what they scored."""
     report = evaluate.run(config, device=device)
+    if report.failures:
+        failed = "\n".join(f"{config.name}: case {case} failed: {why}" for case, why in report.failures.items())
+        raise EvaluationError(failed)
     models = tuple(models_of_experiment(Workspace(config.workspace).experiment(config.name).resolve()))
     kept = OutOfFold(models[0].parents[2]).of_models(models)
     runs = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pipeline.config_loading import load_config
 from pipeline.data.plan import Plan, read_plan
 from pipeline.errors import EvaluationError, ModelError
 from pipeline.evaluation.comparison.members import MemberRun
-from pipeline.evaluation.scored import read_case_table
+from pipeline.evaluation.scored import ScoredCase, read_case_table
 from pipeline.model import CONFIG, DESCRIPTION, PLAN, ModelDescription, load_model, read_description
 from pipeline.stages.models import BEST, LAST
 from pipeline.stages.workspace import Workspace
@@ -47,6 +48,53 @@ def run_folders(target: str, workspace: Workspace, cases: str) -> tuple[list[Pat
     return found, cases
 
 
+@dataclass(frozen=True)
+class _Evaluation:
+    """What `medseg evaluate` has written: its summary, and the cases as they were scored."""
+
+    summary: dict[str, Any]
+    cases: tuple[ScoredCase, ...]
+
+    def is_of(self, model: ModelDescription) -> bool:
+        """Tell whether a model took part."""
+        return model.created in self.summary["facts"]["trained"].split(", ")
+
+    @property
+    def is_of_ensemble(self) -> bool:
+        """Whether several folds' models labelled each case together: then it is of no fold."""
+        return any(case.fold is None for case in self.cases)
+
+
+def read_runs(folders: Sequence[Path], cases: str) -> tuple[MemberRun, ...]:
+    """Read what a comparison needs of an experiment's folds.
+
+    Where they were evaluated together, as an ensemble, they are one run of no fold, with the parameters, steps and
+    seconds of all.
+
+    Raises:
+        ModelError: a training is not finished.
+        EvaluationError: a best model is not evaluated on these cases.
+    """
+    for folder in folders:
+        _refuse_unfinished(folder)
+    together = _read_evaluation(folders[0].parent / "evaluation" / cases) if len(folders) > 1 else None
+    bests = [read_description(folder / BEST / DESCRIPTION) for folder in folders]
+    if together is None or not together.is_of_ensemble or not all(map(together.is_of, bests)):
+        return tuple(read_run(folder, cases) for folder in folders)
+    members = [_member_run(folder, cases, together) for folder in folders]
+    seconds = [member.seconds for member in members]
+    whole = replace(
+        members[0],
+        fold=None,
+        parameters=sum(member.parameters for member in members),
+        steps=sum(member.steps or 0 for member in members),
+        seconds=None if None in seconds else sum(filter(None, seconds)),
+        cases=together.cases,
+        run_id=_run_id(folders[0].parent),
+    )
+    return (whole,)
+
+
 def read_run(folder: Path, cases: str) -> MemberRun:
     """Read what a comparison needs of one trained and evaluated fold.
 
@@ -54,11 +102,27 @@ def read_run(folder: Path, cases: str) -> MemberRun:
         ModelError: its training is not finished.
         EvaluationError: its best model is not evaluated on these cases.
     """
+    _refuse_unfinished(folder)
+    best = read_description(folder / BEST / DESCRIPTION)
+    for candidate in (folder / "evaluation" / cases, folder.parent / "evaluation" / cases):
+        found = _read_evaluation(candidate)
+        if found and found.is_of(best) and (best.fold is None or not found.is_of_ensemble):
+            return _member_run(folder, cases, found)
+    raise EvaluationError(
+        f"{folder}: its best model is not evaluated on --cases {cases}; run `medseg evaluate {folder} --cases {cases}`"
+    )
+
+
+def _refuse_unfinished(folder: Path) -> None:
+    """Raise where a training has not come to its end: the last model is written then."""
     if not (folder / LAST / DESCRIPTION).is_file():
         raise ModelError(f"{folder}: its training is not finished; `medseg train --resume` goes on with it")
+
+
+def _member_run(folder: Path, cases: str, evaluation: _Evaluation) -> MemberRun:
+    """Return a fold's run with its part of an evaluation."""
     config, plan = load_config(folder / CONFIG), read_plan(folder / BEST / PLAN)
     best = read_description(folder / BEST / DESCRIPTION)
-    evaluation, summary = _evaluation(folder, cases, best)
     return MemberRun(
         fold=best.fold,
         seed=config.seed,
@@ -70,12 +134,12 @@ def read_run(folder: Path, cases: str) -> MemberRun:
         steps=read_description(folder / LAST / DESCRIPTION).step,
         seconds=training_seconds(folder),
         evaluated_on=cases,
-        tolerance_mm=summary["surface_tolerance_mm"],
-        device=summary.get("device", ""),
+        tolerance_mm=evaluation.summary["surface_tolerance_mm"],
+        device=evaluation.summary.get("device", ""),
         settings=_settings(config, plan),
-        cases=tuple(case for case in read_case_table(evaluation / CASES) if case.fold == best.fold),
-        failures=summary["failures"],
-        run_id=read_state(folder).run_id if is_tracked(folder) else None,
+        cases=tuple(case for case in evaluation.cases if case.fold == best.fold),
+        failures=evaluation.summary["failures"],
+        run_id=_run_id(folder),
     )
 
 
@@ -94,16 +158,17 @@ def _by_id(target: str, workspace: Workspace) -> Path:
     raise ModelError(f"{target}: no run in {workspace.runs} has this id; name its folder, or another --workspace")
 
 
-def _evaluation(folder: Path, cases: str, best: ModelDescription) -> tuple[Path, dict[str, Any]]:
-    """Return the evaluation of a run's best model, and its summary: the run's own, or its part of the experiment's."""
-    for candidate in (folder / "evaluation" / cases, folder.parent / "evaluation" / cases):
-        if (candidate / SUMMARY).is_file():
-            summary: dict[str, Any] = json.loads((candidate / SUMMARY).read_text(encoding="utf-8"))
-            if best.created in summary["facts"]["trained"].split(", "):
-                return candidate, summary
-    raise EvaluationError(
-        f"{folder}: its best model is not evaluated on --cases {cases}; run `medseg evaluate {folder} --cases {cases}`"
-    )
+def _read_evaluation(folder: Path) -> _Evaluation | None:
+    """Read an evaluation, where there is one."""
+    if not (folder / SUMMARY).is_file():
+        return None
+    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    return _Evaluation(summary, tuple(read_case_table(folder / CASES)))
+
+
+def _run_id(folder: Path) -> str | None:
+    """Return a folder's run in MLflow, where it is known there."""
+    return read_state(folder).run_id if is_tracked(folder) else None
 
 
 def _parameters(model: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from pipeline.stages.workspace import Workspace
 
 # Where a run keeps its models; the best is meant when the run itself is named.
 BEST, LAST = Path("models/best"), Path("models/last")
+# What was trained on what, in the run folder; of it, what the folds of an experiment share.
+FACTS = "facts.json"
+_ALIKE = ("configuration", "plan", "manifest")
 
 
 def resolve_models(texts: Sequence[str], workspace: Path, uri: str | None = None) -> list[Path]:
@@ -60,7 +64,7 @@ def models_of_experiment(experiment: Path) -> list[Path]:
     """Return the best model of each fold that an experiment has trained, by the experiment's folder.
 
     Raises:
-        ModelError: no fold is trained yet.
+        ModelError: no fold is trained yet, or folds were not trained alike.
     """
     found = _models_of_folds(experiment)
     if not found:
@@ -78,5 +82,22 @@ def _resolve(text: str, workspace: Path, uri: str | None) -> list[Path]:
 
 
 def _models_of_folds(experiment: Path) -> list[Path]:
-    """Return the best models that lie in the runs of a folder."""
-    return sorted(path.parent for path in experiment.glob(f"fold_*/{BEST}/{DESCRIPTION}"))
+    """Return the best models that lie in the runs of a folder.
+
+    Raises:
+        ModelError: they were not trained alike: by other settings, another plan, or on other data.
+    """
+    found = sorted(path.parent for path in experiment.glob(f"fold_*/{BEST}/{DESCRIPTION}"))
+    ways: dict[tuple[str, ...], list[str]] = {}
+    for run in (model.parents[1] for model in found):
+        if (run / FACTS).is_file():
+            facts = json.loads((run / FACTS).read_text(encoding="utf-8"))
+            ways.setdefault(tuple(str(facts.get(name)) for name in _ALIKE), []).append(run.name)
+    if len(ways) > 1:
+        differing = [name for name, values in zip(_ALIKE, zip(*ways, strict=True), strict=True) if len({*values}) > 1]
+        raise ModelError(
+            f"{experiment}: its folds are not of one {' and '.join(differing)}: "
+            f"{' | '.join(', '.join(names) for names in ways.values())}; train all folds as they are to be, and move "
+            "away the folders of those that are not meant"
+        )
+    return found

@@ -20,9 +20,10 @@ from pipeline.config_yaml import Problem, read_file
 from pipeline.errors import ConfigError, EvaluationError, PipelineError
 from pipeline.evaluation.comparison.members import Member, MemberRun
 from pipeline.records import Record
-from pipeline.stages.fold.task import FACTS, configuration_digest, initial_model_of
+from pipeline.stages.fold.task import configuration_digest, initial_model_of
 from pipeline.stages.initial_weights import initial_digest
 from pipeline.stages.member_runs import budget_of, read_run
+from pipeline.stages.models import FACTS
 from pipeline.stages.workspace import Workspace
 
 log = logging.getLogger(__name__)

@@ -17,10 +17,10 @@ from pipeline.evaluation.statistics import MEAN
 
 @dataclass(frozen=True)
 class MemberRun:
-    """One trained fold of a member, evaluated.
+    """One trained fold of a member, evaluated; or all of its folds, evaluated as one ensemble.
 
     Attributes:
-        fold, seed: of the training; no fold where it has seen every case.
+        fold, seed: of the training; no fold where it has seen every case, and of an ensemble.
         network: its name.
         parameters: that are trained.
         manifest: the data set's name and digest.
