@@ -1,6 +1,7 @@
 """`medseg plan` and `medseg train --dry-run` on phantoms and on cases that are nowhere."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ from pipeline.data.plan import read_plan
 from pipeline.errors import ConfigError, ManifestError, PipelineError
 from pipeline.stages import dry_run, plan, preprocess, train
 from pipeline.stages import manifest as manifest_stage
+from pipeline.stages.made_up import Measured
+from pipeline.stages.plan import _fold_hours
+from pipeline.stages.store_size import planned_voxels
 from pipeline.stages.workspace import Workspace
 
 
@@ -56,6 +60,24 @@ def test_a_plan_says_what_training_takes(phantom_set: Path, tmp_path: Path) -> N
     assert made.plan == report.plan
     stored = sum(path.stat().st_size for path in (made.folder / "cases").rglob("*.b2nd"))
     assert 0 < stored <= expected.cases_bytes
+
+
+def test_hours_are_those_of_the_steps_and_of_the_voxels_that_are_scored(phantom_set: Path, tmp_path: Path) -> None:
+    config = config_of(phantom_set, tmp_path, steps=3600)  # validated every 1,000
+    preprocess.run(config)
+    (task,) = train.fold_tasks(config, "0", "cpu")
+    cases = list(preprocess.examinations_of(config, task.manifest, None).values())
+    grids = [case.native for case in cases if case.native]
+    volume_mm3 = [1000 * grid.voxel_volume_ml * math.prod(grid.shape) for grid in grids]
+    voxels = [mm3 / math.prod(task.plan.spacing_mm) for mm3 in volume_mm3]
+    assert [planned_voxels(case, task.plan) for case in cases] == pytest.approx(voxels, rel=0.2)
+    found = Measured(steps=20, step_s=0.5, voxel_s=1e-2, peak_bytes=None)
+    of_steps, of_validations = 3600 * 0.5 / 3600, 3 * sum(voxels) / 2 * 1e-2 / 3600
+    assert of_validations > of_steps
+    assert _fold_hours(task, cases, found) == pytest.approx(of_steps + of_validations, rel=0.2)
+    # A case without a label is not scored.
+    fewer = _fold_hours(task, [cases[0].changed(label=None), *cases[1:]], found)
+    assert fewer == pytest.approx(of_steps + of_validations * (1 - voxels[0] / sum(voxels)), rel=0.2)
 
 
 def test_a_gpu_that_is_not_here_is_planned_for_and_not_measured(phantom_set: Path, tmp_path: Path) -> None:

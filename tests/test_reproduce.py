@@ -67,6 +67,15 @@ def test_a_deterministic_run_has_the_same_weights_from_the_database_alone(
     assert new.data.tags["medseg.reproduction"] == "same weights"
 
 
+def test_in_the_workspace_of_the_original_it_is_made_anew_too(trained: tuple[Path, str, str], tmp_path: Path) -> None:
+    folder, run_id, _ = trained
+    shutil.copytree(folder.parents[2], tmp_path / "work")
+    report = reproduce.run(str(folder), tmp_path / "work", device="cpu")
+    assert report.same_weights is True
+    assert report.folder == tmp_path / "work" / "reproduced" / run_id / folder.relative_to(folder.parents[2])
+    assert read_state(report.folder).run_id not in (None, run_id)
+
+
 def test_another_manifest_and_other_images_are_refused(
     prepared: Config, trained: tuple[Path, str, str], tmp_path: Path
 ) -> None:

@@ -80,6 +80,19 @@ def test_each_memory_has_a_plan_and_both_the_cases(narrow: Config) -> None:
     assert path_of(wide(narrow)) == path_of(with_memory(wide(narrow), 24))
 
 
+def test_which_of_several_memories_is_meant_is_not_guessed(narrow: Config, caplog: pytest.LogCaptureFixture) -> None:
+    preprocess.run(with_memory(narrow, 8))
+    larger = preprocess.run(with_memory(narrow, 24))
+    with pytest.raises(ConfigError, match=r"plan\.yaml, 8 GB; .*-24gb\.yaml, 24 GB; say which"):
+        path_of(narrow)
+    assert path_of(with_memory(narrow, 8)) == larger.folder / "plan.yaml"
+    # What this machine was planned for needs no memory said; that another was too is told.
+    preprocess.run(wide(narrow), replan=True)
+    preprocess.run(with_memory(wide(narrow), 24))
+    assert path_of(wide(narrow)).name.endswith(".yaml")
+    assert "is for the memory where it was made; there is a plan for 24 GB too" in caplog.text
+
+
 def test_networks_that_share_cases_have_sizes_of_their_own(narrow: Config) -> None:
     first = preprocess.run(narrow)
     second = preprocess.run(wide(narrow))

@@ -100,11 +100,11 @@ def test_the_values_of_a_grid(parameter: Parameter, grid: list[Any] | None) -> N
     assert parameter.grid == grid
 
 
-def search_of(folder: Path, **settings: Any) -> Search:
+def search_of(folder: Path, base: str = "as it was", **settings: Any) -> Search:
     """Return the trials of a sweep without trainings."""
     parameters = {"a": Parameter(choices=(1, [2, 3])), "b": Parameter(low=1, high=3)}
     study = SweepStudy.model_validate({"name": "s", "config": "c.yaml", "parameters": parameters, **settings})
-    return Search(study, folder)
+    return Search(study, folder, base)
 
 
 def test_a_grid_is_gone_through_once_by_two_processes_and_values_keep_their_types(tmp_path: Path) -> None:
@@ -137,8 +137,28 @@ def test_a_hopeless_trial_is_pruned_and_a_failed_one_is_listed(tmp_path: Path) -
         ("pruned", None),
         ("failed", "no memory"),
     ]
-    with pytest.raises(ConfigError, match="are of other parameters or settings"):
+    with pytest.raises(ConfigError, match="are of other parameters, settings or data"):
         search_of(tmp_path, trials=4, startup_trials=2, sampler="tpe")
+    with pytest.raises(ConfigError, match=r"of the sweep or of c\.yaml"):
+        search_of(tmp_path, "edited", trials=4, startup_trials=2, sampler="random")
+
+
+def test_trainings_that_are_validated_at_different_points_are_held_against_one_another(tmp_path: Path) -> None:
+    search = search_of(tmp_path, trials=6, startup_trials=2, sampler="random")
+    # By the clock one training's epochs end elsewhere than another's.
+    for points in ({0.21: 0.4, 0.63: 0.7, 1.0: 0.8}, {0.28: 0.6, 0.83: 0.85, 1.0: 0.9}):
+        earlier = search.next_trial()
+        assert earlier is not None
+        assert not any(earlier.is_hopeless(done, value) for done, value in points.items())
+        earlier.completed(max(points.values()))
+    late, slow, good = (search.next_trial() for _ in range(3))
+    assert late is not None and slow is not None and good is not None
+    assert not late.is_hopeless(0.1, 0.1)  # nobody was measured so early
+    assert not late.is_hopeless(0.25, 0.41)  # the one that was by then had 0.4
+    assert late.is_hopeless(0.7, 0.6)  # 0.7 and, by then, 0.6: their median is 0.65
+    assert not slow.is_hopeless(0.7, 0.66)
+    assert not slow.is_hopeless(0.75, 0.1)  # what it had at its best counts
+    assert not good.is_hopeless(0.9, 0.9)
 
 
 DIES = """

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from pipeline.config import Config
-from pipeline.data.manifest import Manifest
 from pipeline.data.plan import Fingerprint, Plan
 from pipeline.data.store import CaseStore
 from pipeline.errors import config_errors_of
@@ -25,7 +24,7 @@ from pipeline.stages.networks import aligned
 from pipeline.stages.preprocess import CASES, examinations_of
 from pipeline.stages.settling import plan_path, settle_plan
 from pipeline.stages.step_memory import GPU_CONTEXT_BYTES, dtype_of, step_of, task_of
-from pipeline.stages.store_size import stored_bytes
+from pipeline.stages.store_size import planned_voxels, stored_bytes
 from pipeline.stages.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -121,7 +120,7 @@ def _expected(task: FoldTask, facts: Fingerprint, cases: Sequence[CaseExaminatio
     found = None
     if not (is_elsewhere and device == "auto"):
         found = measured(config, task.manifest, facts, task.plan, chosen)
-    hours = None if found is None else _fold_hours(config, task.manifest, cases, task.plan, found)
+    hours = None if found is None else _fold_hours(task, cases, found)
     context = GPU_CONTEXT_BYTES if is_elsewhere or chosen.type == "cuda" else 0
     is_measured = found is not None and found.peak_bytes is not None
     return Expected(
@@ -136,16 +135,15 @@ def _expected(task: FoldTask, facts: Fingerprint, cases: Sequence[CaseExaminatio
     )
 
 
-def _fold_hours(
-    config: Config, manifest: Manifest, cases: Sequence[CaseExamination], plan: Plan, found: Measured
-) -> float:
-    """Return the hours of one fold: steps, and validations of its share of the cases."""
-    section = config.training
+def _fold_hours(task: FoldTask, cases: Sequence[CaseExamination], found: Measured) -> float:
+    """Return the hours of one fold: steps, and validations of its share of the cases that are scored."""
+    section = task.config.training
     if section.budget.minutes is not None:
         return section.budget.minutes / 60
     steps = section.budgeted_steps or 0
     validations = max(1, steps // (section.validation_every_epochs * section.steps_per_epoch))
-    voxels = sum(stored_bytes(case, plan) for case in cases) / (2 * len(plan.channels)) / max(1, len(manifest.folds))
+    scored = [planned_voxels(case, task.plan) for case in cases if case.label or not task.needs_labels]
+    voxels = sum(scored) / max(1, len(task.manifest.folds))
     return (steps * found.step_s + validations * voxels * found.voxel_s) / 3600
 
 

@@ -113,7 +113,8 @@ def run(
 ) -> Reproduction:
     """Preprocess and train as a run did, from what MLflow keeps of it, and compare weights and metrics.
 
-    On a CPU it computes by as many threads as the run did. What was begun in the workspace before goes on.
+    On a CPU it computes by as many threads as the run did. What was begun in the workspace before goes on. Each run has
+    a workspace of its own within it, `reproduced/ID`: no store, plan or run that lies in it by another road counts.
 
     Args:
         name: the run's folder, runs:/ID or its ID.
@@ -131,9 +132,10 @@ def run(
         StoreError: images or labels are not the run's.
     """
     run_id, uri = _named(name, uri)
-    original = fetch_run(run_id, uri, workspace / "reproduced" / run_id, (CONFIG, PLAN, MANIFEST, KEYS, RECOUNTS))
+    own = workspace / "reproduced" / run_id
+    original = fetch_run(run_id, uri, own, (CONFIG, PLAN, MANIFEST, KEYS, RECOUNTS))
     _refuse_incomplete(original)
-    config = _as_then(original, workspace, uri, manifest, root)
+    config = _as_then(original, own, uri, manifest, root)
     _refuse_other_manifest(config, original)
     if _THREADS in original.tags and device in ("auto", "cpu"):
         torch.set_num_threads(int(original.tags[_THREADS]))

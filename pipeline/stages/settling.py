@@ -75,9 +75,20 @@ def settle_plan(
 
 
 def plan_path(folder: Path, config: Config) -> Path:
-    """Return the plan of a store by which a configuration is trained: its own; where it has none, plan.yaml."""
+    """Return the plan of a store by which a configuration is trained: its own; where it has none, plan.yaml.
+
+    Raises:
+        ConfigError: it says no memory, and there are plans for several.
+    """
     own = _own(folder, config)
-    return own if own.exists() else folder / PLAN
+    chosen = own if own.exists() else folder / PLAN
+    others = _of_gigabytes(folder, config)
+    if config.preprocessing.memory_gb == "auto" and others and chosen not in others:
+        log.warning(
+            "%s: is for %s; there is a plan for %s too: --set preprocessing.memory_gb=...",
+            *(chosen, _memory_of(chosen), " and for ".join(map(_memory_of, others))),
+        )
+    return chosen
 
 
 def planned(facts: Fingerprint, manifest: Manifest, config: Config, device: str = "auto") -> Plan:
@@ -96,12 +107,14 @@ def _memory(facts: Fingerprint, manifest: Manifest, config: Config, device: str)
 def _own(folder: Path, config: Config, *, replan: bool = False) -> Path:
     """Return where a configuration's own plan lies, or would.
 
-    A configuration that says no memory also takes a plan of its network for whatever memory, unless it replans: who
+    A configuration that says no memory also takes the plan of its network for whatever memory, unless it replans: who
     has said `--gpu-memory 8` once need not say it again.
+
+    Raises:
+        ConfigError: it says no memory, and there are plans for several.
     """
     first, memory, network = folder / PLAN, config.preprocessing.memory_gb, config.network.digest()
-    stem = f"{config.network.name}-{network[:8]}"
-    named = folder / PLANS / (f"{stem}.yaml" if memory == "auto" else f"{stem}-{memory:g}gb.yaml")
+    named = folder / PLANS / f"{_stem(config)}{'' if memory == 'auto' else f'-{memory:g}gb'}.yaml"
     record = _record(first)
     if not first.exists() or record is None or record.network is None:
         return first
@@ -109,8 +122,30 @@ def _own(folder: Path, config: Config, *, replan: bool = False) -> Path:
         return first
     if named.exists() or memory != "auto" or replan:
         return named
-    others = sorted((folder / PLANS).glob(f"{stem}-*gb.yaml"))
-    return first if record.network == network else next(iter(others), named)
+    found = [*([first] if record.network == network else []), *_of_gigabytes(folder, config)]
+    if len(found) > 1:
+        said = "; ".join(f"{path}, {_memory_of(path)}" for path in found)
+        raise ConfigError(
+            f"preprocessing.memory_gb: is not said, and there are plans for several: {said}; say which, in the YAML or "
+            "by --set preprocessing.memory_gb=..."
+        )
+    return next(iter(found), named)
+
+
+def _stem(config: Config) -> str:
+    """Return how the names of a network's own plans begin."""
+    return f"{config.network.name}-{config.network.digest()[:8]}"
+
+
+def _of_gigabytes(folder: Path, config: Config) -> list[Path]:
+    """Return a network's plans for a memory that was named, but the store's first."""
+    return sorted((folder / PLANS).glob(f"{_stem(config)}-*gb.yaml"))
+
+
+def _memory_of(path: Path) -> str:
+    """Say for which memory a plan was made."""
+    record = _record(path)
+    return f"{record.memory_gb:g} GB" if record and record.memory_gb != "auto" else "the memory where it was made"
 
 
 def _kept(

@@ -17,7 +17,7 @@ BYTES_PER_VOXEL, BYTES_PER_CASE = 24, 256 * 2**20
 def needed_bytes(examination: CaseExamination, plan: Plan) -> int:
     """Return what making a case takes in memory at its peak."""
     own = sum(prod(channel.grid.shape) for channel in examination.channels.values())
-    return BYTES_PER_CASE + BYTES_PER_VOXEL * (own + len(plan.channels) * _voxels(examination, plan))
+    return BYTES_PER_CASE + BYTES_PER_VOXEL * (own + len(plan.channels) * planned_voxels(examination, plan))
 
 
 def stored_bytes(examination: CaseExamination, plan: Plan) -> int:
@@ -26,7 +26,7 @@ def stored_bytes(examination: CaseExamination, plan: Plan) -> int:
     Without what cropping and compression save.
     """
     label_bytes = 1 if len(plan.labels) < 256 else 2
-    voxels = _voxels(examination, plan)
+    voxels = planned_voxels(examination, plan)
     native = prod(examination.label.grid.shape) if examination.label else 0
     return voxels * (2 * len(plan.channels) + (label_bytes if examination.label else 0)) + native * label_bytes
 
@@ -37,7 +37,7 @@ def memory_at_once(examinations: Sequence[CaseExamination], plan: Plan, jobs: in
     return max([*needed[:1], min(sum(needed[:jobs]), limit_bytes)])
 
 
-def _voxels(examination: CaseExamination, plan: Plan) -> int:
+def planned_voxels(examination: CaseExamination, plan: Plan) -> int:
     """Return the voxels of a case on the plan's grid, before it is cropped."""
     if examination.native is None:
         return 0

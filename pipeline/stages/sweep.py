@@ -18,10 +18,11 @@ from pipeline.errors import ConfigError, PipelineError, TrainingEnded
 from pipeline.hardware import threads_per_worker
 from pipeline.model import DESCRIPTION, read_description
 from pipeline.progress import lines_only
-from pipeline.records import exclusively, write_json, write_text
+from pipeline.records import digest_of, exclusively, write_json, write_text
 from pipeline.stages import preprocess
 from pipeline.stages.dataset import dataset_of
 from pipeline.stages.fold.run import complete_fold
+from pipeline.stages.fold.task import configuration_digest
 from pipeline.stages.models import BEST
 from pipeline.stages.sweeping.search import Outcome, Search, Trial
 from pipeline.stages.sweeping.study import Checks, SweepStudy, load_sweep
@@ -97,7 +98,7 @@ def run(
     """
     study = load_sweep(path, checks)
     base, folder = _base(study, workspace)
-    search = Search(study, folder)
+    search = Search(study, folder, _digest(base))
     with closing(_sweep_run(study, base, folder)) as tracked:
         tracked.tags(environment_tags())
     devices = shared_out(device, None if jobs == 1 and "," in device else jobs)
@@ -116,7 +117,7 @@ def work(path: Path, *, device: str, workspace: Path | None) -> None:
     interrupted_when_parent_ends()
     study = load_sweep(path)
     base, folder = _base(study, workspace)
-    _work(study, Search(study, folder), base, device)
+    _work(study, Search(study, folder, _digest(base)), base, device)
 
 
 def _base(study: SweepStudy, workspace: Path | None) -> tuple[Config, Path]:
@@ -124,6 +125,11 @@ def _base(study: SweepStudy, workspace: Path | None) -> tuple[Config, Path]:
     config = study.config_of({}, study.name)
     base = config if workspace is None else config.changed(workspace=workspace.absolute())
     return base, Workspace(base.workspace).sweeps / study.name
+
+
+def _digest(base: Config) -> str:
+    """Return a digest of what a configuration trains, and on what."""
+    return digest_of([configuration_digest(base), dataset_of(base).digest()])
 
 
 def _work_in_processes(path: Path, devices: list[str], workspace: Path) -> None:

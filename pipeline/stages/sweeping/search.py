@@ -1,4 +1,4 @@
-"""The trials of a sweep in Optuna: which comes next, which is pruned, and whose process has died. Its only importer."""
+"""The trials of a sweep in Optuna: which comes next, which is pruned, and whose process has died."""
 
 from __future__ import annotations
 
@@ -96,13 +96,14 @@ class Search:
     Args:
         study: the sweep.
         folder: of the sweep; locks are kept here.
+        base: digest of what the configuration that is varied says, and of its data.
 
     Raises:
         PipelineError: Optuna is not installed.
         ConfigError: the database holds trials of another sweep of this name.
     """
 
-    def __init__(self, study: SweepStudy, folder: Path) -> None:
+    def __init__(self, study: SweepStudy, folder: Path, base: str) -> None:
         self.sweep, self.folder = study, folder
         optuna = _optuna()
         folder.mkdir(parents=True, exist_ok=True)
@@ -118,12 +119,12 @@ class Search:
                 load_if_exists=True,
                 pruner=_pruner(study),
             )
-            digest = self._study.user_attrs.setdefault("search", study.search_digest())
+            digest = self._study.user_attrs.setdefault("search", study.search_digest(base))
             self._study.set_user_attr("search", digest)
-        if digest != study.search_digest():
+        if digest != study.search_digest(base):
             raise ConfigError(
-                f"sweep {study.name}: its trials in {folder} are of other parameters or settings; put those back, or "
-                "give this sweep another name"
+                f"sweep {study.name}: its trials in {folder} are of other parameters, settings or data, of the sweep "
+                f"or of {study.config}; put those back, or give this sweep another name"
             )
 
     def next_trial(self) -> Trial | None:
@@ -266,7 +267,9 @@ def _pruner(study: SweepStudy) -> Any:
     """Return what decides that a trial is not worth going on."""
     pruners = _optuna().pruners
     if study.pruner == "median":
-        return pruners.MedianPruner(n_startup_trials=study.startup_trials)
+        from pipeline.stages.sweeping.pruning import MedianSoFar
+
+        return MedianSoFar(study.startup_trials)
     if study.pruner == "hyperband":
         return pruners.HyperbandPruner(min_resource=_WHOLE // 9, max_resource=_WHOLE, reduction_factor=3)
     return pruners.NopPruner()

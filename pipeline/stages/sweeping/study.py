@@ -131,10 +131,14 @@ class SweepStudy(Record):
         """How many trials there will be: no more than a grid has points."""
         return min(self.trials, len(self.grid)) if self.sampler == "grid" else self.trials
 
-    def search_digest(self) -> str:
-        """Return a digest of what earlier trials must share with later ones, not of how many there shall be."""
+    def search_digest(self, base: str) -> str:
+        """Return a digest of what earlier trials must share with later ones, not of how many there shall be.
+
+        Args:
+            base: digest of what the configuration that is varied says, and of its data.
+        """
         kept = self.model_dump(mode="json", exclude={"trials", "timeout_minutes", "storage", "config"})
-        return digest_of(kept)
+        return digest_of({**kept, "base": base})
 
     def config_of(self, values: Mapping[str, Any], name: str) -> Config:
         """Return the configuration of a trial.
