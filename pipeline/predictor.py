@@ -26,6 +26,7 @@ from pipeline.confidence.measuring import ConfidenceSums
 from pipeline.config import InferenceSection, Output
 from pipeline.data.plan import Plan
 from pipeline.errors import ModelError, ResourceError, VolumeError
+from pipeline.free_memory import resident_bytes
 from pipeline.geometry import Geometry
 from pipeline.hardware import (
     Precision,
@@ -34,7 +35,6 @@ from pipeline.hardware import (
     pick_device,
     pick_dtype,
     place_to_predict,
-    resident_bytes,
 )
 from pipeline.inference.labelling import label_from_planes
 from pipeline.inference.memory import MemoryPlan, plan_memory
@@ -213,7 +213,7 @@ class Predictor:
             ModelError: the networks' logits are infinite or not a number.
             ResourceError: the case does not fit in memory.
         """
-        memory = self._plan_in_hand(prepared, native)
+        memory = self._plan_in_hand(prepared.array, prepared.geometry, native)
         sums = ConfidenceSums(tuple(self.plan.labels), self.output, self.temperature)
         watchers = [lambda planes, _: sums.add(planes.logits), *watch]
         with self.stream(prepared.array, prepared.body, memory) as stream:
@@ -237,8 +237,10 @@ class Predictor:
 
         Raises:
             ModelError: the networks' logits are infinite or not a number.
+            ResourceError: the case does not fit in memory.
         """
-        with self.stream(image, body) as stream:
+        memory = self._plan_in_hand(image, geometry, native)
+        with self.stream(image, body, memory) as stream:
             return self._label(_shown(stream), stream.axis, geometry, native)
 
     @contextmanager
@@ -299,13 +301,13 @@ class Predictor:
             process_bytes=process_bytes,
         )
 
-    def _plan_in_hand(self, prepared: PreparedImage, native: Geometry) -> MemoryPlan:
+    def _plan_in_hand(self, image: NDArray[Any], prepared: Geometry, native: Geometry) -> MemoryPlan:
         """Plan the memory of a prepared case, with all that the process has freed where it is short of memory."""
 
         def plan() -> MemoryPlan:
             # The image is in memory already, and counted in the plan.
-            process_bytes = max(0, resident_bytes() - prepared.array.nbytes)
-            return self.memory_plan(prepared.geometry, native, process_bytes=process_bytes)
+            process_bytes = max(0, resident_bytes() - image.nbytes)
+            return self.memory_plan(prepared, native, process_bytes=process_bytes)
 
         with suppress(ResourceError):
             found = plan()

@@ -167,14 +167,18 @@ def exclusively(path: Path, busy: PipelineError | None = None, *, shared: bool =
         shared: others may hold it too, if they share it as well.
 
     Raises:
-        PipelineError: `busy`.
+        PipelineError: `busy`; or the file system has no locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    with path.open("a+") as file:  # for reading too: NFS shares a lock only so
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (fcntl.LOCK_NB if busy else 0))
-        except OSError:
-            if busy is None:
-                raise
+        except BlockingIOError:
+            assert busy is not None
             raise busy from None
+        except OSError as error:
+            raise PipelineError(
+                f"{path}: cannot be locked ({error.strerror}); put it on a file system that knows flock (of Lustre: "
+                "mounted with -o flock)"
+            ) from error
         yield

@@ -270,6 +270,11 @@ PROVOKED: dict[str, tuple[Callable[[Path], object], tuple[str, str], Callable[[P
         ("warning", "duplicate"),
         lambda r: rewrite(image_of(r), with_voxels(lambda a: np.asarray(nib.load(image_of(r, 1)).dataobj) + 1)),
     ),
+    "zeros in the place of a missing channel, in two patients": (
+        lambda r: [rewrite(image_of(r, n), with_voxels(lambda a: a * 0)) for n in (2, 3)],
+        ("warning", "constant"),
+        lambda r: None,
+    ),
     "intensities of another scale": (
         lambda r: rewrite(image_of(r), with_voxels(lambda a: a * 20)),
         ("warning", "intensity"),

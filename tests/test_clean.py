@@ -12,7 +12,7 @@ from pipeline.data.store import CaseStore, PreparedCase
 from pipeline.geometry import Geometry
 from pipeline.records import write_json, write_text
 from pipeline.stages.clean import run
-from pipeline.tracking import RunLog
+from pipeline.tracking import RunLog, send_pending
 
 GRID = Geometry((2, 3, 4), np.eye(4))
 CASE = PreparedCase(np.zeros((1, 2, 3, 4), np.float16), None, None, GRID, GRID, {}, ("T1",))
@@ -75,6 +75,16 @@ def test_without_yes_it_only_says(workspace: Path, caplog: pytest.LogCaptureFixt
     assert all_in(workspace) == before
     assert "--yes" in caplog.text
     assert all(str(workspace / name) in caplog.text for name in NOT_NEEDED)
+
+
+def test_an_earlier_run_stays_until_mlflow_has_it(workspace: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = add_run(workspace, "again", finished=True)
+    earlier = folder.rename(folder.with_name("earlier_1_fold_0"))
+    assert earlier not in [item.path for item in run(workspace, confirmed=True)]
+    assert "an earlier run that is not all in MLflow is kept; `medseg sync` sends it" in caplog.text
+    assert send_pending(earlier)
+    assert earlier in [item.path for item in run(workspace, confirmed=True)]
+    assert not earlier.exists()
 
 
 def test_with_yes_it_removes_that_and_nothing_else(workspace: Path) -> None:

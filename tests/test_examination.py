@@ -11,7 +11,7 @@ from scipy import ndimage
 from pipeline.data.manifest import Case, ImageFile, Manifest
 from pipeline.data.phantoms import LABELS, make_phantom
 from pipeline.geometry import Geometry
-from pipeline.preparation.examination import LEVELS, CaseExamination, Intensities, pooled
+from pipeline.preparation.examination import LEVELS, MOST_POOLED_VALUES, CaseExamination, Intensities, pooled
 from pipeline.preparation.examining import LARGEST_SAMPLE, examine_case
 from pipeline.volumes.volume import Volume
 from pipeline.volumes.writing import write_image, write_label
@@ -23,6 +23,16 @@ def described(values: np.ndarray) -> Intensities:
     return Intensities(
         voxels=values.size, mean=values.mean(), std=values.std(), quantiles=tuple(np.quantile(values, LEVELS).tolist())
     )
+
+
+def test_very_many_distributions_merge_within_the_width_of_a_few_values() -> None:
+    rng = np.random.default_rng(0)
+    samples = [rng.normal(rng.normal(0, 2), 1, 400) for _ in range(400)]
+    merged, whole = pooled([described(sample) for sample in samples]), described(np.concatenate(samples))
+    assert len(np.unique([np.quantile(sample, LEVELS) for sample in samples])) > MOST_POOLED_VALUES
+    assert (merged.voxels, merged.mean, merged.std) == pytest.approx((whole.voxels, whole.mean, whole.std))
+    np.testing.assert_allclose(merged.quantiles[1:-1], whole.quantiles[1:-1], atol=0.05)
+    assert (merged.quantiles[0], merged.quantiles[-1]) == pytest.approx((whole.quantiles[0], whole.quantiles[-1]))
 
 
 def read(root: Path, channels: dict[str, str], labelled: bool, labels: dict[str, int]) -> CaseExamination:

@@ -219,12 +219,56 @@ def test_every_broken_line_of_a_csv_is_named(tmp_path: Path) -> None:
         find_cases(tmp_path / "cases.csv")
 
 
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        (("p1/T1.nii.gz", "p1/label.nii.gz", "p1/mask.nii.gz"), "label.nii.gz and mask.nii.gz are two labels"),
+        (("p1.nii.gz", "p1_gt.nii.gz", "p1_seg.nii.gz"), "p1_gt.nii.gz and p1_seg.nii.gz are two labels"),
+        (("images/p1.nii.gz", "labels/p1.nii.gz", "labels/p1_mask.nii.gz"), "are two labels of one name"),
+        (("images/p1.nii.gz", "images/p1.nrrd", "labels/p1.nii.gz"), "p1.nii.gz and p1.nrrd are two images"),
+    ],
+)
+def test_of_two_files_of_one_name_none_is_taken_for_the_other(
+    tmp_path: Path, files: tuple[str, ...], reason: str
+) -> None:
+    touch(tmp_path, *files)
+    with pytest.raises(ManifestError, match=f"{reason}.*list the files in a CSV"):
+        find_cases(tmp_path)
+
+
+def test_an_image_belongs_to_the_longest_label_that_it_begins_with(tmp_path: Path) -> None:
+    names = ("a", "a_1", "a_10", "b-c")
+    touch(tmp_path, *(f"labels/{name}.nii.gz" for name in names))
+    touch(tmp_path, *(f"images/{name}_CT.nii.gz" for name in names), "images/a_2_0000.nii.gz", "images/ab.nii.gz")
+    found = files_of(tmp_path)
+    assert {name: set(images) for name, (images, _) in found.items()} == {
+        **{name: {"CT"} for name in ("a_1", "a_10", "b-c")},
+        "a": {"CT", "2_0000"},
+        "ab": {"image"},
+    }
+
+
+@pytest.mark.parametrize("layout", ["nnunet", "decathlon"])
+def test_a_test_case_whose_name_is_changed_stays_one(tmp_path: Path, layout: str) -> None:
+    number = "_0000" if layout == "nnunet" else ""
+    touch(tmp_path, f"imagesTr/Müller 3{number}.nii.gz", "labelsTr/Müller 3.nii.gz")
+    touch(tmp_path, f"imagesTs/Patient 01{number}.nii.gz", "labelsTs/Patient 01.nii.gz")
+    training = [{"image": "./imagesTr/Müller 3.nii.gz", "label": "./labelsTr/Müller 3.nii.gz"}]
+    write_json(tmp_path, training=training, test=["./imagesTs/Patient 01.nii.gz"])
+    found = find_cases(tmp_path, layout)
+    assert found.held_out == {"Patient_01"}
+    assert found.held_out < {case.id for case in found.cases} == {"Patient_01", "M_ller_3"}
+    (tmp_path / "splits.json").write_text(json.dumps([{"train": [], "val": ["Müller 3"]}]))
+    split = find_cases(tmp_path, layout, Reading(splits=tmp_path / "splits.json"))
+    assert {case.id: case.fold for case in split.cases} == {"M_ller_3": 0, "Patient_01": None}
+
+
 def test_a_source_that_is_nothing_known_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").touch()
     for source, layout, reason in (
         (tmp_path / "none", None, "does not exist"),
         (tmp_path / "a.txt", None, "no known layout"),
-        (tmp_path, None, "no case found"),
+        (tmp_path, None, "no case found.*DICOM is converted first: `medseg dicom convert`"),
         (tmp_path, "zarr", "format 'zarr': unknown; one of nnunet, decathlon, csv, monai"),
     ):
         with pytest.raises(ManifestError, match=reason):

@@ -11,14 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline.free_memory import _left_in_groups, available_bytes, resident_bytes
 from pipeline.hardware import (
-    _left_in_groups,
-    available_bytes,
     compiled,
     compiled_to_train,
     is_out_of_memory,
     place_to_predict,
-    resident_bytes,
     threads_per_worker,
 )
 

@@ -12,8 +12,8 @@ from tiny_models import NEAREST_MEAN, NearestMean, make_model, make_plan, neares
 
 from pipeline.config import InferenceSection
 from pipeline.errors import ModelError, ResourceError, VolumeError
+from pipeline.free_memory import resident_bytes
 from pipeline.geometry import Geometry
-from pipeline.hardware import resident_bytes
 from pipeline.inference.memory import MemoryPlan
 from pipeline.model import save_model
 from pipeline.networks import NETWORKS, Network
@@ -293,8 +293,11 @@ def test_logits_do_not_depend_on_the_memory_there_is(tmp_path: Path) -> None:
 def test_a_case_that_does_not_fit_is_refused_before_its_first_window() -> None:
     image = make_image(Geometry((20, 18, 16), np.eye(4)), random_classes(20, 18, 16))
     model = make_model()
+    predictor = Predictor(model.network, model.plan, InferenceSection(), replace(CPU, limit_bytes=1))
     with pytest.raises(ResourceError, match="20x18x16"):
-        Predictor(model.network, model.plan, InferenceSection(), replace(CPU, limit_bytes=1)).predict(image)
+        predictor.predict(image)
+    with pytest.raises(ResourceError, match="20x18x16"):  # as validation in training does it
+        predictor.predict_prepared(image.array, image.geometry, image.geometry)
 
 
 def test_memory_that_earlier_work_has_freed_is_there_for_a_case() -> None:

@@ -33,8 +33,8 @@ from pipeline.confidence.judging import judge
 from pipeline.confidence.measuring import StructureConfidence
 from pipeline.confidence.reliability import Reliability
 from pipeline.errors import PipelineError
+from pipeline.free_memory import resident_bytes
 from pipeline.geometry import Geometry
-from pipeline.hardware import resident_bytes
 from pipeline.model import save_model
 from pipeline.networks import NETWORKS
 from pipeline.stages import segment
@@ -403,6 +403,34 @@ def test_the_journal_is_read_on_and_passes_half_a_line_over(tmp_path: Path) -> N
     assert mine.of_run == {"ä": done.changed(status="skipped")}
     assert Journal(tmp_path, "theirs").of_run == {"ä": done}
     assert (tmp_path / JOURNAL).read_text().count("volumes_ml") == 1
+
+
+class Forgetful(Batch):
+    """Writes a label map, and dies before that is written down."""
+
+    def _finish(self, case: CaseInHand) -> CaseResult:
+        case.attempt(self._steps.write)
+        return case.result
+
+
+def test_a_case_that_is_done_anew_by_other_models_counts_as_neither_until_it_is_done(
+    model: Path, scans: Path, tmp_path: Path
+) -> None:
+    (scan,), out = scans.glob("case_0.*"), tmp_path / "out"
+    save_model(tmp_path / "other", make_model(seed=1))
+
+    def statuses(chosen: Path) -> list[str]:
+        return [result.status for result in segment.run(str(chosen), [scan], out, device="cpu").results]
+
+    assert statuses(model) == ["done"]
+    own = label_files(out)
+    settings = SegmentSettings((tmp_path / "other",), out, run="killed", device="cpu")
+    batch = Forgetful(CaseSteps(settings), threading.Event())
+    assert [result.status for result in batch.results(find_inputs([scan], ("T1",), out))] == ["done"]
+    assert label_files(out) != own
+    assert statuses(model) == ["done"]
+    assert label_files(out) == own
+    assert statuses(model) == ["skipped"]
 
 
 def test_room_admits_what_fits_and_alone_what_does_not(tmp_path: Path) -> None:

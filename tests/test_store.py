@@ -55,6 +55,27 @@ def same(one: PreparedCase, other: PreparedCase) -> bool:
     return True
 
 
+def test_a_case_that_is_prepared_anew_while_it_is_in_use_is_refused(tmp_path: Path) -> None:
+    store = CaseStore(tmp_path)
+    before, after = make_case(seed=1), make_case(seed=2)
+    store.write("a", before, "by one plan")
+    store.write("b", before, "by one plan")
+    in_use = CaseStore(tmp_path, {"a": "by one plan"})
+    held = in_use.open("a")
+    held.hold()
+    assert same(in_use.read("a"), before)
+    for name in ("a", "b"):
+        store.write(name, after, "by another")
+    for action in (in_use.read, in_use.open, in_use.verify):
+        with pytest.raises(StoreError, match="a: was prepared anew while it was in use"):
+            action("a")
+    assert in_use.key_of("a") is None
+    assert same(in_use.read("b"), after)
+    # What was opened before is what it was.
+    np.testing.assert_array_equal(held.read_image((0, 0, 0), (20, 24, 18)), before.image)
+    np.testing.assert_array_equal(held.read_label((0, 0, 0), (20, 24, 18)), before.label)
+
+
 # The second is larger than one block and is cut into uneven parts; the third holds one voxel a plane.
 @pytest.mark.parametrize("shape", [(20, 24, 18), (70, 65, 131), (1, 1, 4)])
 def test_a_case_comes_back_as_it_was_written(tmp_path: Path, shape: tuple[int, int, int]) -> None:

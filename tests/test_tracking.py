@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -273,6 +274,11 @@ def test_a_model_comes_back_from_mlflow(workspace: Path) -> None:
     assert send(run.folder)
     newer = fetch_model(f"runs:/{run_id}", uri, into)
     assert newer != folder
+    # The run's files are now those of version 2: version 1 is what was fetched of it, and nothing else.
+    assert fetch_model("models:/phantoms/2", uri, into) == newer
+    assert fetch_model("models:/phantoms/1", uri, into) == folder
+    with pytest.raises(ModelError, match=r"models:/phantoms/1: its files in run .* were replaced by those of a later"):
+        fetch_model("models:/phantoms/1", uri, workspace / "elsewhere")
     assert (newer / "weights.safetensors").read_bytes() == b"better"
     parent_id = read_state(run.folder.parent).run_id
     for text in ("models:/phantoms@worst", "models:/other/1", "runs:/none", "phantoms", f"runs:/{parent_id}"):
@@ -332,6 +338,29 @@ def test_what_mlflow_refuses_or_is_gone_holds_nothing_up(workspace: Path, caplog
     assert [text in message for text, message in zip(expected, messages, strict=True)] == [True] * 4
     data = MlflowClient(f"sqlite:///{workspace}/mlflow.db").get_run(str(read_state(run.folder).run_id)).data
     assert (data.metrics["loss"], data.params["lr"], data.tags["resumed.lr"]) == (1.0, "1", "2")
+
+
+@pytest.mark.skipif(find_spec("boto3") is not None, reason="boto3 is installed: the store would be looked for")
+def test_a_store_that_cannot_be_written_from_here_keeps_no_other_run_from_being_sent(
+    workspace: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mlflow import MlflowClient
+
+    from pipeline.tracking.sending import send
+
+    uri = f"sqlite:///{workspace}/mlflow.db"
+    MlflowClient(uri).create_experiment("far", artifact_location="s3://nowhere/at/all")
+    folder = workspace / "runs" / "far"
+    far = RunLog.create(folder, uri=uri, workspace=workspace, experiment="far", name="far")
+    (folder / "summary.html").write_text("<p>0.9</p>")
+    far.artifact(folder / "summary.html")
+    assert not send(folder)
+    assert "cannot be sent (ModuleNotFoundError: No module named 'boto3'" in caplog.text
+    near = new_run(workspace)
+    near.metrics({"loss": 1.0}, 0)
+    assert not send_pending(folder, near.folder)
+    assert pending(folder)
+    assert not pending(near.folder)
 
 
 def test_a_server_out_of_reach_slows_nothing_and_loses_nothing(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 
 from pipeline.data.manifest import Case
 from pipeline.errors import ManifestError
+
+# Told apart by a mark, for a patient may have the name of a group; patients alone are what they always were.
+_GROUP = "group\n"
 
 
 def assign_folds(
@@ -52,7 +55,12 @@ def assign_folds(
         _spread({patient: sizes[patient] for patient in stratum[take:]}, totals, fold_of)
     if len(fold_of) < folds:
         what = "groups" if any(case.group for case in cases) else "patients"
-        raise ManifestError(f"{len(fold_of)} labelled {what} are left for {folds} folds; ask for fewer with --folds")
+        largest, number = Counter(units.values()).most_common(1)[0]
+        hint = ", or say with --patient what of a case's id is the patient" if what == "patients" else ""
+        raise ManifestError(
+            f"{len(fold_of)} labelled {what} are left for {folds} folds, {number} of {len(cases)} cases being of "
+            f"{largest.removeprefix(_GROUP)!r}; ask for fewer with --folds{hint}"
+        )
     return tuple(case.changed(fold=fold_of.get(units[case.id]) if case.label else None) for case in cases)
 
 
@@ -63,8 +71,7 @@ def _units(cases: Sequence[Case]) -> dict[str, str]:
         first = groups.setdefault(case.patient, case.group)
         if first != case.group:
             raise ManifestError(f"patient {case.patient!r}: is in group {first} and in {case.group}; name one for all")
-    # Told apart by a mark, for a patient may have the name of a group; patients alone are what they always were.
-    return {case.id: case.patient if case.group is None else f"group\n{case.group}" for case in cases}
+    return {case.id: case.patient if case.group is None else f"{_GROUP}{case.group}" for case in cases}
 
 
 def _strata(

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -131,6 +131,12 @@ class StoredCase:
         array: Labels = self._label[self._box(start, stop)]
         return array
 
+    def hold(self) -> None:
+        """Map the files now: they are read from then on, though others take their place."""
+        for name in ("image", "label"):
+            if f"{name}.b2nd" in self.record.files:
+                getattr(self, f"_{name}")
+
     def _box(self, start: Index, stop: Index) -> tuple[slice, ...]:
         """Return the box as slices; a negative start would silently mean the far end."""
         if any(a < 0 or a >= b or b > n for a, b, n in zip(start, stop, self.geometry.shape, strict=True)):
@@ -157,10 +163,17 @@ class StoredCase:
 
 
 class CaseStore:
-    """A folder of preprocessed cases."""
+    """A folder of preprocessed cases.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: where they lie.
+        keys: case id -> the key that a case must have been written with, of those that are to stay as they are; None:
+            any will do.
+    """
+
+    def __init__(self, folder: Path, keys: Mapping[str, str | None] | None = None) -> None:
         self.folder = folder
+        self.keys = keys
 
     def case_ids(self) -> tuple[str, ...]:
         """Return the ids of the stored cases, ascending."""
@@ -275,9 +288,15 @@ class CaseStore:
         if content["format_version"] != STORE_FORMAT_VERSION:
             raise _damaged(path, f"format version {content['format_version']}, not {STORE_FORMAT_VERSION}")
         try:
-            return CaseRecord.model_validate(content)
+            record = CaseRecord.model_validate(content)
         except ValidationError as error:
             raise _damaged(path, str(error)) from None
+        if self.keys and record.key != self.keys.get(case_id, record.key):
+            raise StoreError(
+                f"{path.parent}: was prepared anew while it was in use, by another plan or from other files; go on "
+                "when the data are again as they were, or begin anew"
+            )
+        return record
 
     def _read_bytes(self, case_id: str, name: str, record: CaseRecord) -> bytes:
         """Read a file and verify its checksum."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pipeline.errors import ResourceError
-from pipeline.hardware import available_bytes, resident_bytes
+from pipeline.free_memory import available_bytes, resident_bytes
 from pipeline.inference.windows.ring import plane_bytes, planes_at_once
 from pipeline.inference.windows.streaming import tiling_of
 from pipeline.inference.windows.tiling import Size, Windowing
@@ -137,11 +137,14 @@ def plan_memory(
     process = resident_bytes() if process_bytes is None else process_bytes
     limit = limit_bytes if limit_bytes is not None else resident_bytes() + available_bytes()
     device = next(networks[0].parameters()).device
-    gpu_limit = 0
-    if device.type == "cuda":  # what torch holds there is for the case too: the weights, and blocks kept from the last
-        gpu_limit = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     largest = _largest(networks, windowing, image_shape, batch, dtype)
     largest = replace(largest, process=process + RUNTIME_BYTES, input=input_bytes, output=math.prod(native_shape))
+    gpu_limit = 0
+    if device.type == "cuda":
+        # Blocks that torch has kept are for the case too, and the weights are there already; what else lies there is
+        # not its own: in training the optimiser, the mean of the weights, the cases.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        gpu_limit = torch.cuda.mem_get_info(device)[0] + kept + largest.weights
     for plan in _ever_smaller(largest):
         if plan.peak_ram_bytes <= limit and plan.peak_vram_bytes <= gpu_limit:
             return plan

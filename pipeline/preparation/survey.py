@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from pipeline.data.manifest import Case, Manifest
 from pipeline.errors import ManifestError
+from pipeline.free_memory import available_bytes
 from pipeline.geometry import FloatArray
 from pipeline.preparation.examination import CaseExamination, ChannelExamination, Problem
 from pipeline.preparation.examining import examination_key, examine_case, state_of
@@ -156,10 +157,8 @@ def cores() -> int:
 
 def _admitted(manifest: Manifest, cases: Iterable[Case]) -> int:
     """Return how many cases can be examined at once with the cores and the free memory there are."""
-    import psutil
-
     largest = max(memory_bytes(manifest, case) for case in cases)
-    return max(1, min(cores(), int(psutil.virtual_memory().available // max(largest, 1))))
+    return max(1, min(cores(), available_bytes() // max(largest, 1)))
 
 
 def memory_bytes(manifest: Manifest, case: Case) -> int:
@@ -222,6 +221,8 @@ def _duplicates(manifest: Manifest, examinations: Sequence[CaseExamination]) -> 
     first: dict[str, tuple[Case, str]] = {}
     for case, examination in zip(manifest.cases, examinations, strict=True):
         for name, channel in examination.channels.items():
+            if channel.nonzero_box is None:  # zeros, as some write for a channel that is missing
+                continue
             earlier, earlier_name = first.setdefault(channel.content, (case, name))
             if (earlier, earlier_name) == (case, name):
                 continue

@@ -15,7 +15,7 @@ from pipeline.data.store import CaseStore
 from pipeline.errors import StoreError
 from pipeline.stages.preprocess import CASES, KEYS
 from pipeline.stages.workspace import EARLIER, Workspace
-from pipeline.tracking.log import read_events
+from pipeline.tracking.log import is_tracked, pending, read_events
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,10 @@ def _find(workspace: Workspace, held: ExitStack) -> Iterator[tuple[Path, str]]:
         if _is_finished(checkpoint.parent):
             yield checkpoint, "checkpoint of a finished run; its models stay"
     for run in sorted(workspace.runs.glob(f"*/{EARLIER}*")):
-        yield run, "an earlier run, set aside when its fold was trained anew"
+        if is_tracked(run) and pending(run):
+            log.info("%s: an earlier run that is not all in MLflow is kept; `medseg sync` sends it", run)
+        else:
+            yield run, "an earlier run, set aside when its fold was trained anew"
     for model in sorted(workspace.fetched.glob("*")):
         yield model, "fetched from MLflow, and can be again"
     for root in (workspace.checks, workspace.runs):

@@ -23,6 +23,8 @@ from pipeline.volumes.volume import count_values, read_label
 log = logging.getLogger(__name__)
 
 DEFAULT_FOLDS = 5
+# Of one patient; where they are more than a fold has, too, the patient may be a word that all names begin with.
+MANY_CASES = 10
 # What a found data set and a manifest have in common.
 _SHARED = ("description", "licence", "source", "channels", "file_values", "regions", "ignore_label")
 
@@ -202,5 +204,16 @@ def _log_summary(manifest: Manifest, out: Path, found: Found) -> None:
         log.info("  left and right: %s", ", ".join(" / ".join(pair) for pair in manifest.label_pairs))
     for note in found.notes:
         log.info("  %s", note)
+    patient, number = Counter(case.patient for case in manifest.cases).most_common(1)[0]
+    if number >= MANY_CASES and number > len(manifest.cases) / len(manifest.folds):
+        log.warning(
+            "  patient %s has %d cases: is it one? --patient says what of a case's id is the patient", patient, number
+        )
+    if unknown := [name for name, modality in manifest.channels.items() if modality == "other"]:
+        log.warning(
+            '  %s: the name tells no modality, and "other" is normalised case by case: write "CT" or the like at '
+            '"channels" in %s, for else a CT loses its Hounsfield scale',
+            *(", ".join(unknown), out),
+        )
     if not manifest.licence:
         log.info("  licence and source are not said in the data: add them to the manifest by hand")

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import psutil
-
 from pipeline.config import Config
 from pipeline.data.manifest import Case, Manifest
 from pipeline.data.plan import Plan
 from pipeline.data.store import STORE_FORMAT_VERSION, CaseStore
 from pipeline.errors import ManifestError, PipelineError, StoreError
+from pipeline.free_memory import available_bytes
 from pipeline.preparation.examination import CaseExamination
 from pipeline.preparation.planning import fingerprint
 from pipeline.preparation.survey import compare_cases, cores, examine_cases, known_examinations
@@ -286,4 +285,4 @@ def _drop_leftovers(store: CaseStore) -> None:
 
 def _free_bytes() -> int:
     """Return what cases may take together."""
-    return int(MEMORY_SHARE * psutil.virtual_memory().available)
+    return int(MEMORY_SHARE * available_bytes())

@@ -14,7 +14,8 @@ from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.data.plan import Fingerprint, Plan
 from pipeline.data.store import CaseStore
-from pipeline.hardware import available_bytes, device_name, pick_device, pick_dtype, place
+from pipeline.free_memory import available_bytes
+from pipeline.hardware import device_name, pick_device, pick_dtype, place
 from pipeline.networks import Network
 from pipeline.networks.fitting import fitted_plan, network_for
 from pipeline.networks.footprint import StepFootprint, step_footprint

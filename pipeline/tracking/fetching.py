@@ -15,6 +15,7 @@ from pipeline.errors import ModelError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
 
 def fetch_model(text: str, uri: str, into: Path) -> Path:
@@ -29,11 +30,17 @@ def fetch_model(text: str, uri: str, into: Path) -> Path:
         ModelError: the name is of no such form, MLflow does not know it, or is out of reach.
     """
     with _client(text, uri) as client:
-        run_id = _run_of(client, text)
+        run_id, version = _run_of(client, text)
         digest = client.get_run(run_id).data.tags.get("medseg.model_digest")
         if digest is None:
             raise ModelError(f"{text}: run {run_id} in {uri} has logged no model")
-        folder = into / f"{run_id}-{digest[:8]}"
+        wanted = digest if version is None else version.tags.get("medseg.model_digest", digest)
+        folder = into / f"{run_id}-{wanted[:8]}"
+        if not folder.is_dir() and wanted != digest:
+            raise ModelError(
+                f"{text}: its files in run {run_id} were replaced by those of a later version, as `medseg find-best` "
+                "does when it chooses postprocessing; name that version, or the folder of the model that is meant"
+            )
         if not folder.is_dir():
             _download(client, run_id, folder)
     return folder
@@ -112,15 +119,18 @@ def run_of_fetched(folder: Path, into: Path) -> str | None:
     return folder.name.rpartition("-")[0] if folder.resolve().parent == into.resolve() else None
 
 
-def _run_of(client: MlflowClient, text: str) -> str:
-    """Return the id of the run that logged a model."""
+def _run_of(client: MlflowClient, text: str) -> tuple[str, ModelVersion | None]:
+    """Return the id of the run that logged a model, and its version, where one is named."""
     kind, _, name = text.partition(":/")
     if kind == "runs" and name:
-        return name.removesuffix("/").removesuffix("/model")
+        return name.removesuffix("/").removesuffix("/model"), None
+    version = None
     if kind == "models" and "@" in name:
-        return str(client.get_model_version_by_alias(*name.split("@", 1)).run_id)
-    if kind == "models" and "/" in name:
-        return str(client.get_model_version(*name.split("/", 1)).run_id)
+        version = client.get_model_version_by_alias(*name.split("@", 1))
+    elif kind == "models" and "/" in name:
+        version = client.get_model_version(*name.split("/", 1))
+    if version is not None:
+        return str(version.run_id), version
     raise ModelError(f"{text}: not the name of a model; runs:/ID, models:/NAME@ALIAS or models:/NAME/VERSION")
 
 

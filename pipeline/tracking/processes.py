@@ -50,10 +50,13 @@ class Follower:
         if self.process is None:
             return False
         try:
-            return self.process.wait(limit_s) == 0
+            if self.process.wait(limit_s) == 0:
+                return True
+            why = self.folder / FOLLOWER_LOG
+            log.warning("%s: not everything is in MLflow, %s says why; `medseg sync` sends the rest", self.folder, why)
         except subprocess.TimeoutExpired:
             log.info("%s: not everything is in MLflow yet; `medseg sync` sends what may be left", self.folder)
-            return False
+        return False
 
 
 def start_follower(folder: Path) -> Follower:

@@ -48,6 +48,10 @@ def send(folder: Path) -> bool:
     except (MlflowException, SQLAlchemyError, OSError) as error:
         log.warning("%s: MLflow is out of reach (%s); what is not sent waits in %s", folder, _brief(error), folder)
         return False
+    except Exception as error:
+        # A store's own client, for instance of S3, is not there or raises errors of its own.
+        log.warning("%s: cannot be sent (%s); what is not sent waits in %s", folder, _brief(error), folder)
+        return False
     return True
 
 

@@ -54,7 +54,10 @@ def find_cases(source: Path, layout: str | None = None, reading: Reading | None 
     absolute = replace(asked, root=asked.root and asked.root.absolute())
     found = FORMATS[name].find(source.absolute(), absolute)
     if not found.cases:
-        raise ManifestError(f"{source}: no case found; expected {FORMATS[name].pattern}")
+        raise ManifestError(
+            f"{source}: no case found; expected {FORMATS[name].pattern}. DICOM is converted first: `medseg dicom "
+            "convert`"
+        )
     if asked.patient:
         found = replace(found, cases=tuple(_of_patient(case, asked.patient) for case in found.cases))
     if asked.splits and name != "nnunet":  # nnU-Net's own reader knows more places of it.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.formats.dataset_json import channels_of, fold_of, labels_of, origin_of
-from pipeline.data.formats.found import Format, Found, Reading, collected, make_case, read_json_object, relative
+from pipeline.data.formats.found import Format, Found, Reading, collected, make_case, read_json_object, relative, slug
 from pipeline.data.manifest import Case
 from pipeline.errors import ManifestError
 from pipeline.volumes.stored import stem_of
@@ -61,8 +61,8 @@ def _test_entries(content: Mapping[str, Any], path: Path) -> Iterator[dict[str, 
 
 
 def _id(entry: Mapping[str, Any]) -> str:
-    """Return the name of an entry's image."""
-    return stem_of(Path(str(entry["image"])))
+    """Return the id of an entry's case: the name of its image."""
+    return slug(stem_of(Path(str(entry["image"]))))
 
 
 def _case(entry: Mapping[str, Any], channels: Iterable[str], path: Path, root: Path) -> Case:

@@ -21,6 +21,7 @@ from pipeline.data.formats.found import (
     make_case,
     read_json_object,
     relative,
+    slug,
     volumes_of,
 )
 from pipeline.data.manifest import Case
@@ -69,7 +70,7 @@ def _find(source: Path, reading: Reading) -> Found:
         channels=channels,
         cases=with_splits(cases, splits, training) if splits else cases,
         split=str(splits) if splits else "",
-        held_out=frozenset(tested),
+        held_out=frozenset(map(slug, tested)),
         **labels_of(content, path).fields(),
         **origin_of(content),
     )
@@ -126,7 +127,7 @@ def with_splits(cases: Sequence[Case], path: Path, training: Collection[str]) ->
     Args:
         cases: of the data set.
         path: of the splits.
-        training: ids of the cases that may stand in a split.
+        training: names of the cases that may stand in a split.
 
     Raises:
         ManifestError: the file cannot be read, or its splits are not folds: they name unknown cases, validate a case
@@ -148,7 +149,7 @@ def with_splits(cases: Sequence[Case], path: Path, training: Collection[str]) ->
         if others != {*trained}:
             torn = sorted(others ^ {*trained})
             problems.append(f"split {fold} does not train on all cases that it does not validate: {_few(torn)}")
-    if unknown := sorted(named - {*training}):
+    if unknown := sorted(named - {*map(slug, training)}):
         problems.append(f"no case of the data set: {_few(unknown)}")
     if problems:
         lines = "\n".join(f"{path}: {problem}" for problem in problems)
@@ -157,10 +158,10 @@ def with_splits(cases: Sequence[Case], path: Path, training: Collection[str]) ->
 
 
 def _read_splits(path: Path) -> list[tuple[list[str], list[str]]]:
-    """Return the cases that each split trains on and validates."""
+    """Return the ids of the cases that each split trains on and validates."""
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
-        return [([*map(str, split["train"])], [*map(str, split["val"])]) for split in content]
+        return [tuple([slug(str(name)) for name in split[side]] for side in ("train", "val")) for split in content]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ManifestError(f'{path}: expected [{{"train": [...], "val": [...]}}, ...]: {error!r}') from error
 

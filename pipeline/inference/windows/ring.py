@@ -207,8 +207,8 @@ def _zeros(shape: Sequence[int], device: torch.device) -> Tensor:
         if not is_out_of_memory(error):
             raise
         raise ResourceError(
-            f"{device} has no memory for {4 * math.prod(shape) / 2**30:.1f} GB of unfinished planes; keep them on disk "
-            "with --max-memory, or take a model with a smaller window"
+            f"{device} has no memory for {4 * math.prod(shape) / 2**30:.1f} GB of unfinished planes; `segment` keeps "
+            "them on disk with --max-memory; else take a model with a smaller window"
         ) from error
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PipelineError
-from pipeline.hardware import available_bytes
+from pipeline.free_memory import available_bytes
 from pipeline.records import exclusively, write_json
 from pipeline.stages.cluster.fitness import Common, is_seen, misfits
 from pipeline.stages.cluster.options import RayOptions

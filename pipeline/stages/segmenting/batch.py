@@ -108,12 +108,18 @@ class Batch:
             if (case := ahead.result()) is None:
                 break
             ahead = reader.submit(self._read_next, turns)
+            case.attempt(self._revoke)
             case.attempt(self._steps.predict)
             if written is not None:
                 yield written.result()
             written = writer.submit(self._finish, case)
         if written is not None:
             yield written.result()
+
+    def _revoke(self, case: CaseInHand) -> None:
+        """Take back what is written down of a case whose files are about to be replaced."""
+        if case.source.name in self.journal.done:
+            self.journal.revoke(case.source.name, case.result.inputs)
 
     def _turns(self, cases: Sequence[SegmentInput]) -> Iterator[tuple[SegmentInput, Claim]]:
         """Yield the cases that nobody else has; last those that others had, or over which a process died."""

@@ -15,14 +15,13 @@ from numpy.typing import NDArray
 
 from pipeline.data.plan import Fingerprint
 from pipeline.errors import PipelineError
+from pipeline.free_memory import available_bytes, resident_bytes
 from pipeline.geometry import Geometry
 from pipeline.hardware import (
     Precision,
-    available_bytes,
     keep_freed_memory,
     peak_memory_bytes,
     reset_peak_memory,
-    resident_bytes,
 )
 from pipeline.inference.postprocessing import common_rules
 from pipeline.inference.probabilities import ProbabilityType

@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -35,7 +35,7 @@ class Journal:
     """A folder's journal, as far as it has been read.
 
     Attributes:
-        done: case -> how it was last done, in whatever run.
+        done: case -> how it was last done, in whatever run; without those that have failed since.
         of_run: case -> what became of it in this run, in any of its processes.
         last: case -> what last became of it, in whatever run.
     """
@@ -70,10 +70,23 @@ class Journal:
         Raises:
             OSError: it cannot be written; the journal is as it was.
         """
-        shown = result if result.status != "skipped" else _outline(result)
-        entry = Entry(run=self._run, result=shown).model_dump(mode="json", exclude_defaults=True)
+        self._append(Entry(run=self._run, result=result if result.status != "skipped" else _outline(result)))
+
+    def revoke(self, name: str, inputs: Sequence[str]) -> None:
+        """Say that a case's files are about to be replaced: should the process die, they are not what they were.
+
+        Raises:
+            OSError: it cannot be written; the journal is as it was.
+        """
+        reason = "the process ended while its files were being replaced; give the same command again"
+        # Of no run: in this one the case has not ended.
+        self._append(Entry(run="", result=CaseResult(name=name, status="failed", inputs=tuple(inputs), reason=reason)))
+
+    def _append(self, entry: Entry) -> None:
+        """Append a line, at once and whole."""
+        said = entry.model_dump(mode="json", exclude_defaults=True)
         # The first line break ends what a killed process left of a line.
-        line = f"\n{json.dumps(entry, ensure_ascii=False)}\n".encode(errors="backslashreplace")
+        line = f"\n{json.dumps(said, ensure_ascii=False)}\n".encode(errors="backslashreplace")
         with self._path.open("ab", buffering=0) as file:
             _lock(file.fileno())
             size = os.fstat(file.fileno()).st_size
@@ -99,6 +112,8 @@ class Journal:
             result = done.changed(status="skipped")
         if result.status == "done":
             self.done[result.name] = result
+        if result.status == "failed":
+            self.done.pop(result.name, None)
         self.last[result.name] = result
         if entry.run == self._run:
             self.of_run[result.name] = result

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from pipeline.errors import PipelineError, ResourceError
-from pipeline.hardware import available_bytes, resident_bytes
+from pipeline.free_memory import available_bytes, resident_bytes
 from pipeline.inference.memory import MemoryPlan
 from pipeline.predictor import Predictor
 from pipeline.stages.segmenting.inputs import SegmentInput

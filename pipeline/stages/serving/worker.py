@@ -22,8 +22,8 @@ from typing import TextIO
 import numpy as np
 
 from pipeline.errors import PipelineError, ResourceError, VolumeError
+from pipeline.free_memory import resident_bytes
 from pipeline.geometry import Geometry
-from pipeline.hardware import resident_bytes
 from pipeline.stages.segmenting.case import CaseInHand, CaseSteps
 from pipeline.stages.segmenting.inputs import SegmentInput
 from pipeline.stages.segmenting.plan import case_memory
