@@ -78,6 +78,7 @@ def test_without_yes_it_only_says(workspace: Path, caplog: pytest.LogCaptureFixt
 
 
 def test_an_earlier_run_stays_until_mlflow_has_it(workspace: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     folder = add_run(workspace, "again", finished=True)
     earlier = folder.rename(folder.with_name("earlier_1_fold_0"))
     assert earlier not in [item.path for item in run(workspace, confirmed=True)]

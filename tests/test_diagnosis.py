@@ -263,11 +263,17 @@ class TestInspection:
             network.body[0].bias.zero_()
         image = IMAGE * 0
         image[1] = 100.0
-        assert self.fault(network, image) == Fault("layer", "body.1", (1,))
+        assert self.fault(network, image) == Fault("layer", "body.1", (1,), place=1)
 
     def test_what_a_module_computes_between_its_layers_is_its_own(self, network: TwoLayers) -> None:
         network.scale = math.inf
-        assert self.fault(network) == Fault("layer", "TwoLayers", (0, 1))
+        assert self.fault(network) == Fault("layer", "TwoLayers", (0, 1), place=3)
+
+    def test_of_several_processes_the_fault_that_came_about_first_is_told(self) -> None:
+        faults = [Fault("image"), Fault("layer", "b", place=0), Fault("layer", "a", place=1), Fault("loss")]
+        findings = [Finding(3, None, Fault("weights")), *(Finding(3, 7, fault) for fault in faults)]
+        findings += [Finding(3, 8, Fault("image")), Finding(4, 9, Fault("image"))]
+        assert [finding.order for finding in findings] == sorted(finding.order for finding in findings)
 
     def test_the_loss(self, network: TwoLayers) -> None:
         assert self.fault(network, loss=lambda logits: logits.mean() / 0) == Fault("loss")

@@ -17,7 +17,7 @@ FLOORS = {
     ),
     1: ("volumes",),
     2: ("data",),
-    3: ("networks", "tracking", "hardware", "pictures", "downloads"),
+    3: ("networks", "tracking", "hardware", "free_memory", "pictures", "downloads"),
     4: ("preparation", "training", "inference", "confidence", "evaluation", "viewer", "model"),
     5: ("predictor",),
     6: ("stages",),
@@ -39,7 +39,7 @@ KEEPERS = {
         "pipeline.stages.exporting.bundle_scripts",  # which run in MONAI's environment
     ),
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), ("pipeline.stages.exporting.onnx_file",)),
-    "optuna": ("pipeline.stages.sweeping.search",),
+    "optuna": ("pipeline.stages.sweeping.search", "pipeline.stages.sweeping.pruning"),
     "typer": ("pipeline.cli",),
     "pydicom": ("pipeline.volumes.dicom",),
     "highdicom": ("pipeline.volumes.dicom.annotations.seg.writing",),

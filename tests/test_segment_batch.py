@@ -424,7 +424,7 @@ def test_a_case_that_is_done_anew_by_other_models_counts_as_neither_until_it_is_
 
     assert statuses(model) == ["done"]
     own = label_files(out)
-    settings = SegmentSettings((tmp_path / "other",), out, run="killed", device="cpu")
+    settings = SegmentSettings(models=(tmp_path / "other",), out=out, run="killed", device="cpu")
     batch = Forgetful(CaseSteps(settings), threading.Event())
     assert [result.status for result in batch.results(find_inputs([scan], ("T1",), out))] == ["done"]
     assert label_files(out) != own

@@ -104,7 +104,9 @@ def search_of(folder: Path, base: str = "as it was", **settings: Any) -> Search:
     """Return the trials of a sweep without trainings."""
     parameters = {"a": Parameter(choices=(1, [2, 3])), "b": Parameter(low=1, high=3)}
     study = SweepStudy.model_validate({"name": "s", "config": "c.yaml", "parameters": parameters, **settings})
-    return Search(study, folder, base)
+    search = Search(study, folder)
+    search.begin(base)
+    return search
 
 
 def test_a_grid_is_gone_through_once_by_two_processes_and_values_keep_their_types(tmp_path: Path) -> None:

@@ -98,7 +98,8 @@ def run(
     """
     study = load_sweep(path, checks)
     base, folder = _base(study, workspace)
-    search = Search(study, folder, _digest(base))
+    search = Search(study, folder)
+    search.begin(_digest(base))
     with closing(_sweep_run(study, base, folder)) as tracked:
         tracked.tags(environment_tags())
     devices = shared_out(device, None if jobs == 1 and "," in device else jobs)
@@ -117,7 +118,7 @@ def work(path: Path, *, device: str, workspace: Path | None) -> None:
     interrupted_when_parent_ends()
     study = load_sweep(path)
     base, folder = _base(study, workspace)
-    _work(study, Search(study, folder, _digest(base)), base, device)
+    _work(study, Search(study, folder), base, device)
 
 
 def _base(study: SweepStudy, workspace: Path | None) -> tuple[Config, Path]:

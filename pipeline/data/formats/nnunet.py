@@ -161,7 +161,8 @@ def _read_splits(path: Path) -> list[tuple[list[str], list[str]]]:
     """Return the ids of the cases that each split trains on and validates."""
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
-        return [tuple([slug(str(name)) for name in split[side]] for side in ("train", "val")) for split in content]
+        sides = [[[slug(str(name)) for name in split[side]] for side in ("train", "val")] for split in content]
+        return [(trained, validated) for trained, validated in sides]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ManifestError(f'{path}: expected [{{"train": [...], "val": [...]}}, ...]: {error!r}') from error
 

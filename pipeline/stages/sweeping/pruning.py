@@ -11,7 +11,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 
-class MedianSoFar(BasePruner):
+class MedianSoFar(BasePruner):  # type: ignore[misc]  # Optuna is looked at without its types
     """Prunes a trial whose best value so far is worse than half of the completed ones' values at that point.
 
     Optuna's MedianPruner (the rule of Vizier, Golovin et al. 2017) asks for values at equal steps. A training by the
@@ -34,7 +34,7 @@ class MedianSoFar(BasePruner):
         others = [value for value in reached if value is not None]
         if not others:
             return False
-        values = trial.intermediate_values.values()
+        values: list[float] = list(trial.intermediate_values.values())
         if study.direction == StudyDirection.MAXIMIZE:
             return max(values) < median(others)
         return min(values) > median(others)

@@ -96,14 +96,12 @@ class Search:
     Args:
         study: the sweep.
         folder: of the sweep; locks are kept here.
-        base: digest of what the configuration that is varied says, and of its data.
 
     Raises:
         PipelineError: Optuna is not installed.
-        ConfigError: the database holds trials of another sweep of this name.
     """
 
-    def __init__(self, study: SweepStudy, folder: Path, base: str) -> None:
+    def __init__(self, study: SweepStudy, folder: Path) -> None:
         self.sweep, self.folder = study, folder
         optuna = _optuna()
         folder.mkdir(parents=True, exist_ok=True)
@@ -119,12 +117,24 @@ class Search:
                 load_if_exists=True,
                 pruner=_pruner(study),
             )
-            digest = self._study.user_attrs.setdefault("search", study.search_digest(base))
-            self._study.set_user_attr("search", digest)
-        if digest != study.search_digest(base):
+
+    def begin(self, base: str) -> None:
+        """Note what is searched, or see that it is what was searched before.
+
+        Args:
+            base: digest of what the configuration that is varied says, and of its data.
+
+        Raises:
+            ConfigError: the database holds trials of another sweep of this name.
+        """
+        wanted = self.sweep.search_digest(base)
+        with exclusively(self.folder / ".trials.lock"):
+            known = self._study.user_attrs.get("search", wanted)
+            self._study.set_user_attr("search", known)
+        if known != wanted:
             raise ConfigError(
-                f"sweep {study.name}: its trials in {folder} are of other parameters, settings or data, of the sweep "
-                f"or of {study.config}; put those back, or give this sweep another name"
+                f"sweep {self.sweep.name}: its trials in {self.folder} are of other parameters, settings or data, of "
+                f"the sweep or of {self.sweep.config}; put those back, or give this sweep another name"
             )
 
     def next_trial(self) -> Trial | None:
