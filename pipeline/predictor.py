@@ -239,9 +239,10 @@ class Predictor:
             ModelError: the networks' logits are infinite or not a number.
             ResourceError: the case does not fit in memory.
         """
-        memory = self._plan_in_hand(image, geometry, native)
-        with self.stream(image, body, memory) as stream:
-            return self._label(_shown(stream), stream.axis, geometry, native)
+        with self._in_eval_mode():
+            memory = self._plan_in_hand(image, geometry, native)
+            with self.stream(image, body, memory) as stream:
+                return self._label(_shown(stream), stream.axis, geometry, native)
 
     @contextmanager
     def stream(
@@ -257,10 +258,7 @@ class Predictor:
         batch = memory.batch if memory else self.batch
         on_disk = memory is not None and memory.ring_on_disk
         voxels = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))
-        with ExitStack() as stack:
-            for network in self._networks:
-                stack.callback(network.train, network.training)
-                network.eval()
+        with self._in_eval_mode():
             stream = stream_logits(
                 self._networks,
                 voxels,
@@ -274,6 +272,15 @@ class Predictor:
             yield stream
             if stream.batch < batch:
                 self.batch = stream.batch
+
+    @contextmanager
+    def _in_eval_mode(self) -> Iterator[None]:
+        """Have the networks in eval mode for a while, as validation finds them in training."""
+        with ExitStack() as stack:
+            for network in self._networks:
+                stack.callback(network.train, network.training)
+                network.eval()
+            yield
 
     def memory_plan(
         self, prepared: Geometry, native: Geometry, *, input_bytes: int = 0, process_bytes: int | None = None

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline.config import Config, DataSection, PreprocessingSection
+from pipeline.config_loading import dump_config
 from pipeline.data.manifest import Case, ImageFile, Manifest, load_manifest, save_manifest
 from pipeline.data.phantoms import write_phantom_dataset
 from pipeline.data.plan import read_plan, write_plan
@@ -48,6 +49,8 @@ def own_set(phantom_set: Path, tmp_path: Path) -> Path:
 
 
 def config_of(data: Path, workspace: Path, **preprocessing: object) -> Config:
+    """Of a patch and a batch that are set: choosing them takes a second a plan, and is tested elsewhere."""
+    preprocessing = {"patch_size": (16, 16, 16), "batch_size": 2, **preprocessing}
     return Config(
         name="experiment",
         workspace=workspace,
@@ -136,7 +139,7 @@ def test_killed_at_any_moment(
     config = config_of(phantom_set, tmp_path / "work")
     cases = tmp_path / "work" / "stores" / undisturbed.name / "cases"
     yaml = tmp_path / "experiment.yaml"
-    write_text(yaml, f"name: experiment\ndata:\n  manifest: {phantom_set / 'phantoms.json'}\n")
+    write_text(yaml, dump_config(config))
     command = [sys.executable, "-m", "pipeline", "preprocess", str(yaml), "--workspace", str(tmp_path / "work")]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
     wait_for(lambda: moment(cases), process)
@@ -272,7 +275,7 @@ def test_freshness_needs_neither_torch_nor_a_second_read(phantom_set: Path, tmp_
         "assert len(report.fresh) == 8; print(sorted({'torch', 'monai', 'mlflow', 'SimpleITK'} & set(sys.modules)))"
     )
     yaml = tmp_path / "experiment.yaml"
-    write_text(yaml, f"name: experiment\ndata:\n  manifest: {phantom_set / 'phantoms.json'}\n")
+    write_text(yaml, dump_config(config))
     command = [sys.executable, "-c", program, str(yaml), str(tmp_path / "work")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True)
     assert done.stdout.strip() == "[]"

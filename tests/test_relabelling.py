@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.config import Config, DataSection
+from pipeline.config import Config, DataSection, PreprocessingSection
 from pipeline.data.cases import read_case_label
 from pipeline.data.formats import Found
 from pipeline.data.label_options import LabelOption, parse_label, with_labels
@@ -131,7 +131,12 @@ def test_every_stage_sees_the_labels_and_not_the_values(sets: tuple[Manifest, Ma
     for manifest in sets:
         path = manifest.root.parent / f"{manifest.name}.json"
         assert check.run(path, workspace=tmp_path / manifest.name).errors == ()
-        config = Config(name="x", workspace=tmp_path / manifest.name, data=DataSection(manifest=path))
+        config = Config(
+            name="x",
+            workspace=tmp_path / manifest.name,
+            data=DataSection(manifest=path),
+            preprocessing=PreprocessingSection(patch_size=(16, 16, 16), batch_size=2),
+        )
         stores.append(preprocess.run(config).folder)
     assert (stores[0] / "fingerprint.json").read_bytes() == (stores[1] / "fingerprint.json").read_bytes()
     plan = read_plan(stores[0] / "plan.yaml")

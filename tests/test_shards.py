@@ -13,7 +13,7 @@ from tiny_models import NEAREST_MEAN, make_model, nearest_mean
 from typer.testing import CliRunner
 
 from pipeline.cli import app
-from pipeline.config import Config, DataSection
+from pipeline.config import Config, DataSection, PreprocessingSection
 from pipeline.data.phantoms import write_phantom_dataset
 from pipeline.errors import ManifestError, PipelineError
 from pipeline.model import save_model
@@ -120,7 +120,8 @@ def phantoms(tmp_path: Path) -> Path:
 
 
 def config_of(manifest: Path, workspace: Path) -> Config:
-    return Config(name="experiment", workspace=workspace, data=DataSection(manifest=manifest))
+    preprocessing = PreprocessingSection(patch_size=(16, 16, 16), batch_size=2)
+    return Config(name="x", workspace=workspace, data=DataSection(manifest=manifest), preprocessing=preprocessing)
 
 
 def files_of(workspace: Path) -> dict[str, bytes]:

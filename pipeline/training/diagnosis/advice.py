@@ -75,7 +75,10 @@ def _faster_reading(now: Circumstances) -> str:
     """Say how data come faster."""
     threads = f"raise training.workers (now {now.workers})"
     if now.on_disk:
-        return f"the prepared cases do not fit into memory: {threads}, keep the store on a faster disk, or free memory"
+        return (
+            f"the prepared cases do not fit into memory: free memory for them, {threads} where the disk is slow, or keep "
+            "the store on a faster one; they are decompressed one after another, whatever the threads"
+        )
     return f"{threads}, or see whether other processes take the cores"
 
 

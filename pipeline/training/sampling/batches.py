@@ -121,8 +121,9 @@ class Batches:
 def workers_for(chosen: int | Literal["auto"], place: Place, device: torch.device) -> int:
     """Return how many threads read ahead.
 
-    auto: a GPU that reads from disk is fed by four, else by one, that draws while the network's backward pass leaves
-    Python alone; a CPU that trains has a core to spare only while it would wait for the disk.
+    auto: a GPU that reads from disk is fed by four, which wait for the disk side by side and decompress one after
+    another; else by one, that draws while the network's backward pass leaves Python alone. A CPU that trains has a core
+    to spare only while it would wait for the disk.
     """
     if chosen != "auto":
         return chosen

@@ -30,7 +30,8 @@ Annotated = tuple[bool, ...] | None
 # it, here other trainings, validation and the cache of files do.
 SHARE = 0.25
 
-# Threads that read a store into memory.
+# Threads that read a store into memory: they wait for the disk and hash side by side, and decompress one after
+# another, for blosc2 keeps Python's lock meanwhile (4.14).
 READERS = 4
 
 _WHERE: dict[Place, str] = {"GPU": "on the GPU", "memory": "in memory", "disk": "on disk"}
@@ -192,7 +193,6 @@ def keep(
         held = HeldCase(prepared.image, prepared.label, prepared.class_voxels, case.id, annotated)
         return held.on(device) if place == "GPU" else held
 
-    # Decompressing leaves Python's lock alone.
     with ThreadPoolExecutor(READERS, "store") as readers:
         return list(readers.map(kept, cases))
 
