@@ -76,8 +76,8 @@ def _faster_reading(now: Circumstances) -> str:
     threads = f"raise training.workers (now {now.workers})"
     if now.on_disk:
         return (
-            f"the prepared cases do not fit into memory: free memory for them, {threads} where the disk is slow, or keep "
-            "the store on a faster one; they are decompressed one after another, whatever the threads"
+            f"the prepared cases do not fit into memory: free memory for them, {threads} where the disk is slow, or "
+            "keep the store on a faster one; they are decompressed one after another, whatever the threads"
         )
     return f"{threads}, or see whether other processes take the cores"
 
