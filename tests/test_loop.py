@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Callable, Container
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -207,6 +208,32 @@ def test_momentum_begins_at_nothing_where_the_first_step_overflowed() -> None:
     momenta = [values["momentum_buffer"] for values in state.optimiser.state.values()]
     assert len(momenta) == len(list(state.network.parameters()))
     assert not any(momentum.any() for momentum in momenta)
+
+
+def test_a_training_goes_on_where_precision_auto_is_another(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """From a machine that computes in bf16 to one that must scale its gradients, and back."""
+    begun, scaled = new_state(4), new_state(0)
+    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    train(begun, batches, SCHEDULE, settings(), Recorder())
+    for number, (written, read) in enumerate(((begun, scaled), (scaled, new_state(0)))):
+        path = tmp_path / f"{number}.safetensors"
+        save_checkpoint(path, written, {})
+        load_checkpoint(path, read, {})
+        assert read.step == 4
+        assert caplog.text.count("on which training.precision auto is another") == number + 1
+    assert scaled.scaler.get_scale() == 2.0**10
+
+
+def test_the_speed_of_an_epoch_is_that_of_the_steps_done_here() -> None:
+    state, hooks = new_state(8), Recorder()
+    state.step = 3  # as after a resume: one step is left of the epoch
+
+    def slowly(step: int) -> tuple[Tensor, Target]:
+        time.sleep(0.05)
+        return batches(step)
+
+    train(state, slowly, SCHEDULE, settings(), hooks)
+    assert all(0 < metrics["train/steps_per_s"] < 20 for _, metrics in hooks.epochs)
 
 
 def test_the_gradient_norm_is_that_before_clipping_by_hand() -> None:

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 from pipeline.data.formats import Reading
@@ -314,3 +316,26 @@ def test_nnunets_splits_serve_any_layout(tmp_path: Path) -> None:
     assert [case.group for case in given.cases] == [*"aabbcc"]
     with pytest.raises(ManifestError, match="--splits says on which side"):
         run(source, tmp_path / "b.json", reading=Reading(splits=path), folds=2)
+
+
+def test_a_modality_that_no_name_tells_and_a_word_taken_for_a_patient_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(12):
+        label = np.zeros((4, 4, 4), np.uint8)
+        label[0, 0, number % 4] = 1
+        for folder, array in (("images", label * 100 + number), ("labels", label)):
+            path = tmp_path / "set" / folder / f"CT_scan_{number:03}.nii.gz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            nib.save(nib.Nifti1Image(array, np.eye(4)), path)
+    with pytest.raises(ManifestError, match=r"12 of 12 cases being of 'CT'; .* or say with --patient"):
+        run(tmp_path / "set", tmp_path / "guessed.json")
+    found = run(tmp_path / "set", tmp_path / "said.json", reading=Reading(patient=".*"))
+    assert len({case.patient for case in found.cases}) == 12
+    assert 'image: the name tells no modality, and "other" is normalised case by case: write "CT"' in caplog.text
+    assert "is it one?" not in caplog.text
+    first, second = ([f"CT_scan_{number:03}" for number in range(start, 12, 2)] for start in (0, 1))
+    splits = [{"train": second, "val": first}, {"train": first, "val": second}]
+    (tmp_path / "splits.json").write_text(json.dumps(splits))
+    run(tmp_path / "set", tmp_path / "torn.json", reading=Reading(splits=tmp_path / "splits.json"))
+    assert "patient CT has 12 cases: is it one? --patient says" in caplog.text
