@@ -405,6 +405,20 @@ def test_the_journal_is_read_on_and_passes_half_a_line_over(tmp_path: Path) -> N
     assert (tmp_path / JOURNAL).read_text().count("volumes_ml") == 1
 
 
+def test_a_case_whose_files_are_being_replaced_is_neither_done_nor_failed(tmp_path: Path) -> None:
+    mine, theirs = Journal(tmp_path, "mine"), Journal(tmp_path, "theirs")
+    done = CaseResult(name="a", status="done", inputs=("x",), key="k", output="a.nii.gz")
+    mine.add(done)
+    mine.revoke("a", ("x",))
+    for journal in (mine, theirs, Journal(tmp_path, "later")):
+        journal.refresh()
+        assert (journal.done, journal.last) == ({}, {})
+    assert mine.of_run == {"a": done}
+    mine.add(done.changed(key="l"))
+    theirs.refresh()
+    assert theirs.done == theirs.last == {"a": done.changed(key="l")}
+
+
 class Forgetful(Batch):
     """Writes a label map, and dies before that is written down."""
 

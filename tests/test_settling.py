@@ -85,11 +85,14 @@ def test_which_of_several_memories_is_meant_is_not_guessed(narrow: Config, caplo
     larger = preprocess.run(with_memory(narrow, 24))
     with pytest.raises(ConfigError, match=r"plan\.yaml, 8 GB; .*-24gb\.yaml, 24 GB; say which"):
         path_of(narrow)
+    with pytest.raises(ConfigError, match="there are plans for several"):
+        dry_run.run(narrow)
     assert path_of(with_memory(narrow, 8)) == larger.folder / "plan.yaml"
     # What this machine was planned for needs no memory said; that another was too is told.
     preprocess.run(wide(narrow), replan=True)
     preprocess.run(with_memory(wide(narrow), 24))
-    assert path_of(wide(narrow)).name.endswith(".yaml")
+    assert path_of(wide(narrow)) != path_of(with_memory(wide(narrow), 24))
+    assert not path_of(wide(narrow)).stem.endswith("gb")
     assert "is for the memory where it was made; there is a plan for 24 GB too" in caplog.text
 
 

@@ -74,6 +74,7 @@ def test_a_case_that_is_prepared_anew_while_it_is_in_use_is_refused(tmp_path: Pa
     # What was opened before is what it was.
     np.testing.assert_array_equal(held.read_image((0, 0, 0), (20, 24, 18)), before.image)
     np.testing.assert_array_equal(held.read_label((0, 0, 0), (20, 24, 18)), before.label)
+    np.testing.assert_array_equal(held.class_voxels[1], before.class_voxels[1])
 
 
 # The second is larger than one block and is cut into uneven parts; the third holds one voxel a plane.

@@ -136,6 +136,7 @@ class StoredCase:
         for name in ("image", "label"):
             if f"{name}.b2nd" in self.record.files:
                 getattr(self, f"_{name}")
+        assert self.class_voxels is not None
 
     def _box(self, start: Index, stop: Index) -> tuple[slice, ...]:
         """Return the box as slices; a negative start would silently mean the far end."""

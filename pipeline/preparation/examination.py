@@ -151,12 +151,14 @@ def pooled(parts: list[Intensities]) -> Intensities:
     mean = float(share @ means)
     variance = float(share @ (np.array([part.std for part in parts]) ** 2 + (means - mean) ** 2))
     values = np.unique([part.quantiles for part in parts])
-    if len(values) > MOST_POOLED_VALUES:
+    # Left of its smallest value a distribution has nothing, right of its largest everything.
+    if len(values) <= MOST_POOLED_VALUES:
+        below = share @ np.array([np.interp(values, part.quantiles, LEVELS) for part in parts])
+    else:
         values = values[np.linspace(0, len(values) - 1, MOST_POOLED_VALUES).round().astype(int)]
-    below = np.zeros(len(values))
-    for part, own in zip(parts, share, strict=True):
-        # Left of its smallest value a distribution has nothing, right of its largest everything.
-        below += own * np.interp(values, part.quantiles, LEVELS)
+        below = np.zeros(len(values))
+        for part, own in zip(parts, share, strict=True):  # one by one: together they would take gigabytes
+            below += own * np.interp(values, part.quantiles, LEVELS)
     return Intensities(
         voxels=int(voxels.sum()),
         mean=mean,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.data.store import CaseStore
-from pipeline.errors import StoreError
+from pipeline.errors import PipelineError
 from pipeline.stages.preprocess import CASES, KEYS
 from pipeline.stages.workspace import EARLIER, Workspace
 from pipeline.tracking.log import is_tracked, pending, read_events
@@ -87,7 +87,7 @@ def _find_in_store(folder: Path, held: ExitStack) -> Iterator[tuple[Path, str]]:
         return
     try:
         held.enter_context(store.lock())
-    except StoreError as error:
+    except PipelineError as error:  # it is being written, or its file system has no locks
         log.info("%s", error)
         return
     yield from ((path, "unfinished write") for path in store.leftovers())

@@ -18,6 +18,7 @@ from pipeline.stages.describe import plan_of
 from pipeline.stages.fold.task import CHECKPOINT, NO_TRAINING_CASE, class_weights
 from pipeline.stages.models import LAST
 from pipeline.stages.preprocess import CASES
+from pipeline.stages.settling import plan_path
 from pipeline.stages.train import TASKS, chosen_folds
 from pipeline.stages.workspace import Workspace
 
@@ -75,6 +76,8 @@ def run(config: Config, *, fold: str = "0") -> DryRun:
 def _network_facts(config: Config, manifest: Manifest) -> dict[str, str]:
     """Return network, parameters, patch and batch, as far as they are decided."""
     name = config.network.name
+    # Here, for what it may raise is no lack of a plan: it is not clear which of several is meant.
+    plan_path(Workspace(config.workspace).store(config, manifest.name), config)
     try:
         plan, source = plan_of(config, manifest)
     except ConfigError:

@@ -132,7 +132,7 @@ def run(
         StoreError: images or labels are not the run's.
     """
     run_id, uri = _named(name, uri)
-    own = workspace / "reproduced" / run_id
+    own = Workspace(workspace).reproduced / run_id
     original = fetch_run(run_id, uri, own, (CONFIG, PLAN, MANIFEST, KEYS, RECOUNTS))
     _refuse_incomplete(original)
     config = _as_then(original, own, uri, manifest, root)

@@ -99,7 +99,7 @@ def run(
     study = load_sweep(path, checks)
     base, folder = _base(study, workspace)
     search = Search(study, folder)
-    search.begin(_digest(base))
+    search.begin(_digest(study, base))
     with closing(_sweep_run(study, base, folder)) as tracked:
         tracked.tags(environment_tags())
     devices = shared_out(device, None if jobs == 1 and "," in device else jobs)
@@ -128,9 +128,9 @@ def _base(study: SweepStudy, workspace: Path | None) -> tuple[Config, Path]:
     return base, Workspace(base.workspace).sweeps / study.name
 
 
-def _digest(base: Config) -> str:
-    """Return a digest of what a configuration trains, and on what."""
-    return digest_of([configuration_digest(base), dataset_of(base).digest()])
+def _digest(study: SweepStudy, base: Config) -> str:
+    """Return a digest of what all trials share: what the configuration says that none of them varies, and the data."""
+    return digest_of([configuration_digest(study.base()), dataset_of(base).digest()])
 
 
 def _work_in_processes(path: Path, devices: list[str], workspace: Path) -> None:

@@ -19,7 +19,7 @@ def run(workspace: Path) -> bool:
         PipelineError: the workspace has no runs.
     """
     places = Workspace(workspace)
-    kept = (places.runs, places.comparisons, places.evaluations, places.sweeps)
+    kept = (places.runs, places.comparisons, places.evaluations, places.sweeps, places.reproduced)
     folders = [run for of in kept for run in tracked_runs(of)]
     if not folders:
         raise PipelineError(f"{workspace}: no run was tracked in this workspace; name another with --workspace")

@@ -25,6 +25,7 @@ class Workspace:
     evaluations/NAME/       evaluations of models from elsewhere
     mlflow.db, mlartifacts/ MLflow's database and artifacts, unless a tracking server is named
     fetched/                models fetched from MLflow
+    reproduced/ID/          a workspace of its own, in which `medseg reproduce` makes a run anew
     """
 
     root: Path
@@ -58,6 +59,11 @@ class Workspace:
     def sweeps(self) -> Path:
         """Folder of all sweeps."""
         return self.root / "sweeps"
+
+    @property
+    def reproduced(self) -> Path:
+        """Folder of the workspaces in which runs are made anew."""
+        return self.root / "reproduced"
 
     @property
     def fetched(self) -> Path:

@@ -12,7 +12,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -287,10 +287,14 @@ class RayWorkers:
         """Lay down what the workers are told, and hold the lock by which they know that locks work; yield its path."""
         folder, run = self._settings.out / BOOKKEEPING, self._settings.run
         path, lock = folder / f"task-{run}.json", folder / f"lock-{run}"
-        busy = PipelineError(f"{folder}: its file system knows no locks; use --shard, which needs none")
+        lockless = PipelineError(f"{folder}: its file system knows no locks; use --shard, which needs none")
         files = [path for case in cases for file in case.files.values() for path in file.files]
         try:
-            with exclusively(lock, busy):
+            with ExitStack() as held:
+                try:
+                    held.enter_context(exclusively(lock, lockless))
+                except PipelineError:
+                    raise lockless from None
                 task = RayTask(
                     settings=self._settings.changed(device="cuda" if need.gpus else "cpu"),
                     cases=tuple(cases),

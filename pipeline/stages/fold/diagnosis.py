@@ -111,9 +111,14 @@ class FoldDiagnosis:
                 self._advised.add(phase)
 
     def takes_over(self, watchdog: Watchdog, tracked: RunLog) -> None:
-        """Let a watchdog know where training stands, and write stalls into the run too."""
-        watchdog.place = self.place
-        watchdog.report = lambda said: tracked.tags({"medseg.stalled": said})
+        """Let a watchdog know where training stands, and write stalls into the run too, with one told before."""
+
+        def report(said: str) -> None:
+            tracked.tags({"medseg.stalled": said})
+
+        watchdog.place, watchdog.report = self.place, report
+        if watchdog.last:
+            report(watchdog.last)
 
     def place(self) -> str:
         """Say what is worked on: the case that was reached, or the cases of the batch."""

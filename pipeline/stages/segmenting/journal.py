@@ -22,6 +22,8 @@ from pipeline.stages.segmenting.inputs import BOOKKEEPING
 from pipeline.stages.segmenting.report import CaseResult
 
 JOURNAL = Path(BOOKKEEPING, "journal.jsonl")
+# Of a case whose files are being replaced: nothing has become of it yet, in whatever run.
+_NO_RUN = ""
 
 
 class Entry(Record):
@@ -79,8 +81,9 @@ class Journal:
             OSError: it cannot be written; the journal is as it was.
         """
         reason = "the process ended while its files were being replaced; give the same command again"
-        # Of no run: in this one the case has not ended.
-        self._append(Entry(run="", result=CaseResult(name=name, status="failed", inputs=tuple(inputs), reason=reason)))
+        self._append(
+            Entry(run=_NO_RUN, result=CaseResult(name=name, status="failed", inputs=tuple(inputs), reason=reason))
+        )
 
     def _append(self, entry: Entry) -> None:
         """Append a line, at once and whole."""
@@ -107,6 +110,10 @@ class Journal:
         except (ValueError, ValidationError):
             return
         result = entry.result
+        if entry.run == _NO_RUN:
+            for known in (self.done, self.last):
+                known.pop(result.name, None)
+            return
         done = self.done.get(result.name)
         if result.status == "skipped" and done is not None and done.key == result.key:
             result = done.changed(status="skipped")

@@ -122,15 +122,16 @@ class Search:
         """Note what is searched, or see that it is what was searched before.
 
         Args:
-            base: digest of what the configuration that is varied says, and of its data.
+            base: digest of what all trials share in their configuration, and of their data.
 
         Raises:
             ConfigError: the database holds trials of another sweep of this name.
         """
-        wanted = self.sweep.search_digest(base)
+        wanted = {"search": self.sweep.search_digest(), "base": base}
         with exclusively(self.folder / ".trials.lock"):
-            known = self._study.user_attrs.get("search", wanted)
-            self._study.set_user_attr("search", known)
+            known = {name: self._study.user_attrs.get(name, digest) for name, digest in wanted.items()}
+            for name, digest in known.items():
+                self._study.set_user_attr(name, digest)
         if known != wanted:
             raise ConfigError(
                 f"sweep {self.sweep.name}: its trials in {self.folder} are of other parameters, settings or data, of "

@@ -131,14 +131,13 @@ class SweepStudy(Record):
         """How many trials there will be: no more than a grid has points."""
         return min(self.trials, len(self.grid)) if self.sampler == "grid" else self.trials
 
-    def search_digest(self, base: str) -> str:
-        """Return a digest of what earlier trials must share with later ones, not of how many there shall be.
+    def search_digest(self) -> str:
+        """Return a digest of what earlier trials must share with later ones, not of how many there shall be."""
+        return digest_of(self.model_dump(mode="json", exclude={"trials", "timeout_minutes", "storage", "config"}))
 
-        Args:
-            base: digest of what the configuration that is varied says, and of its data.
-        """
-        kept = self.model_dump(mode="json", exclude={"trials", "timeout_minutes", "storage", "config"})
-        return digest_of({**kept, "base": base})
+    def base(self) -> Config:
+        """Return the configuration that is varied: what all trials share stands in it, and of what differs anything."""
+        return self.config_of({key: parameter.extremes[0] for key, parameter in self.parameters.items()}, self.name)
 
     def config_of(self, values: Mapping[str, Any], name: str) -> Config:
         """Return the configuration of a trial.

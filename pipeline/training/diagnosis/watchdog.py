@@ -29,6 +29,9 @@ class Watchdog:
         stall_s: how long is too long.
         place: says what is worked on, for instance "step 12: cases a, b"; called from the watchdog's thread.
         report: what is to be done with the sentence besides the log's warning; called from the watchdog's thread.
+
+    Attributes:
+        last: what was said last; "" where nothing was.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class Watchdog:
         self.stall_s = stall_s
         self.place = place
         self.report = report
+        self.last = ""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -69,7 +73,7 @@ class Watchdog:
 
     def _bark(self, seconds: float) -> None:
         """Say that, and where, training stands still."""
-        said = f"no progress for {seconds / 60:.1f} minutes; {self.clock.phase}, {self.place()}"
+        self.last = said = f"no progress for {seconds / 60:.1f} minutes; {self.clock.phase}, {self.place()}"
         log.warning("%s\n%s", said, stacks(without=threading.get_ident()))
         self.report(said)
 
