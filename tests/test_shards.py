@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from pipeline.cli import app
 from pipeline.config import Config, DataSection, PreprocessingSection
+from pipeline.config_loading import dump_config
 from pipeline.data.phantoms import write_phantom_dataset
 from pipeline.errors import ManifestError, PipelineError
 from pipeline.model import save_model
@@ -152,7 +153,7 @@ def test_check_and_preprocess_by_shards_at_the_same_time(phantoms: Path, tmp_pat
     one, parts = tmp_path / "one", tmp_path / "parts"
     preprocess.run(config_of(phantoms, one))
     yaml = tmp_path / "experiment.yaml"
-    write_text(yaml, f"name: experiment\ndata:\n  manifest: {phantoms}\n")
+    write_text(yaml, dump_config(config_of(phantoms, one)))
     workspace = ["--workspace", str(parts), "--shard"]
     assert [code for code, _ in side_by_side(["check", str(phantoms), *workspace], 3)] == [0] * 3
     answers = side_by_side(["preprocess", str(yaml), *workspace], 3)
