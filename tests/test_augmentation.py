@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import AugmentationSection
+from pipeline.networks.contract import centre_crop
 from pipeline.training.sampling.augmentation import Augmentation
 from pipeline.training.sampling.changes import _together
 from pipeline.training.sampling.deformation import largest_share, rotations, spline_weights
@@ -264,8 +265,7 @@ def test_of_thick_slices_a_ball_stays_a_ball() -> None:
     distance = torch.stack(torch.meshgrid(*middles, indexing="ij")).square().sum(0).sqrt()
     ball = (distance < 14).to(torch.uint8).expand(8, *turning.read_size)
     _, turned = apply(turning, ball[:, None].float(), ball, 0)
-    middle = tuple(slice((n - m) // 2, (n + m) // 2) for n, m in zip(turning.read_size, patch, strict=True))
-    still = ball[0][middle].long()
+    still = centre_crop(ball[:1, None], patch)[0, 0].long()
     for label in turned:
         overlap = 2 * (label * still).sum() / (label.sum() + still.sum())
         assert overlap > 0.93  # turned in voxels, as if they were cubes, it has 0.4

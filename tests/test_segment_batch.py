@@ -409,7 +409,7 @@ def test_a_case_whose_files_are_being_replaced_is_neither_done_nor_failed(tmp_pa
     mine, theirs = Journal(tmp_path, "mine"), Journal(tmp_path, "theirs")
     done = CaseResult(name="a", status="done", inputs=("x",), key="k", output="a.nii.gz")
     mine.add(done)
-    mine.revoke("a", ("x",))
+    mine.revoke("a")
     for journal in (mine, theirs, Journal(tmp_path, "later")):
         journal.refresh()
         assert (journal.done, journal.last) == ({}, {})

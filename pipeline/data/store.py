@@ -133,10 +133,9 @@ class StoredCase:
 
     def hold(self) -> None:
         """Map the files now: they are read from then on, though others take their place."""
-        for name in ("image", "label"):
-            if f"{name}.b2nd" in self.record.files:
-                getattr(self, f"_{name}")
-        assert self.class_voxels is not None
+        _ = self._image, self.class_voxels  # each is kept once it has been asked for
+        if "label.b2nd" in self.record.files:
+            _ = self._label
 
     def _box(self, start: Index, stop: Index) -> tuple[slice, ...]:
         """Return the box as slices; a negative start would silently mean the far end."""

@@ -24,7 +24,7 @@ from pipeline.evaluation.scored import ScoredCase
 from pipeline.evaluation.self_assessment import assess_dice, estimate_reliability
 from pipeline.evaluation.statistics import summarise
 from pipeline.hardware import give_freed_memory_back, keep_freed_memory
-from pipeline.model import CONFIG, DESCRIPTION, read_description
+from pipeline.model import CONFIG
 from pipeline.progress import track
 from pipeline.records import json_number
 from pipeline.stages.dataset import taking_part
@@ -115,9 +115,9 @@ def run(
     models = models_of(target, places, tracking_uri)
     if config is None:
         config = target if isinstance(target, Config) else load_config(models[0] / CONFIG, overrides)
-    _refuse_other_inference(models, config)
     chosen_from = taking_part(load_manifest(manifest), config.preprocessing) if manifest else own_manifest(config)
     tasks = choose(models, chosen_from, config, cases)
+    _refuse_other_inference(tasks, config)
     lesions = _lesion_rules(config.evaluation, tasks[0].plan)
     label = cases if is_own(chosen_from, tasks[0].descriptions[0]) else chosen_from.name
     folder = (out or _results_folder(tasks, places, label)).resolve()
@@ -140,14 +140,14 @@ def run(
     return EvaluationReport(evaluation, folder)
 
 
-def _refuse_other_inference(models: Sequence[Path], config: Config) -> None:
+def _refuse_other_inference(tasks: Sequence[Task], config: Config) -> None:
     """Raise where a configuration says how volumes are predicted in another way than a model has it.
 
     Raises:
         ConfigError: it would be of no effect.
     """
-    for model in models:
-        own = read_description(model / DESCRIPTION).inference
+    for model, description in zip((m for task in tasks for m in task.models), descriptions_of(tasks), strict=True):
+        own = description.inference
         said = {name: value for name, value in config.inference if getattr(own, name) != value}
         if said:
             raise ConfigError(

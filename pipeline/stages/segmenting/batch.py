@@ -119,7 +119,7 @@ class Batch:
     def _revoke(self, case: CaseInHand) -> None:
         """Take back what is written down of a case whose files are about to be replaced."""
         if case.source.name in self.journal.done:
-            self.journal.revoke(case.source.name, case.result.inputs)
+            self.journal.revoke(case.source.name)
 
     def _turns(self, cases: Sequence[SegmentInput]) -> Iterator[tuple[SegmentInput, Claim]]:
         """Yield the cases that nobody else has; last those that others had, or over which a process died."""

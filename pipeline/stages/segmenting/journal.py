@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -74,16 +74,13 @@ class Journal:
         """
         self._append(Entry(run=self._run, result=result if result.status != "skipped" else _outline(result)))
 
-    def revoke(self, name: str, inputs: Sequence[str]) -> None:
+    def revoke(self, name: str) -> None:
         """Say that a case's files are about to be replaced: should the process die, they are not what they were.
 
         Raises:
             OSError: it cannot be written; the journal is as it was.
         """
-        reason = "the process ended while its files were being replaced; give the same command again"
-        self._append(
-            Entry(run=_NO_RUN, result=CaseResult(name=name, status="failed", inputs=tuple(inputs), reason=reason))
-        )
+        self._append(Entry(run=_NO_RUN, result=CaseResult(name=name, status="failed", inputs=())))
 
     def _append(self, entry: Entry) -> None:
         """Append a line, at once and whole."""
