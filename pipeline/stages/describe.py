@@ -82,11 +82,16 @@ def run(config: Config) -> Explanation:
     return Explanation(config.network.name, source, config.training.batch_size or plan.batch_size, task, description)
 
 
+class UndecidedError(ConfigError):
+    """Neither a plan nor the configuration says patch and spacing."""
+
+
 def plan_of(config: Config, manifest: Manifest) -> tuple[Plan, str]:
     """Return the store's plan, else one of what the configuration says, and which it is.
 
     Raises:
-        ConfigError: nothing is preprocessed, and the configuration itself does not say patch and spacing.
+        UndecidedError: nothing is preprocessed, and the configuration itself does not say patch and spacing.
+        ConfigError: there are plans for several memories, and it does not say which.
     """
     folder = Workspace(config.workspace).store(config, manifest.name)
     path = plan_path(folder, config)
@@ -94,7 +99,7 @@ def plan_of(config: Config, manifest: Manifest) -> tuple[Plan, str]:
         return read_plan(path), f"the plan {path.relative_to(folder.parent)}"
     section = config.preprocessing
     if section.patch_size == "auto" or section.spacing_mm == "auto":
-        raise ConfigError(
+        raise UndecidedError(
             f"{manifest.name} is not preprocessed, so patch and spacing are not decided; run `medseg preprocess`, or "
             "say both: --set preprocessing.patch_size=[64,64,64] --set preprocessing.spacing_mm=[1,1,1]"
         )

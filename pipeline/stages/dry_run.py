@@ -11,14 +11,13 @@ from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.data.plan import Plan
 from pipeline.data.store import CaseStore
-from pipeline.errors import ConfigError, config_errors_of
+from pipeline.errors import config_errors_of
 from pipeline.networks.fitting import fitted_plan, network_for, outputs_of
 from pipeline.stages.dataset import dataset_of
-from pipeline.stages.describe import plan_of
+from pipeline.stages.describe import UndecidedError, plan_of
 from pipeline.stages.fold.task import CHECKPOINT, NO_TRAINING_CASE, class_weights
 from pipeline.stages.models import LAST
 from pipeline.stages.preprocess import CASES
-from pipeline.stages.settling import plan_path
 from pipeline.stages.train import TASKS, chosen_folds
 from pipeline.stages.workspace import Workspace
 
@@ -76,11 +75,9 @@ def run(config: Config, *, fold: str = "0") -> DryRun:
 def _network_facts(config: Config, manifest: Manifest) -> dict[str, str]:
     """Return network, parameters, patch and batch, as far as they are decided."""
     name = config.network.name
-    # Here, for what it may raise is no lack of a plan: it is not clear which of several is meant.
-    plan_path(Workspace(config.workspace).store(config, manifest.name), config)
     try:
         plan, source = plan_of(config, manifest)
-    except ConfigError:
+    except UndecidedError:
         return {"network": f"{name}; patch and batch are decided by `medseg preprocess`"}
     fitted, parameters = _fitted(config, plan)
     patch = "x".join(map(str, fitted.patch_size))

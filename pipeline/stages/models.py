@@ -88,8 +88,14 @@ def _models_of_folds(experiment: Path) -> list[Path]:
         ModelError: they were not trained alike: by other settings, another plan, or on other data.
     """
     found = sorted(path.parent for path in experiment.glob(f"fold_*/{BEST}/{DESCRIPTION}"))
+    _refuse_mixture(experiment, [model.parents[1] for model in found])
+    return found
+
+
+def _refuse_mixture(experiment: Path, runs: Sequence[Path]) -> None:
+    """Raise where folds were not trained alike, as far as they say how."""
     ways: dict[tuple[str, ...], list[str]] = {}
-    for run in (model.parents[1] for model in found):
+    for run in runs:
         if (run / FACTS).is_file():
             facts = json.loads((run / FACTS).read_text(encoding="utf-8"))
             ways.setdefault(tuple(str(facts.get(name)) for name in _ALIKE), []).append(run.name)
@@ -100,4 +106,3 @@ def _models_of_folds(experiment: Path) -> list[Path]:
             f"{' | '.join(', '.join(names) for names in ways.values())}; train all folds as they are to be, and move "
             "away the folders of those that are not meant"
         )
-    return found
