@@ -7,10 +7,11 @@
 CPU time, which other processes on the machine change less than they do the wall's; with --device cuda ours is the
 wall's, waiting for the device once a round. From patches in memory as they are read to patches as the network takes
 them; drawing counts. "ours": medseg's defaults. "ours as nnunet": with nnU-Net's probabilities and ranges. The peers'
-environment is that of peers/requirements.txt.
+environment is that of peers/nnunet.txt, with the allocator's settings that medseg gives itself.
 """
 
 import argparse
+import os
 import statistics
 import subprocess
 import time
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from peer_training import ALLOCATOR
 
 from pipeline.config import AugmentationSection
 from pipeline.hardware import keep_freed_memory
@@ -78,7 +80,8 @@ def ours(section: AugmentationSection, size: tuple[int, int, int], batch: int, d
 
 def peer(python: Path, name: str, size: tuple[int, int, int], batch: int) -> Callable:
     command = [str(part) for part in (python, PEER, name, *size, batch)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env={**os.environ, **ALLOCATOR}, **pipes)
     while (line := process.stdout.readline()) != "ready\n":
         if not line:
             raise SystemExit(f"{' '.join(command)}: exit code {process.wait()}")

@@ -8,7 +8,7 @@
 The network is a U-Net of 16-32-64-128-128 maps with InstanceNorm, windows of 96^3 overlap by half, blended by a
 Gaussian; --shape, --classes and --window make it smaller. bare: streaming all windows over forward passes of one fixed
 batch, as large as medseg takes it and as many windows in all, the same network, precision and allocator, medians of
-interleaved pairs. peers: the same weights and image (peers/requirements.txt makes their environment), each party in a
+interleaved pairs. peers: the same weights and image (peers/nnunet.txt makes their environment), each party in a
 process of its own, in turns; seconds are those of the one call after a first forward pass, ours with the labels taken
 from the planes; memory is the peak resident set of the whole process, libraries, image and result included. Both peers
 return all K logit volumes.

@@ -10,7 +10,7 @@ All get the same float32 logits of a phantom of 117 organs in K - 1 classes on a
 peak beyond what was there before: for ours that is the label map, the plane handed in and all that is done with it, for
 the others all beyond the logits. Each label map is compared with the decision in float64; a voxel is a near-tie where
 its two largest logits differ by less than 1e-5 of the larger, or of 1 where both are smaller. Needs Linux;
-peers/requirements.txt makes PEERS.
+peers/nnunet.txt makes the peer's environment.
 """
 
 import argparse

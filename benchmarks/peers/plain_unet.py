@@ -1,7 +1,7 @@
 """medseg's `unet` as the peers' own class, nnU-Net's PlainConvUNet, with the same weights.
 
 FOLDER/weights.safetensors holds the weights by their names in medseg, FOLDER/network.json the strides into each level;
-`side_by_side.export_unet` writes both. Runs in the peers' environment (see requirements.txt).
+`side_by_side.export_unet` writes both. Runs in the peers' environment (see nnunet.txt).
 """
 
 import json

@@ -131,7 +131,7 @@ GpuMemory = Annotated[
         "--gpu-memory",
         min=1,
         metavar="GB",
-        help="Plan for a GPU of 8, 24, 80 ... GB, here or not; `train` takes the plan as it stands.",
+        help="Plan for a GPU of 8, 24, 80 ... GB, here or not; `train` takes it where the YAML says no memory.",
     ),
 ]
 
