@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from pipeline.config import Config
 from pipeline.config_schema import choices, expectation, keys_named, schema_at, section_at
-from pipeline.config_yaml import Entry, Keys, Problem, read_file, read_override, write_yaml
+from pipeline.config_yaml import Entry, Keys, Place, Problem, read_file, read_override, write_yaml
 from pipeline.errors import ConfigError
 
 OptionCheck = Callable[[str, Mapping[str, Any]], list[tuple[str, str]]]
@@ -44,7 +44,7 @@ def load_config(
     `extends` names one YAML or a list of them, relative to the YAML that says it, or preset:NAME; later ones win.
     Mappings are merged key by key; scalars and lists are replaced, and so is `training.budget`, of whose keys only one
     may stand. Options of a network, loss, optimiser or schedule are dropped where another one is named, or null stands
-    in their place.
+    in their place; those that an override says are of what another override names, whichever comes first.
     `data.manifest`, `data.root` and `training.init_from` are relative to the YAML that says them, in an override to the
     current folder; the paths of the result are absolute.
 
@@ -78,6 +78,39 @@ def load_config(
 def dump_config(config: Config) -> str:
     """Return a configuration as YAML with every default written out; it loads to an equal one from any folder."""
     return write_yaml(config.model_dump(mode="json"))
+
+
+def as_sections(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a YAML would have to say in place of overrides: sections, their keys within them.
+
+    Args:
+        settings: section.key -> value, as overrides have them; later ones win.
+    """
+    tree = Entry(Place("settings"), {})
+    for key, value in settings.items():
+        tree = _merged(tree, read_override(as_override(key, value), []))
+    return dict(tree.plain)
+
+
+def as_override(key: str, value: Any) -> str:
+    """Return a setting as an override."""
+    return f"{key}={json.dumps(value)}"
+
+
+def with_absolute_paths(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return settings that mean the same from any folder.
+
+    Args:
+        settings: section.key -> value.
+        folder: of the YAML that says them, to which their paths are relative.
+    """
+    return {key: _with_absolute_paths(value, folder, tuple(key.split("."))) for key, value in settings.items()}
+
+
+def are_options_of(key: str, name: str) -> bool:
+    """Tell whether a key belongs to the options of what another key names: network.options.width to network.name."""
+    keys = tuple(key.split("."))
+    return any(".".join(named) == name and keys[: len(options)] == options for named, options in _TABLES)
 
 
 def packaged(name: str) -> Path:
@@ -161,9 +194,16 @@ def _settled(entry: Entry, folder: Path, keys: Keys = ()) -> Entry:
         return Entry(entry.place, {k: _settled(child, folder, (*keys, k)) for k, child in entry.value.items()})
     if entry.value is None and section_at(keys):
         return Entry(entry.place, {})  # a section of which every line is commented out
-    if isinstance(entry.value, str) and keys in _RELATIVE_PATHS and not entry.value.startswith(_TRACKED):
-        return Entry(entry.place, str(_absolute(folder, Path(entry.value))))
-    return entry
+    return Entry(entry.place, _with_absolute_paths(entry.value, folder, keys))
+
+
+def _with_absolute_paths(value: Any, folder: Path, keys: Keys) -> Any:
+    """Return a plain value at a path of keys with its paths, said in a folder, as they are seen from anywhere."""
+    if isinstance(value, dict):
+        return {key: _with_absolute_paths(child, folder, (*keys, key)) for key, child in value.items()}
+    if isinstance(value, str) and keys in _RELATIVE_PATHS and not value.startswith(_TRACKED):
+        return str(_absolute(folder, Path(value)))
+    return value
 
 
 def _absolute(folder: Path, path: Path) -> Path:
@@ -186,22 +226,29 @@ def _merged(base: Entry, over: Entry, keys: Keys = ()) -> Entry:
     whole = section is not None and not section.merges
     if whole or not (isinstance(base.value, dict) and isinstance(over.value, dict)):
         return over
-    foreign = _foreign_options(base, over, keys)
-    merged = {key: entry for key, entry in base.value.items() if (*keys, key) not in foreign}
+    merged = _without_foreign_options(base, over, keys)
     for key, entry in over.value.items():
         merged[key] = _merged(merged[key], entry, (*keys, key)) if key in merged else entry
     return Entry(over.place, merged)
 
 
-def _foreign_options(base: Entry, over: Entry, keys: Keys) -> list[Keys]:
-    """Return the options of `base` that are those of another entry of their table than `over` names."""
-    foreign = []
+def _without_foreign_options(base: Entry, over: Entry, keys: Keys) -> dict[str, Entry]:
+    """Return what `base` says but for options of another entry of their table than `over` names."""
+    kept = dict(base.value)
     for name, options in _TABLES:
-        if name[:-1] == keys and name[-1] in over.value:
+        if name[:-1] == keys and name[-1] in over.value and options[-1] in kept:
             default = Entry(base.place, getattr(Config.model_fields[name[0]].default, name[-1]))
             if base.value.get(name[-1], default).plain != over.value[name[-1]].plain:
-                foreign.append(options)
-    return foreign
+                foreign = kept.pop(options[-1])
+                if own := _said_by_overrides(foreign):
+                    kept[options[-1]] = Entry(foreign.place, own)
+    return kept
+
+
+def _said_by_overrides(options: Entry) -> dict[str, Entry]:
+    """Return those of options that an override says, and not a file."""
+    children = options.value if isinstance(options.value, dict) else {}
+    return {key: child for key, child in children.items() if not child.place.line}
 
 
 def _validated(tree: Entry) -> tuple[Config | None, list[Problem]]:

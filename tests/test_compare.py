@@ -12,7 +12,7 @@ import pytest
 from test_tracking_server import page, port, server  # noqa: F401, the fixture `port`
 from tiny_models import make_model
 
-from pipeline.config import Config
+from pipeline.config import Config, NetworkSection
 from pipeline.config_loading import dump_config, load_config, packaged
 from pipeline.data.manifest import load_manifest
 from pipeline.data.phantoms import write_phantom_dataset
@@ -78,7 +78,8 @@ def write_run(config: Config, plan: Plan) -> None:
     for model in (BEST, LAST):
         save_model(folder / model, replace(made, description=description, config_text=dump_config(config)))
     (folder / "config.yaml").write_text(dump_config(config))
-    (folder / FACTS).write_text(json.dumps({"configuration": configuration_digest(config)}))
+    facts = {"configuration": configuration_digest(config), "manifest": data.digest()}
+    (folder / FACTS).write_text(json.dumps(facts))
     evaluate.run(str(folder), device="cpu", workspace=config.workspace)
 
 
@@ -211,6 +212,39 @@ def test_a_run_of_other_settings_is_not_the_studys(study: Path) -> None:
     path.write_text(path.read_text().replace("validation_every_epochs: 2", "validation_every_epochs: 1"))
     with pytest.raises(EvaluationError, match="narrow/fold_0: was trained with other settings than the study's"):
         compare.run(["study.yaml"], workspace=study / "work")
+
+
+def test_a_run_on_other_data_is_not_the_studys(study: Path) -> None:
+    mine = study / "mine.json"
+    content = json.loads(mine.read_text())
+    swapped = {0: 1, 1: 0}
+    content["cases"] = [{**case, "fold": swapped.get(case.get("fold"))} for case in content["cases"]]
+    mine.write_text(json.dumps(content))
+    with pytest.raises(EvaluationError, match=r"wide/fold_0: was trained on other data than .*mine\.json names now"):
+        compare.run(["study.yaml"], workspace=study / "work")
+
+
+def test_a_study_is_compared_on_the_cases_that_are_asked_for(study: Path) -> None:
+    with pytest.raises(EvaluationError, match=r"wide/fold_0: its best model is not evaluated on --cases all"):
+        compare.run(["study.yaml"], cases="all", workspace=study / "work")
+    for name in ("narrow", "wide"):
+        evaluate.run(fold(name), cases="all", device="cpu", workspace=study / "work")
+    members = compare.run(["study.yaml"], cases="all", workspace=study / "work").result.members
+    assert [run.evaluated_on for member in members for run in member.runs] == ["all", "all"]
+    with pytest.raises(PipelineError, match=r"--run evaluates what it makes on --cases fold, got --cases all"):
+        compare.run(["study.yaml"], make=True, cases="all", workspace=study / "work")
+
+
+def test_what_a_study_sets_means_the_same_from_any_folder_and_in_any_order(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "set: {network.options.width: 8, network.name: dynunet, training.init_from: pre/fold_0}\n"
+    Path("study.yaml").write_text(STUDY + text)
+    monkeypatch.chdir(tmp_path)
+    for found in study_runs(load_study(study / "study.yaml"), study / "work"):
+        assert found.config.network == NetworkSection(name="dynunet", options={"width": 8})
+        assert found.config.training.init_from == str(study.resolve() / "pre" / "fold_0")
+        assert load_config(found.path, found.overrides).training == found.config.training
 
 
 def test_a_study_of_unequal_budgets_is_refused_before_anything_is_trained(study: Path) -> None:

@@ -235,6 +235,23 @@ def test_whoever_invents_a_structure_loses_to_whoever_does_not() -> None:
     assert pair_of(result, "hd95", "right").difference.cases == 0
 
 
+def test_what_differs_by_rounding_alone_ties_for_the_test_and_for_the_count() -> None:
+    first, second = (member(name, scored("a", dice, 0.5)) for name, dice in (("first", 0.1 + 0.2), ("second", 0.3)))
+    found = pair_of(compare("rounded", [first, second], samples=20), "dice", "left")
+    assert (found.better, found.worse, found.p) == (0, 0, 1.0)
+
+
+def test_a_structure_that_nobody_looked_for_has_one_reference_unless_a_member_has_another() -> None:
+    left = Row("left", "scored", 2.0, 1.0, dict.fromkeys(METRICS, 0.8))
+    unknown = Row("right", "not_annotated", NAN, 1.0, NOTHING)
+    case = ScoredCase("a", "a", 0, (left, unknown), 0.5, None)
+    result = compare("partly", [member("first", case), member("second", case)], samples=20)
+    assert [result.estimates["first", "dice", name].cases for name in ("left", "right")] == [1, 0]
+    drawn = replace(case, rows=(left, replace(unknown, status="missed", reference_ml=2.0)))
+    with pytest.raises(EvaluationError, match="case a, right: the reference has nan ml in first, 2 ml in second"):
+        compare("drawn", [member("first", case), member("second", drawn)])
+
+
 def test_members_that_cannot_be_compared_are_refused_with_every_reason() -> None:
     cases = FIRST.runs[0].cases
     other = Member(

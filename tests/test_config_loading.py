@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import Config, DataSection, NetworkSection
-from pipeline.config_loading import OptionChecks, dump_config, load_config
+from pipeline.config_loading import OptionChecks, as_sections, dump_config, load_config
 from pipeline.errors import ConfigError
 from pipeline.networks import check_options as check_network
 from pipeline.training.losses import check_options as check_loss
@@ -231,6 +231,29 @@ def test_options_go_with_the_network_or_loss_that_they_belong_to(write: Write) -
     assert other.training.loss_options == {"a": 1}
     assert load_config(write("extends: base.yaml\ntraining: {loss: dice_ce}\n")).training.loss_options == {}
     assert load_config(write("extends: base.yaml\n"), ["network.name=segresnet"]).network.options == {}
+
+
+def test_options_that_an_override_says_are_of_what_another_names(write: Write) -> None:
+    path = write(MINIMAL + "network: {options: {width: 8}}\n")
+    overrides = ["network.options.blocks_up=[1]", "network.name=segresnet"]
+    for order in (overrides, overrides[::-1]):
+        assert load_config(path, order).network == NetworkSection(name="segresnet", options={"blocks_up": [1]})
+
+
+def test_overrides_as_a_yaml_would_say_them() -> None:
+    settings = {
+        "network.options.width": 4,
+        "network.name": "dynunet",
+        "network.options": {"levels": 3},
+        "training.budget.steps": 3,
+        "training.budget.minutes": 1,
+        "seed": 2,
+    }
+    assert as_sections(settings) == {
+        "network": {"options": {"width": 4, "levels": 3}, "name": "dynunet"},
+        "training": {"budget": {"minutes": 1}},
+        "seed": 2,
+    }
 
 
 def test_an_empty_section_changes_nothing_and_null_drops_options(write: Write) -> None:

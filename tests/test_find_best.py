@@ -29,6 +29,7 @@ from pipeline.inference.postprocessing import (
 )
 from pipeline.stages import evaluate, find_best, segment
 from pipeline.stages.find_best import verdict_of
+from pipeline.stages.member_runs import read_run
 from pipeline.stages.models import LAST
 from pipeline.stages.postprocessing.rules import Pieces, Rule, candidates, pieces_of
 from pipeline.volumes.volume import read_label
@@ -184,7 +185,18 @@ def test_thresholds_lie_just_above_volumes_that_were_predicted() -> None:
     assert [rule.smallest_ml for rule in rules[1:]] == pytest.approx([0.0102, 0.201])
     # Where every prediction is of one piece there is no largest to choose.
     assert candidates([other]) == [Rule(smallest_ml=7.01)]
+    rounded = Pieces(np.array([0.01 * (1 - 3e-8)]), np.zeros(1, int), np.zeros(1, int), 1)
+    assert candidates([rounded]) == [Rule(smallest_ml=0.0101)]
     assert candidates([]) == []
+
+
+def test_a_fold_is_read_by_its_newest_evaluation(littered: Config) -> None:
+    run = experiment_of(littered) / "fold_0"
+    wider = littered.changed(evaluation=littered.evaluation.changed(surface_tolerance_mm=3.0))
+    evaluations: list[tuple[str | Config, float]] = [(str(best_of(littered, 0)), 0.5), (wider, 3.0)]
+    for target, tolerance_mm in [*evaluations, evaluations[0]]:
+        evaluate.run(target)
+        assert read_run(run, "fold").tolerance_mm == tolerance_mm
 
 
 DICE = [0.80 + 0.01 * number for number in range(8)]
@@ -234,12 +246,28 @@ def test_within_noise_the_cheaper_is_recommended() -> None:
     assert "cheap cannot be told from it, and cost no less" in verdict.reason
 
 
-@pytest.mark.slow
-def test_configurations_are_compared_on_what_is_kept(littered: Config) -> None:
+def copy_of(littered: Config) -> Config:
+    """Copy an experiment under another name."""
     other = littered.changed(name="other")
     shutil.copytree(experiment_of(littered), experiment_of(other))
     for path in experiment_of(other).rglob("*.yaml"):
         path.write_text(path.read_text().replace("name: tiny", "name: other"))
+    return other
+
+
+@pytest.mark.slow
+def test_a_case_that_failed_once_does_not_refuse_for_ever(littered: Config) -> None:
+    folder = evaluate.run(str(best_of(littered, 0))).folder
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps({**summary, "failures": {"x00": "cut short"}}))
+    report = find_best.run([littered, copy_of(littered)], postprocessing=False)
+    assert report.comparison is not None
+    assert report.comparison.patients == 12
+
+
+@pytest.mark.slow
+def test_configurations_are_compared_on_what_is_kept(littered: Config) -> None:
+    other = copy_of(littered)
     report = find_best.run([littered, other])
     assert report.comparison is not None
     assert set(report.verdict.level) == {"tiny", "other"}

@@ -65,6 +65,13 @@ def test_two_single_voxels_on_an_anisotropic_grid(axis: int) -> None:
     assert score(prediction, reference, spacing_mm=spacing, tolerance_mm=3 * step).values["nsd"] == 1
 
 
+@pytest.mark.parametrize("spacing", [1.00000003, 0.99999997])
+def test_a_surface_a_voxel_off_lies_within_a_tolerance_of_one_voxel_whatever_its_rounding(spacing: float) -> None:
+    reference, prediction = (block((0, 0, 0), (6, 6, height), (6, 6, 8)) for height in (3, 4))
+    assert score(prediction, reference, spacing_mm=(spacing,) * 3, tolerance_mm=1.0).values["nsd"] == 1
+    assert score(prediction, reference, spacing_mm=(1.001,) * 3, tolerance_mm=1.0).values["nsd"] < 1
+
+
 def test_hd95_is_the_larger_direction_and_leaves_out_the_farthest_five_percent_of_the_area() -> None:
     reference = block((2, 2, 2), (12, 12, 12), (30, 30, 30))
     prediction = reference.copy()

@@ -107,6 +107,10 @@ def test_another_tolerance_scores_what_is_kept_anew(config: Config, monkeypatch:
     for first, second in zip(narrow.cases, wide.cases, strict=True):
         assert first.rows[0].values["nsd"] < second.rows[0].values["nsd"]
         assert first.rows[0].values["dice"] == second.rows[0].values["dice"]
+    # What is read from here on, by `find-best` too, is of the tolerance it says.
+    kept = OutOfFold(experiment_of(config)).of_models([best_of(config, fold) for fold in (0, 1)])
+    assert tuple(record.scored for record in kept) == wide.cases
+    assert {record.tolerance_mm for record in kept} == {3.0}
 
 
 def test_a_damaged_record_is_predicted_anew(config: Config, caplog: pytest.LogCaptureFixture) -> None:

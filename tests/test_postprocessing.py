@@ -56,6 +56,13 @@ def test_smallest_volume_in_ml_counts_voxels_that_touch_by_a_corner(smallest_ml,
     assert (voxels(after, 1), voxels(after, 2)) == (left, 8)
 
 
+def test_a_volume_of_whole_voxels_stays_whatever_the_rounding_of_the_grid():
+    rounded = Geometry(NATIVE.shape, np.diag(np.float32([0.7, 0.7, 5.0, 1.0])))  # its voxels are a little smaller
+    for voxels_ml, left in ((12, 12), (12.001, 0)):
+        rules = InferenceSection(smallest_volume_ml={"liver": voxels_ml * 0.7 * 0.7 * 5.0 / 1000})
+        assert voxels(postprocess(prediction(), PLAN, rounded, rules), 1) == left
+
+
 def test_a_structure_inside_the_others_box_stays():
     classes = np.ones(NATIVE.shape, np.uint8)
     classes[4:6, 4:6, 4:6] = 2

@@ -97,6 +97,19 @@ def test_another_manifest_and_other_images_are_refused(
         reproduce.run("0" * 32, tmp_path / "c", uri=uri)
 
 
+def test_another_initial_model_is_refused_before_anything_is_made(
+    prepared: Config, trained: tuple[Path, str, str], tmp_path: Path
+) -> None:
+    shutil.copytree(trained[0] / "models" / "best", tmp_path / "first")
+    config = changed(prepared.changed(name="begun"), "training", init_from=str(tmp_path / "first"))
+    (folder,) = train.run(config, device="cpu")
+    description = tmp_path / "first" / "model.yaml"
+    description.write_text(description.read_text() + "# trained anew\n")
+    with pytest.raises(ModelError, match=r"init_from: .*first: is not the model that runs:/.* began with \(SHA-256"):
+        reproduce.run(str(folder), tmp_path / "anew", device="cpu")
+    assert not list((tmp_path / "anew").rglob("models"))
+
+
 def drawn_on(label: Path) -> None:
     """Change one voxel of a label."""
     import SimpleITK as sitk

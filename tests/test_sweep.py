@@ -14,8 +14,9 @@ import yaml
 from phantom_experiments import preprocessed
 
 from pipeline.cli.loading import option_checks
-from pipeline.config import Config
+from pipeline.config import Config, NetworkSection
 from pipeline.config_loading import dump_config, load_config
+from pipeline.config_yaml import write_yaml
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.stages import sweep
 from pipeline.stages.sweeping.search import Search
@@ -83,6 +84,47 @@ def test_settings_that_the_configuration_does_not_take_are_named_before_anything
     assert "did you mean 'width'?" in said
     assert "parameters.workspace: says where or on what is trained, and cannot be searched" in said
     assert f"{RATE}: with 1.0" not in said
+
+
+def test_options_that_not_every_network_of_the_sweep_has_are_refused(tmp_path: Path) -> None:
+    names = {"network.name": {"choices": ["unet", "dynunet"]}}
+    path = written(tmp_path, parameters={"network.options.dropout": {"choices": [0.1]}, **names})
+    with pytest.raises(ConfigError) as raised:
+        load_sweep(path, option_checks)
+    (line,) = str(raised.value).splitlines()
+    assert (
+        "parameters.network.options.dropout: with 0.1 and network.name 'dynunet': network.options.dropout: dyn" in line
+    )
+    assert line.endswith("; vary both together, as choices of network")
+    path = written(tmp_path, set={"network.options.dropout": 0.1}, parameters=names)
+    with pytest.raises(ConfigError, match=r"network\.name: with 'dynunet': --set network\.options\.dropout=0\.1"):
+        load_sweep(path, option_checks)
+    path = written(tmp_path, parameters={"network.options.width": {"choices": [16, 24]}, **names})
+    assert load_sweep(path, option_checks).planned_trials == 20
+    path = written(tmp_path, set={"network.options": None}, parameters={"network.options.width": {"choices": [16]}})
+    with pytest.raises(ConfigError, match=r"width: lies in network\.options, which set empties"):
+        load_sweep(path, option_checks)
+
+
+def test_a_trial_and_a_yaml_that_says_what_it_does_are_one(tmp_path: Path) -> None:
+    parameters = {
+        "network.options.width": {"choices": [16, 24]},
+        "network.name": {"choices": ["unet", "dynunet"]},
+        "training.loss": {"choices": ["dice_ce", "tversky"]},
+        "training.init_from": {"choices": ["other/fold_0", "pre/fold_0"]},
+    }
+    settings = {"training.loss_options.smooth": 2, "data.root": "images"}
+    study = load_sweep(written(tmp_path, set=settings, parameters=parameters))
+    values = {key: parameter.extremes[1] for key, parameter in study.parameters.items()}
+    trial = study.config_of(values, "trial")
+    assert trial.network == NetworkSection(name="dynunet", options={"width": 24})
+    assert (trial.training.loss, trial.training.loss_options) == ("tversky", {"smooth": 2})
+    assert trial.training.init_from == str(tmp_path.resolve() / "pre" / "fold_0")
+    assert trial.data.root == tmp_path.resolve() / "images"
+    path = tmp_path / "elsewhere" / "best.yaml"
+    path.parent.mkdir()
+    path.write_text(write_yaml({"extends": str(study.config), **study.said_of(values, "trial")}))
+    assert load_config(path) == trial
 
 
 @pytest.mark.parametrize(
@@ -198,7 +240,8 @@ def test_without_optuna_the_command_says_what_to_install(tmp_path: Path) -> None
     command = [sys.executable, "-c", code, "sweep", str(path), "--workspace", str(tmp_path / "work")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "error: medseg sweep needs Optuna: pip install 'medseg[sweep]', or pip install optuna\n"
+    install = "pip install '.[sweep]' in medseg's checkout, or pip install optuna"
+    assert done.stderr == f"error: medseg sweep needs Optuna: {install}\n"
 
 
 def test_choosing_no_process_for_a_device_is_an_error(tmp_path: Path) -> None:
@@ -229,6 +272,7 @@ def test_a_sweep_prunes_lists_failures_and_writes_a_configuration_that_trains(pr
     best = load_config(report.folder / "best.yaml")
     assert best.training.learning_rate == report.best.values[RATE]
     assert best.data.manifest == config.data.manifest
+    assert best == load_sweep(path).config_of(report.best.values, "rates-best")
     again = sweep.run(path, device="cpu")
     assert again.outcomes == report.outcomes
 

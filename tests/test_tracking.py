@@ -192,17 +192,18 @@ def test_where_runs_are_tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert tracking_uri(None, tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
 
 
-def test_the_repository_of_the_configuration_is_named(tmp_path: Path) -> None:
+def test_the_repository_around_the_current_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     config = tmp_path / "a.yaml"
     config.write_text("name: a")
-    assert "mlflow.source.git.commit" not in environment_tags(config)
+    assert "mlflow.source.git.commit" not in environment_tags()
     git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e@example.org"]
     for command in (["init", "-q"], ["add", "a.yaml"], ["commit", "-q", "-m", "m"]):
         subprocess.run([*git, *command], check=True)
-    tags = environment_tags(config)
+    tags = environment_tags()
     assert (len(tags["mlflow.source.git.commit"]), tags["medseg.git_dirty"]) == (40, "false")
     config.write_text("name: b")
-    assert environment_tags(config)["medseg.git_dirty"] == "true"
+    assert environment_tags()["medseg.git_dirty"] == "true"
     assert tags["version.python"] == ".".join(map(str, sys.version_info[:3]))
 
 

@@ -42,6 +42,9 @@ Millimetres = tuple[float, float, float]
 
 Status = Literal["scored", "missed", "spurious", "both_empty", "not_annotated"]
 
+# A tolerance of whole voxels takes in what is so many voxels off, whichever way the grid's float32 affine was rounded.
+_TOLERANCE_SLACK = 1e-6
+
 
 @dataclass(frozen=True, eq=False)
 class SurfaceDistances:
@@ -137,9 +140,9 @@ def assd(masks: Comparison) -> float:
 
 def nsd(masks: Comparison) -> float:
     """Return the share of both surfaces' area that lies within the tolerance of the other surface, 0 to 1."""
-    surfaces = masks.surfaces
-    near = surfaces.prediction_mm2[surfaces.prediction_mm <= masks.tolerance_mm].sum()
-    near += surfaces.reference_mm2[surfaces.reference_mm <= masks.tolerance_mm].sum()
+    surfaces, within_mm = masks.surfaces, masks.tolerance_mm * (1 + _TOLERANCE_SLACK)
+    near = surfaces.prediction_mm2[surfaces.prediction_mm <= within_mm].sum()
+    near += surfaces.reference_mm2[surfaces.reference_mm <= within_mm].sum()
     return float(near / (surfaces.prediction_mm2.sum() + surfaces.reference_mm2.sum()))
 
 

@@ -79,7 +79,7 @@ def write_summary(path: Path, evaluation: Evaluation) -> None:
             "missed": summary.missed,
             "spurious": summary.spurious,
             "not_annotated": summary.not_annotated,
-            "metrics": {name: _estimate_as_json(estimate) for name, estimate in summary.metrics.items()},
+            "metrics": {name: estimate.as_json() for name, estimate in summary.metrics.items()},
         }
         for summary in evaluation.summaries
     }
@@ -92,7 +92,7 @@ def write_summary(path: Path, evaluation: Evaluation) -> None:
         "cases": len(evaluation.cases),
         "failures": evaluation.failures,
         "classes": classes,
-        "reliability": {name: _estimate_as_json(estimate) for name, estimate in evaluation.reliability.items()},
+        "reliability": {name: estimate.as_json() for name, estimate in evaluation.reliability.items()},
         "predicted_dice": {one.class_name: _prediction_as_json(one) for one in evaluation.dice_predictions},
         "cross_validation": evaluation.cross_validation and folds_as_json(evaluation.cross_validation),
     }
@@ -365,9 +365,3 @@ def _save(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
-
-
-def _estimate_as_json(estimate: Estimate) -> dict[str, float | int | None]:
-    """Return an estimate as JSON knows it."""
-    known = {name: json_number(value) for name, value in vars(estimate).items()}
-    return known | {"cases": estimate.cases}

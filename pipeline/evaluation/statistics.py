@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.evaluation.metrics import Row
+from pipeline.records import json_number
 
 FloatArray = NDArray[np.float64]
 
@@ -37,6 +38,15 @@ class Estimate:
     low: float
     high: float
     cases: int
+
+    def as_json(self, counted: str = "cases") -> dict[str, float | int | None]:
+        """Return the estimate as JSON knows it.
+
+        Args:
+            counted: what a value is of, the key of their number: cases, or patients.
+        """
+        numbers = {"mean": self.mean, "low": self.low, "high": self.high}
+        return {name: json_number(number) for name, number in numbers.items()} | {counted: self.cases}
 
 
 @dataclass(frozen=True)

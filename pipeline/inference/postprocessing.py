@@ -24,6 +24,8 @@ from pipeline.records import Record, refuse_other_format, write_json
 from pipeline.volumes.components import components_of
 
 POSTPROCESSING, POSTPROCESSING_FORMAT_VERSION = "postprocessing.json", 1
+# A volume may be a whole number of voxels but for the rounding of the grid's float32 affine.
+VOLUME_SLACK = 1e-6
 
 
 class Rules(Protocol):
@@ -169,7 +171,7 @@ def kept(sizes: NDArray[Any], smallest: float, largest_only: bool) -> NDArray[np
         smallest: that may stay, in the same unit.
         largest_only: whether all but the largest, or the first of the largest, go.
     """
-    stays = sizes >= smallest * (1 - 1e-9)  # a volume that is a whole number of voxels, whatever its rounding
+    stays = sizes >= smallest * (1 - VOLUME_SLACK)
     if largest_only and sizes.size:
         stays &= np.arange(sizes.size) == sizes.argmax()
     return np.asarray(stays)

@@ -14,7 +14,7 @@ from pipeline.evaluation.comparison.members import Member
 from pipeline.evaluation.statistics import MEAN
 from pipeline.records import write_text
 from pipeline.stages.member_runs import names_of, read_runs, run_folders
-from pipeline.stages.study import load_study, make_missing, refuse_unequal_budgets, study_members, study_runs
+from pipeline.stages.study import MADE_ON, load_study, make_missing, refuse_unequal_budgets, study_members, study_runs
 from pipeline.stages.workspace import Workspace
 from pipeline.tracking import RunLog, environment_tags, is_tracked, read_state, send_pending
 
@@ -57,7 +57,7 @@ def run(
         targets: run folders, experiment folders (all of their folds), evaluation folders or runs:/ID, each a member;
             or one study's YAML.
         make: run what is missing of a study.
-        cases: of runs and experiments: fold, test, all, or a manifest's name, as they were evaluated.
+        cases: fold, test, all, or a manifest's name, as the runs were evaluated; what is made is evaluated on fold.
         baseline: name of the member that the others are drawn against; None: the study's, else the first.
         out: folder of the results; None: comparisons/NAME in the workspace.
         allow_different_budgets: compare in spite of them; the result says so.
@@ -67,7 +67,13 @@ def run(
     Raises:
         ConfigError: the study or one of its configurations is wrong.
         EvaluationError: a member is missing or unfinished, or they cannot be compared; names every reason.
+        PipelineError: runs are to be made without a study, or compared on other cases than they are made on.
     """
+    if make and cases != MADE_ON:
+        raise PipelineError(
+            f"--run evaluates what it makes on --cases {MADE_ON}, got --cases {cases}; leave --cases out, run "
+            f"`medseg evaluate RUN --cases {cases}` for each run, and compare again without --run"
+        )
     if len(targets) == 1 and targets[0].endswith((".yaml", ".yml")):
         study = load_study(Path(targets[0]))
         runs = study_runs(study, workspace)
@@ -75,7 +81,7 @@ def run(
             refuse_unequal_budgets(runs)
         if make:
             make_missing(runs, device)
-        members, folders = study_members(runs), [run.folder for run in runs]
+        members, folders = study_members(runs, cases), [run.folder for run in runs]
         name, baseline, root = study.name, baseline or study.baseline, runs[0].config.workspace
     elif make:
         raise PipelineError("--run makes what is missing of a study; name its YAML")

@@ -20,6 +20,7 @@ from pipeline.errors import EvaluationError
 from pipeline.evaluation.comparison import report as comparison_report
 from pipeline.evaluation.comparison.comparing import ComparisonResult, compare
 from pipeline.evaluation.comparison.members import Member
+from pipeline.evaluation.comparison.statistics import SIGNIFICANCE
 from pipeline.evaluation.statistics import MEAN, Estimate
 from pipeline.model import PLAN
 from pipeline.records import write_json
@@ -35,8 +36,6 @@ from pipeline.stages.workspace import Workspace
 log = logging.getLogger(__name__)
 
 METRIC = "dice"
-# A difference is within noise where its corrected p is not below this.
-SIGNIFICANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -218,8 +217,14 @@ def _candidate(config: Config, device: str) -> _Candidate:
     runs = []
     for model in models:
         evaluated = read_run(model.parent.parent, "fold")
-        cases = tuple(case.scored for case in kept if case.fold == evaluated.fold)
-        runs.append(replace(evaluated, cases=cases))
+        evaluated = replace(
+            evaluated,
+            cases=tuple(case.scored for case in kept if case.fold == evaluated.fold),
+            failures=report.failures,
+            tolerance_mm=report.evaluation.tolerance_mm,
+            device=report.evaluation.device,
+        )
+        runs.append(evaluated)
     folds = report.evaluation.cross_validation
     return _Candidate(config, models, Member(config.name, tuple(runs)), folds.remark if folds else "")
 

@@ -96,7 +96,7 @@ def read_runs(folders: Sequence[Path], cases: str) -> tuple[MemberRun, ...]:
 
 
 def read_run(folder: Path, cases: str) -> MemberRun:
-    """Read what a comparison needs of one trained and evaluated fold.
+    """Read what a comparison needs of one trained and evaluated fold, by the newest evaluation of its best model.
 
     Raises:
         ModelError: its training is not finished.
@@ -104,8 +104,10 @@ def read_run(folder: Path, cases: str) -> MemberRun:
     """
     _refuse_unfinished(folder)
     best = read_description(folder / BEST / DESCRIPTION)
-    for candidate in (folder / "evaluation" / cases, folder.parent / "evaluation" / cases):
-        found = _read_evaluation(candidate)
+    summaries = [at / "evaluation" / cases / SUMMARY for at in (folder, folder.parent)]
+    there = [summary for summary in summaries if summary.is_file()]
+    for summary in sorted(there, key=lambda summary: summary.stat().st_mtime_ns, reverse=True):
+        found = _read_evaluation(summary.parent)
         if found and found.is_of(best) and (best.fold is None or not found.is_of_ensemble):
             return _member_run(folder, cases, found)
     raise EvaluationError(

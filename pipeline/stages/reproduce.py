@@ -26,7 +26,8 @@ from pipeline.stages.fold.record import (
     tags_of,
 )
 from pipeline.stages.fold.run import complete_fold
-from pipeline.stages.fold.task import FoldTask
+from pipeline.stages.fold.task import FoldTask, initial_model_of
+from pipeline.stages.initial_weights import initial_digest
 from pipeline.stages.preprocess import KEYS
 from pipeline.stages.train import fold_tasks
 from pipeline.stages.workspace import Workspace
@@ -46,8 +47,10 @@ from pipeline.training.budget import repeated
 CONFIG, PLAN, REPORT = "config.yaml", "plan.yaml", "reproduction.json"
 # Metrics that say what was learned; the others say how long it took and what the machine did.
 _LEARNED = ("train/loss", "train/gradient_norm", "train/learning_rate", "val/", "best/")
+# The digest of the model that a training began with.
+_INITIAL_TAG = "medseg.init_from_sha256"
 # How the tags begin in which a difference may explain one of results.
-_EXPLAINING = (ARITHMETIC_TAG, "version.", "mlflow.source.git.commit", "medseg.git_dirty")
+_EXPLAINING = (ARITHMETIC_TAG, "version.", "mlflow.source.git.commit", "medseg.git_dirty", _INITIAL_TAG)
 _THREADS = f"{ARITHMETIC_TAG}number_of_threads"
 SEND_LIMIT_S = 60.0
 
@@ -127,7 +130,8 @@ def run(
         uri: MLflow server or database; None: the run folder's, MLFLOW_TRACKING_URI, or mlflow.db in ./work.
 
     Raises:
-        ModelError: MLflow has no such run, or it is none that can be made anew.
+        ModelError: MLflow has no such run, it is none that can be made anew, or the model that it began with is not
+            there, or another one now.
         ManifestError: the manifest is not the run's.
         StoreError: images or labels are not the run's.
     """
@@ -137,6 +141,7 @@ def run(
     _refuse_incomplete(original)
     config = _as_then(original, own, uri, manifest, root)
     _refuse_other_manifest(config, original)
+    _refuse_other_initial_model(config, original)
     if _THREADS in original.tags and device in ("auto", "cpu"):
         torch.set_num_threads(int(original.tags[_THREADS]))
     task = _prepared(config, original, device, jobs)
@@ -198,6 +203,19 @@ def _refuse_other_manifest(config: Config, original: FetchedRun) -> None:
         raise ManifestError(
             f"{config.data.manifest}: is not the manifest that runs:/{original.run_id} was trained on (SHA-256 "
             f"{digest}, not {wanted}); leave --manifest out to take the one that the run has logged"
+        )
+
+
+def _refuse_other_initial_model(config: Config, original: FetchedRun) -> None:
+    """Raise where the model that the run began with is another one now, as far as the run says which it was."""
+    model, wanted = initial_model_of(config, int(original.params["fold"])), original.tags.get(_INITIAL_TAG)
+    if model is None or wanted is None:
+        return
+    digest = initial_digest(model)
+    if digest != wanted:
+        raise ModelError(
+            f"training.init_from: {model}: is not the model that runs:/{original.run_id} began with (SHA-256 {digest}, "
+            f"not {wanted}); put that one back in its place"
         )
 
 

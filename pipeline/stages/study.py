@@ -15,11 +15,12 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from pipeline.config import Config
-from pipeline.config_loading import load_config
+from pipeline.config_loading import as_override, load_config, with_absolute_paths
 from pipeline.config_yaml import Problem, read_file
 from pipeline.errors import ConfigError, EvaluationError, PipelineError
 from pipeline.evaluation.comparison.members import Member, MemberRun
 from pipeline.records import Record
+from pipeline.stages.dataset import dataset_of
 from pipeline.stages.fold.task import configuration_digest, initial_model_of
 from pipeline.stages.initial_weights import initial_digest
 from pipeline.stages.member_runs import budget_of, read_run
@@ -27,6 +28,9 @@ from pipeline.stages.models import FACTS
 from pipeline.stages.workspace import Workspace
 
 log = logging.getLogger(__name__)
+
+# The cases that a study's runs are evaluated on as they are made.
+MADE_ON = "fold"
 
 
 class Study(Record):
@@ -37,7 +41,8 @@ class Study(Record):
         configs: one a member; in the YAML relative to it.
         seeds: each configuration is trained with each.
         folds: each configuration is trained for each.
-        overrides: `set` in the YAML: section.key -> value, the same for all, as `--set` does it.
+        overrides: `set` in the YAML: section.key -> value, the same for all, as `--set` does it; paths in the YAML
+            relative to it.
         baseline: the configuration that the others are drawn against; None: the first.
     """
 
@@ -81,11 +86,14 @@ class StudyRun:
         said = [part for override in self.overrides for part in ("--set", override)]
         return ["run", str(self.path), "--fold", str(self.fold), *said, "--workspace", str(self.config.workspace)]
 
-    def read(self) -> MemberRun:
+    def read(self, cases: str) -> MemberRun:
         """Read the run.
 
+        Args:
+            cases: that it was evaluated on: fold, test, all, or a manifest's name.
+
         Raises:
-            PipelineError: it is not there, not finished, not evaluated, or of another configuration.
+            PipelineError: it is not there, not finished, not evaluated, or of another configuration or manifest.
         """
         path = self.folder / FACTS
         if not path.is_file():
@@ -93,10 +101,14 @@ class StudyRun:
         facts = json.loads(path.read_text(encoding="utf-8"))
         if facts["configuration"] != configuration_digest(self.config):
             raise EvaluationError(f"{self.folder}: was trained with other settings than the study's")
+        if facts["manifest"] != dataset_of(self.config).digest():
+            raise EvaluationError(
+                f"{self.folder}: was trained on other data than {self.config.data.manifest} names now"
+            )
         initial = initial_model_of(self.config, self.fold)
         if facts.get("initial model") != (None if initial is None else initial_digest(initial)):
             raise EvaluationError(f"{self.folder}: began with another model than training.init_from names now")
-        return read_run(self.folder, "fold")
+        return read_run(self.folder, cases)
 
 
 def load_study(path: Path) -> Study:
@@ -116,7 +128,8 @@ def load_study(path: Path) -> Study:
     if problems:
         raise ConfigError("\n".join(map(str, sorted(problems))))
     folder = path.parent.resolve()
-    return study.model_copy(update={"configs": tuple((folder / name).resolve() for name in study.configs)})
+    configs = tuple((folder / name).resolve() for name in study.configs)
+    return study.model_copy(update={"configs": configs, "overrides": with_absolute_paths(study.overrides, folder)})
 
 
 def study_runs(study: Study, workspace: Path | None) -> list[StudyRun]:
@@ -140,7 +153,7 @@ def study_runs(study: Study, workspace: Path | None) -> list[StudyRun]:
 
 def _runs_of(study: Study, path: Path, workspace: Path | None) -> Iterator[StudyRun]:
     """Yield the trainings of one configuration."""
-    common = [f"{key}={json.dumps(value)}" for key, value in study.overrides.items()]
+    common = [as_override(key, value) for key, value in study.overrides.items()]
     own = load_config(path)
     for seed in study.seeds:
         suffix = (f"-{study.name}" if common else "") + (f"-seed{seed}" if seed != own.seed else "")
@@ -167,8 +180,12 @@ def refuse_unequal_budgets(runs: list[StudyRun]) -> None:
         )
 
 
-def study_members(runs: list[StudyRun]) -> list[Member]:
+def study_members(runs: list[StudyRun], cases: str) -> list[Member]:
     """Read a study's members.
+
+    Args:
+        runs: of the study.
+        cases: that they were evaluated on: fold, test, all, or a manifest's name.
 
     Raises:
         EvaluationError: runs are missing or unfinished; names each with the command that makes it.
@@ -177,11 +194,12 @@ def study_members(runs: list[StudyRun]) -> list[Member]:
     problems = []
     for run in runs:
         try:
-            found.setdefault(run.member, []).append(run.read())
+            found.setdefault(run.member, []).append(run.read(cases))
         except PipelineError as error:
             problems.append(f"{error}; run `medseg {shlex.join(run.arguments())}`")
     if problems:
-        raise EvaluationError("\n".join([*problems, "`medseg compare STUDY --run` makes all of them"]))
+        but = "" if cases == MADE_ON else f"; each is then evaluated by `medseg evaluate RUN --cases {cases}`"
+        raise EvaluationError("\n".join([*problems, f"`medseg compare STUDY --run` makes all of them{but}"]))
     return [Member(name, tuple(members)) for name, members in found.items()]
 
 
@@ -193,7 +211,7 @@ def make_missing(runs: list[StudyRun], device: str) -> None:
     """
     for number, run in enumerate(runs, start=1):
         try:
-            failures = run.read().failures
+            failures = run.read(MADE_ON).failures
         except PipelineError as error:
             log.info("%d of %d: %s", number, len(runs), error)
         else:

@@ -275,9 +275,8 @@ def _publish(report: SweepReport, study: SweepStudy, base: Config) -> None:
     with closing(_sweep_run(study, base, folder)) as tracked:
         tracked.artifact(folder / REPORT)
         if report.best is not None and report.best.value is not None:
-            settings = _nested({**study.overrides, **report.best.values})
-            said = {"extends": str(study.config), "name": f"{study.name}-best", **settings}
-            write_text(folder / BEST_CONFIG, write_yaml(said))
+            said = study.said_of(report.best.values, f"{study.name}-best")
+            write_text(folder / BEST_CONFIG, write_yaml({"extends": str(study.config), **said}))
             tracked.artifact(folder / BEST_CONFIG)
             tracked.metrics({f"sweep/best_{study.metric}": report.best.value}, len(report.outcomes))
             tracked.tags({"medseg.sweep.best_trial": str(report.best.run)})
@@ -285,18 +284,6 @@ def _publish(report: SweepReport, study: SweepStudy, base: Config) -> None:
     runs = Workspace(base.workspace).runs
     mine = [run for run in tracked_runs(runs) if run.relative_to(runs).parts[0].startswith(f"{study.name}-trial-")]
     send_pending(folder, *mine, limit_s=SEND_LIMIT_S)
-
-
-def _nested(values: dict[str, Any]) -> dict[str, Any]:
-    """Return settings, section.key -> value, as sections."""
-    sections: dict[str, Any] = {}
-    for key, value in values.items():
-        *path, last = key.split(".")
-        section = sections
-        for name in path:
-            section = section.setdefault(name, {})
-        section[last] = value
-    return sections
 
 
 def _shown(value: Any) -> str:

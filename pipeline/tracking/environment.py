@@ -1,4 +1,4 @@
-"""What a run was made with: versions, and the state of the repository that holds its configuration."""
+"""What a run was made with: versions, and the state of the repository that it was begun in."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ PACKAGES = ("torch", "monai", "numpy", "scipy", "nibabel", "SimpleITK", "blosc2"
 GIT_LIMIT_S = 10.0
 
 
-def environment_tags(config: Path | None = None) -> dict[str, str]:
+def environment_tags() -> dict[str, str]:
     """Return tags that say what a run was made with: versions, machine, and git commit and dirtiness.
 
-    Args:
-        config: The configuration's file; the repository around it is looked at, the current folder's without one.
+    The repository is that around the current folder.
     """
     return {
-        "mlflow.source.name": str(config or "medseg"),
+        "mlflow.source.name": "medseg",
         "mlflow.source.type": "LOCAL",
         "mlflow.user": _user(),
         "medseg.machine": platform.node(),
         "version.medseg": __version__,
         "version.python": platform.python_version(),
         **_package_versions(),
-        **_git_tags(config.resolve().parent if config else Path.cwd()),
+        **_git_tags(Path.cwd()),
     }
 
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.evaluation.comparison.statistics import by_patient, signed_rank_p
+from pipeline.evaluation.comparison.statistics import (
+    SIGNIFICANCE,
+    by_patient,
+    signed_rank_p,
+    wins,
+    without_rounding,
+)
 from pipeline.evaluation.statistics import Estimate, FloatArray, estimate
-
-# A treatment whose gain could as well be chance is none.
-SIGNIFICANCE = 0.05
-
-# Differences of Dice below this are rounding.
-_DECIMALS = 9
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def choose(
 def _best(table: FloatArray, patients: Sequence[str] | FloatArray) -> int | None:
     """Return the treatment with the largest gain, the first of equal ones; None where that may be chance."""
     differences = by_patient(table[1:] - table[0], list(patients))
-    means = np.round([_mean(row) for row in differences], _DECIMALS)
+    means = without_rounding([_mean(row) for row in differences])
     if not means.size or np.isnan(means).all():
         return None
     index = int(np.nanargmax(means))
@@ -105,11 +105,10 @@ def _best(table: FloatArray, patients: Sequence[str] | FloatArray) -> int | None
 
 def _tried(differences: FloatArray, samples: int, seed: int) -> Tried:
     """Describe a treatment by its (patients,) differences."""
-    rounded = np.round(differences, _DECIMALS)
     return Tried(
         difference=estimate(differences, samples=samples, seed=seed),
-        better=int((rounded > 0).sum()),
-        worse=int((rounded < 0).sum()),
+        better=wins(differences),
+        worse=wins(-differences),
         p=signed_rank_p(differences),
     )
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import EvaluationError
 from pipeline.evaluation.comparison.members import Member, differences, warnings_of
-from pipeline.evaluation.comparison.statistics import by_patient, holm, rank_shares, signed_rank_p
+from pipeline.evaluation.comparison.statistics import by_patient, holm, rank_shares, signed_rank_p, wins
 from pipeline.evaluation.metrics import METRICS, Row
 from pipeline.evaluation.scored import ScoredCase
 from pipeline.evaluation.statistics import MEAN, Estimate, estimate, with_mean
@@ -240,8 +240,8 @@ class _Scores:
                 first=first,
                 second=second,
                 difference=self._estimate(column),
-                better=int((sign * column > 0).sum()),
-                worse=int((sign * column < 0).sum()),
+                better=wins(sign * column),
+                worse=wins(-sign * column),
                 p=p,
                 p_holm=p_holm,
             )

@@ -150,7 +150,8 @@ def _other_references(members: Sequence[Member]) -> list[str]:
         for case in (case for run in member.runs for case in run.cases):
             for row in case.rows:
                 known, volume = first.setdefault((case.case_id, row.class_name), (member.name, row.reference_ml))
-                if volume != row.reference_ml:
+                both_unknown = math.isnan(volume) and math.isnan(row.reference_ml)
+                if volume != row.reference_ml and not both_unknown:
                     found[case.case_id] = (
                         f"case {case.case_id}, {row.class_name}: the reference has {volume:g} ml in {known}, "
                         f"{row.reference_ml:g} ml in {member.name}"

@@ -15,8 +15,21 @@ from pipeline.evaluation.statistics import doubled_ranks
 
 FloatArray = NDArray[np.float64]
 
+# A difference may be chance where its p is not below this.
+SIGNIFICANCE = 0.05
+
 # Differences of numbers that a table holds with six digits: what is closer than this is a tie.
 _DECIMALS = 9
+
+
+def without_rounding(values: Sequence[float] | FloatArray) -> FloatArray:
+    """Return means or differences without their last digits, so that what ties but for these ties."""
+    return np.asarray(values, dtype=np.float64).round(_DECIMALS)
+
+
+def wins(differences: FloatArray) -> int:
+    """Return how many differences are above 0; ties, as `signed_rank_p` takes them, and nan are not."""
+    return int((without_rounding(differences) > 0).sum())
 
 
 def signed_rank_p(differences: Sequence[float] | FloatArray) -> float:
@@ -33,7 +46,7 @@ def signed_rank_p(differences: Sequence[float] | FloatArray) -> float:
     Returns:
         p, 0 to 1; 1 where no difference is other than zero, nan where there is none at all.
     """
-    known = np.round(np.asarray(differences, dtype=np.float64), _DECIMALS)
+    known = without_rounding(differences)
     known = known[~np.isnan(known)]
     if known.size == 0:
         return float("nan")
@@ -81,7 +94,7 @@ def rank_shares(values: FloatArray, *, higher_is_better: bool, samples: int, see
     drawn = np.random.default_rng(seed).integers(patients, size=(samples, patients))
     # How often each patient is drawn makes a resampled mean one product: (samples, patients) by (patients, members).
     times = np.stack([np.bincount(sample, minlength=patients) for sample in drawn])
-    means = np.round(times @ values.T / patients, _DECIMALS)
+    means = without_rounding(times @ values.T / patients)
     if not higher_is_better:
         means = -means
     ranks = (means[:, None, :] > means[:, :, None]).sum(axis=2)  # (samples, members), how many are better

@@ -12,7 +12,6 @@ from pipeline.evaluation.lesions.metrics import COUNTS, counts_of, metric_names,
 from pipeline.evaluation.lesions.scoring import LesionRules, LesionScore
 from pipeline.evaluation.scored import ScoredCase
 from pipeline.evaluation.statistics import Estimate, estimate, estimate_ratio
-from pipeline.records import json_number
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,7 @@ class LesionSummary:
     def as_json(self) -> dict[str, Any]:
         """Return the summary as JSON knows it."""
         means, pooled = (
-            {name: {key: json_number(value) for key, value in vars(one).items()} for name, one in estimates.items()}
-            for estimates in (self.metrics, self.pooled)
+            {name: one.as_json() for name, one in estimates.items()} for estimates in (self.metrics, self.pooled)
         )
         return {"cases": self.cases, **self.counts, "metrics": means, "pooled": pooled}
 

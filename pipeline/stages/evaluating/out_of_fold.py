@@ -134,6 +134,10 @@ class OutOfFold:
         """Write a case's label map, then its record: where that is, the label map is whole and belongs to it."""
         self._record_of(kept.case).unlink(missing_ok=True)
         write_label(self.label_of(kept.case), label, header_of=header_of, names=names)
+        self.note(kept)
+
+    def note(self, kept: KeptCase) -> None:
+        """Write a case's record, beside the label map that is there."""
         write_json(self._record_of(kept.case), kept.model_dump(mode="json"))
 
     def of_models(self, models: Iterable[Path]) -> list[KeptCase]:

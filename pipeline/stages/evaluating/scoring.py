@@ -174,14 +174,16 @@ class CaseScorer:
         )
 
     def _take(self, case: Case, labelled: LabelledCase, kept: KeptCase) -> Predicted:
-        """Take what is kept of a case; its scores too, unless another tolerance is wanted."""
+        """Take what is kept of a case; where another tolerance is wanted it is scored anew, and that is kept."""
         store = out_of_fold_of(self.task, case)
         assert store is not None
         self.devices.add(kept.device)
         classes = class_indices(read_label(store.label_of(case.id)).array, self.task.plan)
-        if kept.tolerance_mm == self._tolerance_mm:
-            return Predicted(classes, kept.scored)
-        return Predicted(classes, replace(kept.scored, rows=self._rows(case, classes, labelled)))
+        if kept.tolerance_mm != self._tolerance_mm:
+            rows = tuple(KeptRow.of(row) for row in self._rows(case, classes, labelled))
+            kept = kept.model_copy(update={"tolerance_mm": self._tolerance_mm, "rows": rows})
+            store.note(kept)
+        return Predicted(classes, kept.scored)
 
     def _rows(self, case: Case, classes: NDArray[Any], labelled: LabelledCase) -> tuple[Row, ...]:
         """Score class indices against the reference."""

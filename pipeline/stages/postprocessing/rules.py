@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from pipeline.data.plan import Plan
 from pipeline.geometry import FloatArray
-from pipeline.inference.postprocessing import kept
+from pipeline.inference.postprocessing import VOLUME_SLACK, kept
 from pipeline.volumes.components import components_of
 
 # Where thresholds are tried: quantiles of the volumes of all components, and of those beside the largest of a case.
@@ -98,8 +98,9 @@ def candidates(pieces: Sequence[Pieces]) -> list[Rule]:
 
 def _just_above(volume: float) -> float:
     """Return the next number of three significant digits: a threshold that takes components of this volume."""
+    volume *= 1 + VOLUME_SLACK
     step = 10.0 ** (math.floor(math.log10(volume)) - 2)
-    return float(f"{(math.floor(volume / step * (1 + 1e-9)) + 1) * step:.3g}")
+    return float(f"{(math.floor(volume / step) + 1) * step:.3g}")
 
 
 def _take_apart(

@@ -17,7 +17,6 @@ from pipeline.data.manifest import Case, Manifest
 from pipeline.data.plan import Plan
 from pipeline.errors import EvaluationError, ModelError
 from pipeline.evaluation.comparison.choosing import Choice, Tried, choose
-from pipeline.evaluation.statistics import Estimate
 from pipeline.inference.postprocessing import (
     POSTPROCESSING,
     Postprocessing,
@@ -60,7 +59,7 @@ class LabelSearch:
         return {
             "chosen": self.chosen.as_text() if self.chosen else "none",
             "dice_without": json_number(choice.untreated),
-            "gain_cross_fitted": _estimate_as_json(choice.cross_fitted),
+            "gain_cross_fitted": choice.cross_fitted.as_json("patients"),
             "chosen_by_the_other_folds": {str(fold): name for fold, name in names.items()},
             "tried": tried,
         }
@@ -218,14 +217,8 @@ def _run_log(folder: Path) -> RunLog | None:
 
 def _tried_as_json(tried: Tried) -> dict[str, Any]:
     """Return a rule's outcome as JSON knows it."""
-    difference = _estimate_as_json(tried.difference)
+    difference = tried.difference.as_json("patients")
     return {"difference": difference, "better": tried.better, "worse": tried.worse, "p": json_number(tried.p)}
-
-
-def _estimate_as_json(estimate: Estimate) -> dict[str, Any]:
-    """Return an estimate over patients as JSON knows it."""
-    numbers = {name: json_number(getattr(estimate, name)) for name in ("mean", "low", "high")}
-    return {**numbers, "patients": estimate.cases}
 
 
 def _listed(folds: Sequence[int]) -> str:

@@ -238,7 +238,9 @@ def _optuna() -> Any:
     try:
         import optuna
     except ImportError as error:
-        raise PipelineError("medseg sweep needs Optuna: pip install 'medseg[sweep]', or pip install optuna") from error
+        raise PipelineError(
+            "medseg sweep needs Optuna: pip install '.[sweep]' in medseg's checkout, or pip install optuna"
+        ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 

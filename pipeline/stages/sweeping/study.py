@@ -13,7 +13,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from pipeline.config import Config
-from pipeline.config_loading import OptionChecks, load_config
+from pipeline.config_loading import (
+    OptionChecks,
+    are_options_of,
+    as_override,
+    as_sections,
+    load_config,
+    with_absolute_paths,
+)
 from pipeline.config_yaml import Entry, Problem, read_file
 from pipeline.errors import ConfigError
 from pipeline.records import Record, digest_of
@@ -98,8 +105,8 @@ class SweepStudy(Record):
             hyperband (Li et al. 2018); or none.
         startup_trials: as many trials end before the median pruner ends any.
         seed: of the sampler.
-        overrides: `set` in the YAML: section.key -> value, the same for all trials.
-        parameters: section.key -> what it may be.
+        overrides: `set` in the YAML: section.key -> value, the same for all trials; paths in the YAML relative to it.
+        parameters: section.key -> what it may be; paths likewise.
         storage: database of the trials, as SQLAlchemy names it; None: an SQLite file in the sweep's folder.
     """
 
@@ -139,14 +146,18 @@ class SweepStudy(Record):
         """Return the configuration that is varied: what all trials share stands in it, and of what differs anything."""
         return self.config_of({key: parameter.extremes[0] for key, parameter in self.parameters.items()}, self.name)
 
+    def said_of(self, values: Mapping[str, Any], name: str) -> dict[str, Any]:
+        """Return what a YAML that extends the configuration says to be that of a trial."""
+        return as_sections({**self.overrides, **values, "name": name})
+
     def config_of(self, values: Mapping[str, Any], name: str) -> Config:
         """Return the configuration of a trial.
 
         Raises:
             ConfigError: these values do not go together.
         """
-        said = {**self.overrides, **values, "name": name}
-        return load_config(self.config, [_override(key, value) for key, value in said.items()])
+        said = self.said_of(values, name)
+        return load_config(self.config, [as_override(section, value) for section, value in said.items()])
 
 
 def load_sweep(path: Path, checks: Checks | None = None) -> SweepStudy:
@@ -167,11 +178,24 @@ def load_sweep(path: Path, checks: Checks | None = None) -> SweepStudy:
     except ValidationError as error:
         problems += [_problem(tree, found["loc"], found["type"], found["msg"]) for found in error.errors()]
     if study is not None and not problems:
-        study = study.model_copy(update={"config": (path.parent.resolve() / study.config).resolve()})
+        study = _settled(study, path.parent.resolve())
         problems += _parameter_problems(study, tree, checks)
     if study is None or problems:
         raise ConfigError("\n".join(map(str, sorted(set(problems)))))
     return study
+
+
+def _settled(study: SweepStudy, folder: Path) -> SweepStudy:
+    """Return a sweep whose paths, relative to the folder of its YAML, are absolute."""
+    parameters = {}
+    for key, parameter in study.parameters.items():
+        choices = parameter.choices and tuple(
+            with_absolute_paths({key: choice}, folder)[key] for choice in parameter.choices
+        )
+        parameters[key] = parameter.model_copy(update={"choices": choices})
+    overrides = with_absolute_paths(study.overrides, folder)
+    config = (folder / study.config).resolve()
+    return study.model_copy(update={"config": config, "overrides": overrides, "parameters": parameters})
 
 
 def _problem(tree: Entry, location: tuple[int | str, ...], kind: str, message: str) -> Problem:
@@ -191,8 +215,7 @@ def _problem(tree: Entry, location: tuple[int | str, ...], kind: str, message: s
 
 def _parameter_problems(study: SweepStudy, tree: Entry, checks: Checks | None) -> list[Problem]:
     """Return which settings the configuration has not, and which values it does not take."""
-    common = [_override(key, value) for key, value in study.overrides.items()]
-    load_config(study.config, common, checks)
+    load_config(study.config, [as_override(*setting) for setting in study.overrides.items()], checks)
     problems = []
     for key, parameter in study.parameters.items():
         keys = ("parameters", key)
@@ -202,19 +225,30 @@ def _parameter_problems(study: SweepStudy, tree: Entry, checks: Checks | None) -
             continue
         if study.sampler == "grid" and parameter.grid is None:
             problems.append(Problem(place, full, "a grid needs choices, integers, or a step"))
-        for value in parameter.extremes:
-            override = _override(key, value)
-            try:
-                load_config(study.config, [*common, override], checks)
-            except ConfigError as error:
-                said = [line.removeprefix(f"--set {override}: ") for line in str(error).splitlines()]
-                problems += [Problem(place, full, f"with {value!r}: {line}") for line in said]
+        for other in (other for other, value in study.overrides.items() if value is None):
+            if key.startswith(f"{other}."):
+                todo = f"leave that out of set, and mend {study.config}"
+                problems.append(Problem(place, full, f"lies in {other}, which set empties: no YAML says both; {todo}"))
+        names = {other: named for other, named in study.parameters.items() if are_options_of(key, other)}
+        beside = [{other: value} for other, named in names.items() for value in named.extremes]
+        for value, others in itertools.product(parameter.extremes, beside or [{}]):
+            problems += [Problem(place, full, line) for line in _refusals(study, key, value, others, checks)]
     return problems
 
 
-def _override(key: str, value: Any) -> str:
-    """Return a setting as `--set` takes it."""
-    return f"{key}={json.dumps(value)}"
+def _refusals(study: SweepStudy, key: str, value: Any, others: Mapping[str, Any], checks: Checks | None) -> list[str]:
+    """Say why the configuration does not take a value beside those of other parameters, but not what is wrong there."""
+    beside = [as_override(*setting) for setting in {**study.overrides, **others}.items()]
+    override = as_override(key, value)
+    try:
+        load_config(study.config, [*beside, override], checks)
+    except ConfigError as error:
+        named = "".join(f" and {other} {said!r}" for other, said in others.items())
+        todo = f"; vary both together, as choices of {key.split('.')[0]}" if others else ""
+        theirs = tuple(f"--set {as_override(*setting)}: " for setting in others.items())
+        lines = [line for line in str(error).splitlines() if not line.startswith(theirs)]
+        return [f"with {value!r}{named}: {line.removeprefix(f'--set {override}: ')}{todo}" for line in lines]
+    return []
 
 
 def _is_number(value: Any) -> bool:
