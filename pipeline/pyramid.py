@@ -5,7 +5,7 @@ networks share.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from math import inf
+from math import ceil, inf
 
 Size = tuple[int, int, int]
 Spacing = tuple[float, float, float]
@@ -27,8 +27,8 @@ def topology(
 
     An axis is halved while its voxels are at most twice as long as the shortest of those that can still be halved, so
     that a thick axis waits until the others have become as coarse, and while the feature map keeps 4 voxels (Isensee et
-    al. 2021, supplementary note 2). Kernels are those of `fitted_kernels`. A 2-D network's flat axis has strides and
-    kernels of 1.
+    al. 2021, supplementary note 2). An odd size counts as the next even one, to which a network's patch is rounded up.
+    Kernels are those of `fitted_kernels`. A 2-D network's flat axis has strides and kernels of 1.
 
     Raises:
         ValueError: the patch cannot be halved as often as `levels` says.
@@ -36,13 +36,13 @@ def topology(
     size, spacing = list(patch_size), list(spacing_mm)
     strides: list[Size] = []
     while len(strides) + 1 != levels:
-        able = [n % 2 == 0 and n // 2 >= SMALLEST_FEATURE_MAP and axis != flat_axis for axis, n in enumerate(size)]
+        able = [n // 2 >= SMALLEST_FEATURE_MAP and axis != flat_axis for axis, n in enumerate(size)]
         if not any(able):
             break
         finest = min(mm for mm, can in zip(spacing, able, strict=True) if can)
         stride = as_size(2 if can and mm <= 2 * finest else 1 for can, mm in zip(able, spacing, strict=True))
         strides.append(stride)
-        size = [n // s for n, s in zip(size, stride, strict=True)]
+        size = [ceil(n / s) for n, s in zip(size, stride, strict=True)]
         spacing = [mm * s for mm, s in zip(spacing, stride, strict=True)]
     if (levels is not None and len(strides) + 1 < levels) or not strides:
         raise ValueError(

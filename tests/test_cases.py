@@ -13,7 +13,7 @@ from pipeline.data.store import CaseStore, PreparedCase
 from pipeline.errors import ConfigError
 from pipeline.geometry import Geometry
 from pipeline.stages.fold.task import class_weights
-from pipeline.training.sampling.cases import bytes_of, keep, place_for
+from pipeline.training.sampling.cases import Place, bytes_of, keep, nearest, place_for
 
 CPU = torch.device("cpu")
 SHAPES = {"a": (40, 30, 20), "b": (9, 8, 7)}
@@ -69,6 +69,14 @@ def test_cases_are_in_memory_where_they_fit_and_the_log_says_where(caplog: pytes
         assert place_for(10**6, CPU, processes=10**9) == "disk"
     assert "0.00 GB of prepared cases are kept in memory; free: " in caplog.messages[0]
     assert "1000000000.00 GB of prepared cases are kept on disk" in caplog.messages[1]
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "step", "place"), [(1.5, 0, "GPU"), (1.5, 6.6, "memory"), (2.5, 0, "memory"), (30, 0, "disk")]
+)
+def test_cases_leave_a_gpu_what_a_step_takes(gigabytes: float, step: float, place: str) -> None:
+    free: dict[Place, int] = {"GPU": 8 * 10**9, "memory": 100 * 10**9}
+    assert nearest(int(gigabytes * 1e9), free, int(step * 1e9)) == place
 
 
 def test_disk_and_memory_hold_the_same_bits(store: CaseStore) -> None:

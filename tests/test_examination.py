@@ -12,7 +12,7 @@ from pipeline.data.manifest import Case, ImageFile, Manifest
 from pipeline.data.phantoms import LABELS, make_phantom
 from pipeline.geometry import Geometry
 from pipeline.preparation.examination import LEVELS, MOST_POOLED_VALUES, CaseExamination, Intensities, pooled
-from pipeline.preparation.examining import LARGEST_SAMPLE, examine_case
+from pipeline.preparation.examining import LARGEST_SAMPLE, examination_key, examine_case
 from pipeline.volumes.volume import Volume
 from pipeline.volumes.writing import write_image, write_label
 
@@ -137,6 +137,26 @@ def test_a_large_volume_is_described_from_a_sample(tmp_path: Path) -> None:
     assert body.voxels == image.size
     assert body.mean == pytest.approx(50, abs=0.05)
     assert body.at(0.995) == pytest.approx(np.quantile(image, 0.995), abs=0.1)
+
+
+def test_a_large_structure_counts_by_all_its_voxels(tmp_path: Path) -> None:
+    label = np.full((102, 102, 102), 3, np.uint8)
+    assert label.size > LARGEST_SAMPLE
+    foreground = examine(tmp_path, np.ones(label.shape), label).channels["x"].foreground
+    assert foreground is not None
+    assert foreground.voxels == label.size
+
+
+def test_what_is_not_looked_for_in_the_files_is_no_reason_to_read_them_again(tmp_path: Path) -> None:
+    file = ImageFile(path="image_x.nii.gz")
+    case = Case(id="c", patient="c", images={"x": file}, label=file)
+    fields = {"name": "m", "root": tmp_path, "channels": {"x": "MR"}, "labels": {"background": 0, "a": 3}}
+    manifest = Manifest.model_validate({**fields, "cases": (case,)})
+    hashed = file.changed(sha256="0" * 64)
+    same = [{"group": "site"}, {"patient": "p"}, {"fold": 1}, {"images": {"x": hashed}}, {"label": hashed}]
+    other = [{"label": None}, {"images": {"x": file.changed(path="other.nii.gz")}}]
+    assert {examination_key(manifest, case.changed(**one)) for one in same} == {examination_key(manifest, case)}
+    assert examination_key(manifest, case) not in {examination_key(manifest, case.changed(**one)) for one in other}
 
 
 DRAWS: dict[str, Callable[[np.random.Generator], list[np.ndarray]]] = {

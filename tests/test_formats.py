@@ -173,6 +173,12 @@ def test_plain_folders(tmp_path: Path, pattern: str) -> None:
     assert files_of(touch(tmp_path, *names)) == expected
 
 
+def test_a_label_without_an_image_is_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    touch(tmp_path, "images/a.nii.gz", "labels/a.nii.gz", "labels/b.nii.gz")
+    assert files_of(tmp_path) == {"a": ({"image": "images/a.nii.gz"}, "labels/a.nii.gz")}
+    assert "1 labels to which no image belongs, left out: b.nii.gz" in caplog.text
+
+
 def test_labels_that_belong_to_no_channel_are_refused(tmp_path: Path) -> None:
     touch(tmp_path, "p/T1.nii.gz", "p/liver_mask.nii.gz", "p/spleen_mask.nii.gz")
     with pytest.raises(ManifestError, match="several labels, of no channel: liver, spleen"):

@@ -38,6 +38,14 @@ def test_a_plan_of_old_keeps_its_digest() -> None:
     assert len({plan.digest(), *(plan.changed(**one).digest() for one in said)}) == 3
 
 
+@pytest.mark.parametrize("name", ["channels", "labels", "regions"])
+def test_the_order_of_names_is_part_of_the_digest(name: str) -> None:
+    plan = make_plan(channels={"T1": "MR", "T2": "MR"}, regions={"both": ("left", "right"), "right": ("right",)})
+    turned = plan.changed(**{name: dict(reversed(getattr(plan, name).items()))})
+    assert turned.digest() != plan.digest()
+    assert (turned.preprocessing_digest() != plan.preprocessing_digest()) == (name != "regions")
+
+
 def test_regions_are_structures_and_come_back(tmp_path: Path) -> None:
     plan = make_plan(regions={"both": ("left", "right"), "right": ("right",)}, ignore_label=-1)
     write_plan(tmp_path / "plan.yaml", plan)
@@ -60,6 +68,10 @@ def test_an_edited_value_is_read(path: Path) -> None:
         ("batch_size: 2", "batch_size: two", r"plan.yaml: batch_size: .*valid integer.*got 'two'"),
         ("batch_size: 2", "batch_sise: 2", r"batch_size: is missing\n.*batch_sise: .*not permitted"),
         ("[16, 16, 8]", "[16, 16]", r"patch_size"),
+        ("[16, 16, 8]", "[16, 0, 8]", r"patch_size.1: .*greater than or equal to 1, got 0"),
+        ("batch_size: 2", "batch_size: 0", r"batch_size: .*greater than or equal to 1, got 0"),
+        ("1.0e-05, 2.0]", "0.0, 2.0]", r"spacing_mm.1: .*greater than 0, got 0.0"),
+        ("orientation: RAS", "orientation: RAs", r"orientation: expected R or L, A or P, S or I, .*got 'RAs'"),
         ("scheme: none", "scheme: minmax", r"normalisation.T1.scheme: .*'ct', 'zscore'.*got 'minmax'"),
         ("format_version: 1", "format_version: 0", "version 0, .*--replan"),
         ("format_version: 1", "format_version: 2", "version 2, .*update medseg"),

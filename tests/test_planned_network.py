@@ -11,6 +11,7 @@ from pipeline.config import NetworkSection
 from pipeline.data.plan import NetworkPlan, Plan, read_plan, write_plan
 from pipeline.networks import Network
 from pipeline.networks.fitting import fitted_plan, network_for
+from pipeline.pyramid import topology
 
 PLANNED = NetworkPlan(width=6, kernels=((3, 3, 1), (3, 3, 3)), strides=((2, 2, 1),), norm="batch")
 
@@ -78,6 +79,25 @@ def test_another_batch_has_another_norm_and_says_so() -> None:
     assert "instance norm for batches of 2" in fitted.reasons["network"]
     old = planned(network=None)
     assert fitted_plan(old, section, 2) == old
+
+
+@pytest.mark.parametrize(("voxels", "rounded"), [(90, 96), (96, 96), (97, 112), (100, 112)])
+@pytest.mark.parametrize("name", ["unet", "dynunet", "residual_encoder_unet"])
+def test_a_patch_that_was_said_is_rounded_up_and_loses_no_level(name: str, voxels: int, rounded: int) -> None:
+    plan = planned(patch_size=(voxels,) * 3, network=None)
+    fitted = fitted_plan(plan, NetworkSection(name=name))
+    assert fitted.patch_size == (rounded,) * 3
+    assert built(fitted, name).stride == (16, 16, 16)
+
+
+def test_a_2d_network_of_planes_that_were_said_has_levels_in_the_plane() -> None:
+    kernels, strides = topology((16, 16, 1), (1.0, 1.0, 1.0))
+    of_volume = PLANNED.changed(kernels=kernels, strides=strides)
+    assert any(kernel[2] > 1 for kernel in kernels)
+    plan = planned(patch_size=(16, 16, 1), network=of_volume)
+    fitted = fitted_plan(plan, NetworkSection(spatial_dims=2))
+    assert (fitted.patch_size, fitted.batch_size) == (plan.patch_size, plan.batch_size)
+    assert built(fitted, dims=2).stride == (4, 4, 1)
 
 
 def test_a_2d_network_has_levels_of_its_own() -> None:

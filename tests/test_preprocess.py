@@ -110,6 +110,19 @@ def test_what_is_fresh_is_skipped_and_what_changed_is_redone(own_set: Path, tmp_
     assert differing == {case.id}
 
 
+def test_channels_and_labels_in_another_order_are_made_anew(own_set: Path, tmp_path: Path) -> None:
+    config = config_of(own_set, tmp_path / "work")
+    run(config)
+    manifest = load_manifest(own_set / "phantoms.json")
+    background, *structures = manifest.labels.items()
+    turned = manifest.changed(
+        channels=dict(reversed(manifest.channels.items())), labels=dict([background, *reversed(structures)])
+    )
+    assert turned.digest() != manifest.digest()
+    save_manifest(turned, own_set / "phantoms.json")
+    assert len(run(config).written) == 8
+
+
 def test_another_preprocessing_has_another_store(phantom_set: Path, tmp_path: Path) -> None:
     one = run(config_of(phantom_set, tmp_path, spacing_mm=(2.5, 2.5, 2.5)))
     other = run(config_of(phantom_set, tmp_path, spacing_mm=(3.0, 3.0, 3.0)))

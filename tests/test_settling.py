@@ -88,6 +88,7 @@ def test_which_of_several_memories_is_meant_is_not_guessed(narrow: Config, caplo
     with pytest.raises(ConfigError, match="there are plans for several"):
         dry_run.run(narrow)
     assert path_of(with_memory(narrow, 8)) == larger.folder / "plan.yaml"
+    assert "plan.yaml: is for 8 GB; there is a plan for 24 GB too" in caplog.text
     # What this machine was planned for needs no memory said; that another was too is told.
     preprocess.run(wide(narrow), replan=True)
     preprocess.run(with_memory(wide(narrow), 24))

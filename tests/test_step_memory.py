@@ -11,7 +11,8 @@ from pipeline.config import Config, DataSection, NetworkSection, PreprocessingSe
 from pipeline.data.plan import Plan
 from pipeline.networks.footprint import LiveBytes, StepFootprint, step_footprint
 from pipeline.preparation.planning import make_plan
-from pipeline.stages.step_memory import GIB, blank_batch, dtype_of, memory_for, step_of, task_of
+from pipeline.stages.fold.step_size import blank_batch, step_of
+from pipeline.stages.step_memory import GIB, dtype_of, memory_for, task_of
 
 FACTS, MANIFEST, CPU = make_facts((1.0, 1.0, 1.0), (32, 32, 32)), make_manifest(), torch.device("cpu")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -248,7 +248,23 @@ class Manifest(Record):
 
     def digest(self) -> str:
         """Return a SHA-256 digest that does not depend on where the data lie."""
-        return digest_of(self.model_dump(mode="json", exclude={"root"}))
+        order = unusual_order(self.channels, self.labels, self.regions)
+        return digest_of({**self.model_dump(mode="json", exclude={"root"}), **order})
+
+
+def unusual_order(
+    channels: Mapping[str, Modality], labels: Mapping[str, int], regions: Mapping[str, Sequence[str]]
+) -> dict[str, list[str]]:
+    """Return the names whose order a digest must say: it means something, and a digest sorts keys.
+
+    What stands in the usual order (channels and regions by name, labels by value) says nothing.
+    """
+    usual = {
+        "order of channels": (list(channels), sorted(channels)),
+        "order of labels": (list(labels), sorted(labels, key=labels.__getitem__)),
+        "order of regions": (list(regions), sorted(regions)),
+    }
+    return {name: order for name, (order, expected) in usual.items() if order != expected}
 
 
 def path_inside(root: Path, file: str) -> Path:

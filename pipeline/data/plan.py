@@ -9,10 +9,11 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from pipeline.config import Output
-from pipeline.data.manifest import Modality
+from pipeline.config import AxisCode, Count, Output, Triple
+from pipeline.config import Size as Voxels
+from pipeline.data.manifest import Modality, unusual_order
 from pipeline.errors import ConfigError
-from pipeline.records import Record, refuse_other_format, said, says_nothing, write_text
+from pipeline.records import Record, digest_of, refuse_other_format, said, says_nothing, write_text
 
 PLAN_FORMAT_VERSION = 1
 # Patches on one device whose statistics a batch norm may trust; fewer take an instance norm.
@@ -96,9 +97,9 @@ class NetworkPlan(Record):
         norm: batch, where enough patches of a step share its statistics, else instance.
     """
 
-    width: Annotated[int, Field(ge=1)]
-    kernels: tuple[Size, ...]
-    strides: tuple[Size, ...]
+    width: Count
+    kernels: tuple[Voxels, ...]
+    strides: tuple[Voxels, ...]
     norm: Literal["batch", "instance"]
 
     @model_validator(mode="after")
@@ -142,12 +143,12 @@ class Plan(Record):
     label_pairs: tuple[tuple[str, str], ...] = ()
     regions: dict[str, tuple[str, ...]] = Field(default={}, exclude_if=says_nothing)
     ignore_label: int | None = Field(default=None, exclude_if=says_nothing)
-    orientation: str
-    spacing_mm: Millimetres
+    orientation: AxisCode
+    spacing_mm: Triple
     thick_axis: Literal[0, 1, 2] | None = None
     crop: Literal["none", "nonzero"]
-    patch_size: Size
-    batch_size: int
+    patch_size: Voxels
+    batch_size: Count
     network: NetworkPlan | None = Field(default=None, exclude_if=says_nothing)
     normalisation: dict[str, Normalisation]
     reasons: dict[str, str] = {}
@@ -194,6 +195,11 @@ class Plan(Record):
     def left_right_axis(self) -> int:
         """The axis of the plan's grid that runs between left and right."""
         return next(axis for axis, letter in enumerate(self.orientation) if letter in "RL")
+
+    def digest(self) -> str:
+        """Return a SHA-256 digest of the fields, the order of channels, labels and regions included."""
+        order = unusual_order(self.channels, self.labels, self.regions)
+        return digest_of({**self.model_dump(mode="json"), **order})
 
     def preprocessing_digest(self) -> str:
         """Return a digest of what a stored case depends on: not of the patch, the batch, the regions or the reasons."""

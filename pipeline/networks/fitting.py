@@ -85,17 +85,17 @@ def _legal_patch(plan: Plan, section: NetworkSection) -> Size:
 
 def _of_planes(plan: Plan, axis: int) -> Plan:
     """Return a plan whose patches are planes, as many in a batch as keep its voxels but for a bound."""
-    if plan.patch_size[axis] == 1:
-        return plan
-    patch = as_size(1 if a == axis else n for a, n in enumerate(plan.patch_size))
-    planes = min(plan.batch_size * plan.patch_size[axis], MOST_PLANES)
-    why = f"one plane across axis {axis}, for the network is a 2-D one"
-    fitted = _with(plan, "patch_size", patch, why)
-    fitted = with_batch(fitted, planes, f"planes for patches, at most {MOST_PLANES}")
-    if fitted.network is None:
+    fitted, why = plan, f"one plane across axis {axis}, for the network is a 2-D one"
+    if plan.patch_size[axis] != 1:
+        patch = as_size(1 if a == axis else n for a, n in enumerate(plan.patch_size))
+        planes = min(plan.batch_size * plan.patch_size[axis], MOST_PLANES)
+        fitted = _with(plan, "patch_size", patch, why)
+        fitted = with_batch(fitted, planes, f"planes for patches, at most {MOST_PLANES}")
+    network = fitted.network
+    if network is None or all(size[axis] == 1 for size in (*network.kernels, *network.strides)):
         return fitted
-    kernels, strides = topology(patch, plan.spacing_mm, flat_axis=axis)
-    return _with(fitted, "network", fitted.network.changed(kernels=kernels, strides=strides), why)
+    kernels, strides = topology(fitted.patch_size, plan.spacing_mm, flat_axis=axis)
+    return _with(fitted, "network", network.changed(kernels=kernels, strides=strides), why)
 
 
 def with_batch(plan: Plan, batch_size: int, reason: str) -> Plan:

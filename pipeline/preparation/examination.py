@@ -15,7 +15,7 @@ from pipeline.data.plan import Size
 from pipeline.geometry import Geometry, Grid
 from pipeline.records import Record
 
-EXAMINATION_VERSION = 1
+EXAMINATION_VERSION = 2
 
 # The shares at which an intensity distribution is kept: each percent, and finer towards both ends.
 LEVELS = (0.0, 0.001, 0.002, 0.005, *(n / 100 for n in range(1, 100)), 0.995, 0.998, 0.999, 1.0)

@@ -42,6 +42,15 @@ GRID_TOLERANCE_VOXELS = 0.1
 # Quantiles and moments are taken from at most about so many voxels, evenly spread: the error is a thousandth.
 LARGEST_SAMPLE = 2**20
 
+# What a manifest says of a case that is not looked for in its files, or only held against what was found there.
+_NOT_EXAMINED: Any = {
+    "patient": True,
+    "fold": True,
+    "group": True,
+    "images": {"__all__": {"sha256"}},
+    "label": {"sha256"},
+}
+
 
 def examine_case(manifest: Manifest, case: Case) -> CaseExamination:
     """Read a case's files, each once, and report what they hold and every problem found.
@@ -61,7 +70,7 @@ def examination_key(manifest: Manifest, case: Case) -> str:
             **({} if manifest.ignore_label is None else {"ignore_label": manifest.ignore_label}),
             **({"file_values": manifest.file_values} if manifest.file_values else {}),
             "channels": manifest.channels,
-            "case": case.model_dump(mode="json", exclude={"patient", "fold"}),
+            "case": case.model_dump(mode="json", exclude=_NOT_EXAMINED),
         }
     )
 
@@ -84,6 +93,14 @@ class _Drawn:
     geometry: Geometry
 
 
+@dataclass(frozen=True, eq=False)
+class _Foreground:
+    """Where people have drawn: (n, 3) centres of voxels in mm, each standing for as many."""
+
+    points_mm: FloatArray
+    voxels_each: float
+
+
 @dataclass
 class _Examiner:
     """One case's examination in the making: what it has gathered so far."""
@@ -96,13 +113,13 @@ class _Examiner:
     def examine(self) -> CaseExamination:
         """Examine the label, then each image file, one after the other, so that only two are ever in memory."""
         label = self._label()
-        points = _foreground_mm(label, self._no_structures) if label else None
+        foreground = _foreground_of(label, self._no_structures) if label else None
         channels: dict[str, ChannelExamination] = {}
         by_path: dict[str, list[str]] = {}
         for name in (name for name in self.manifest.channels if name in self.case.images):
             by_path.setdefault(self.case.images[name].path, []).append(name)
         for names in by_path.values():
-            channels.update(self._channels(names, points))
+            channels.update(self._channels(names, foreground))
         return CaseExamination(
             case_id=self.case.id,
             key=examination_key(self.manifest, self.case),
@@ -225,7 +242,7 @@ class _Examiner:
                     "voxels the manifest's ignore_label",
                 )
 
-    def _channels(self, names: list[str], points: FloatArray | None) -> dict[str, ChannelExamination]:
+    def _channels(self, names: list[str], foreground: _Foreground | None) -> dict[str, ChannelExamination]:
         """Examine the channels that stand in one file."""
         stored = self._stored(self.case.images[names[0]])
         if stored is None:
@@ -238,7 +255,7 @@ class _Examiner:
             if picked is not None:
                 self._judge_image(header.path, name, picked)
             if picked is not None and geometry is not None:
-                examined[name] = _examine_channel(picked, geometry, self.manifest.channels[name], points)
+                examined[name] = _examine_channel(picked, geometry, self.manifest.channels[name], foreground)
         return examined
 
     def _judge_image(self, path: Path, channel: str, voxels: Array) -> None:
@@ -283,26 +300,32 @@ def _apart_voxels(geometry: Geometry, affine: FloatArray | None) -> float:
         return float("inf")
 
 
-def _foreground_mm(label: _Drawn, no_structures: Iterable[int]) -> FloatArray:
-    """Return (n, 3) centres in mm of the label's foreground voxels, at most about LARGEST_SAMPLE of them."""
+def _foreground_of(label: _Drawn, no_structures: Iterable[int]) -> _Foreground:
+    """Return where the label's foreground voxels are, at most about LARGEST_SAMPLE of them."""
     drawn = np.flatnonzero(np.logical_and.reduce([label.values.ravel() != value for value in no_structures]))
-    return label.geometry.to_mm(np.stack(np.unravel_index(_thinned(drawn), label.values.shape), axis=-1))
+    sample = thinned(drawn)
+    points = label.geometry.to_mm(np.stack(np.unravel_index(sample, label.values.shape), axis=-1))
+    return _Foreground(points, drawn.size / max(1, sample.size))
 
 
-def _examine_channel(voxels: Array, geometry: Geometry, modality: str, points: FloatArray | None) -> ChannelExamination:
-    """Describe a channel's voxels (X, Y, Z); `points` are the foreground's in mm."""
-    sample = _thinned(voxels.ravel(order="K"))
+def _examine_channel(
+    voxels: Array, geometry: Geometry, modality: str, foreground: _Foreground | None
+) -> ChannelExamination:
+    """Describe a channel's voxels (X, Y, Z)."""
+    sample = thinned(voxels.ravel(order="K"))
     body = sample[is_body(sample, modality)]
     return ChannelExamination(
         grid=Grid.of(geometry),
         content=_content_digest(voxels),
         nonzero_box=nonzero_box(voxels),
         body=_intensities(body, voxels.size / sample.size),
-        foreground=None if points is None else _intensities(_values_at(voxels, geometry, points), 1.0),
+        foreground=_intensities(_values_at(voxels, geometry, foreground.points_mm), foreground.voxels_each)
+        if foreground
+        else None,
     )
 
 
-def _thinned(flat: Array) -> Array:
+def thinned(flat: Array) -> Array:
     """Return every n-th of many values, n odd so that it keeps in step with no row."""
     step = -(-flat.size // LARGEST_SAMPLE)
     return flat[:: step | 1] if step > 1 else flat

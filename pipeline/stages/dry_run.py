@@ -98,7 +98,7 @@ def _fitted(config: Config, plan: Plan) -> tuple[Plan, int]:
     with config_errors_of(f"network {config.network.name}"):
         fitted = fitted_plan(plan, config.network, config.training.batch_size)
         with torch.device("meta"):
-            network = network_for(fitted, config.network, outputs_of(config.task, fitted))
+            network = network_for(fitted, config.network, outputs_of(config.task, fitted, fitted.output))
     return fitted, sum(p.numel() for p in network.parameters())
 
 

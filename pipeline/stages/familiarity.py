@@ -10,7 +10,7 @@ from pipeline.data.manifest import Modality
 from pipeline.data.plan import Fingerprint, Plan
 from pipeline.geometry import Geometry
 from pipeline.preparation.body import is_body
-from pipeline.preparation.examining import LARGEST_SAMPLE
+from pipeline.preparation.examining import thinned
 from pipeline.volumes.volume import Volume
 
 # How far beyond the training cases' range is still like them: a quarter in voxel size, twice in extent.
@@ -81,6 +81,6 @@ def _unlike_intensity(images: Mapping[str, Volume], plan: Plan, fingerprint: Fin
 
 def _body_median(image: Volume, modality: Modality) -> float | None:
     """Return the median of what is not air (CT) or not zero, as the fingerprint's; None where there is nothing."""
-    sample = image.array.reshape(-1)[:: max(1, image.array.size // LARGEST_SAMPLE)]
+    sample = thinned(image.array.reshape(-1))
     body = sample[is_body(sample, modality)]
     return float(np.median(body)) if body.size else None

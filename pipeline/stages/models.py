@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from pipeline.config_loading import load_config
 from pipeline.errors import ModelError
 from pipeline.model import DESCRIPTION
 from pipeline.stages.workspace import Workspace
+
+log = logging.getLogger(__name__)
 
 # Where a run keeps its models; the best is meant when the run itself is named.
 BEST, LAST = Path("models/best"), Path("models/last")
@@ -82,13 +85,16 @@ def _resolve(text: str, workspace: Path, uri: str | None) -> list[Path]:
 
 
 def _models_of_folds(experiment: Path) -> list[Path]:
-    """Return the best models that lie in the runs of a folder.
+    """Return the best models that lie in the runs of a folder, and warn of those whose training has not ended.
 
     Raises:
         ModelError: they were not trained alike: by other settings, another plan, or on other data.
     """
     found = sorted(path.parent for path in experiment.glob(f"fold_*/{BEST}/{DESCRIPTION}"))
-    _refuse_mixture(experiment, [model.parents[1] for model in found])
+    runs = [model.parents[1] for model in found]
+    _refuse_mixture(experiment, runs)
+    if unended := [run.name for run in runs if not (run / LAST / DESCRIPTION).is_file()]:
+        log.warning("%s: %s: not trained to the end; the best model so far is taken", experiment, ", ".join(unended))
     return found
 
 

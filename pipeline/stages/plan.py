@@ -12,18 +12,19 @@ import torch
 from pipeline.config import Config
 from pipeline.data.plan import Fingerprint, Plan
 from pipeline.data.store import CaseStore
-from pipeline.errors import config_errors_of
+from pipeline.errors import ConfigError, config_errors_of
 from pipeline.hardware import device_name, pick_device
 from pipeline.preparation.examination import CaseExamination
 from pipeline.preparation.planning import fingerprint
 from pipeline.records import write_json
 from pipeline.stages.dataset import dataset_of
+from pipeline.stages.fold.step_size import step_of
 from pipeline.stages.fold.task import FoldTask
 from pipeline.stages.made_up import Measured, measured
 from pipeline.stages.networks import aligned
 from pipeline.stages.preprocess import CASES, examinations_of
 from pipeline.stages.settling import plan_path, settle_plan
-from pipeline.stages.step_memory import GPU_CONTEXT_BYTES, dtype_of, step_of, task_of
+from pipeline.stages.step_memory import GPU_CONTEXT_BYTES, dtype_of, is_elsewhere, task_of
 from pipeline.stages.store_size import planned_voxels, stored_bytes
 from pipeline.stages.workspace import Workspace
 
@@ -115,13 +116,13 @@ def run(config: Config, *, device: str = "auto", jobs: int | None = None, replan
 def _expected(task: FoldTask, facts: Fingerprint, cases: Sequence[CaseExamination], device: str) -> Expected:
     """Measure and reckon what a training takes."""
     config, chosen = task.config, pick_device(device)
-    is_elsewhere = config.preprocessing.memory_gb != "auto" and chosen.type == "cpu"
+    elsewhere = is_elsewhere(config, chosen)
     step = step_of(task, dtype_of(config, chosen))
     found = None
-    if not (is_elsewhere and device == "auto"):
-        found = measured(config, task.manifest, facts, task.plan, chosen)
+    if not (elsewhere and device == "auto"):
+        found = _measured_here(task, facts, chosen)
     hours = None if found is None else _fold_hours(task, cases, found)
-    context = GPU_CONTEXT_BYTES if is_elsewhere or chosen.type == "cuda" else 0
+    context = GPU_CONTEXT_BYTES if chosen.type == "cuda" or (elsewhere and found is None) else 0
     is_measured = found is not None and found.peak_bytes is not None
     return Expected(
         device=None if found is None else device_name(chosen),
@@ -133,6 +134,21 @@ def _expected(task: FoldTask, facts: Fingerprint, cases: Sequence[CaseExaminatio
         all_hours=None if hours is None else hours * len(task.manifest.folds),
         reasons=_reasons(config, chosen, found, is_measured=is_measured),
     )
+
+
+def _measured_here(task: FoldTask, facts: Fingerprint, device: torch.device) -> Measured:
+    """Measure steps on a device.
+
+    Raises:
+        ConfigError: its memory does not hold one.
+    """
+    try:
+        return measured(task.config, task.manifest, facts, task.plan, device)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"{device_name(device)}: does not hold a step of this plan ({error.args[0].splitlines()[0]}); plan for "
+            "less, `medseg plan CONFIG --replan --gpu-memory GB`, or end what else uses it"
+        ) from error
 
 
 def _fold_hours(task: FoldTask, cases: Sequence[CaseExamination], found: Measured) -> float:
@@ -156,7 +172,8 @@ def _reasons(config: Config, device: torch.device, found: Measured | None, *, is
     hours = "the configured minutes" if minutes else "the configured steps, and validations by one made-up case"
     return {
         "memory": how if is_measured or found is None else "by the shapes of a step's tensors",
-        "memory of the cases": "besides, where a quarter of the free memory holds them; else they are read from disk",
+        "memory of the cases": "besides, where a quarter of the free memory holds them and a step leaves as much; else "
+        "they are read from disk",
         "disk": "of the store at most: float16 images and labels, as if nothing were cropped or compressed",
         "step": "its batch drawn, augmented and learned from" if found else "the GPU that is planned for is not here",
         "time": hours if found else "the GPU that is planned for is not here",

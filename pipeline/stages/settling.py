@@ -82,8 +82,7 @@ def plan_path(folder: Path, config: Config) -> Path:
     """
     own = _own(folder, config)
     chosen = own if own.exists() else folder / PLAN
-    others = _of_gigabytes(folder, config)
-    if config.preprocessing.memory_gb == "auto" and others and chosen not in others:
+    if others := [path for path in _of_network(folder, config) if path != chosen]:
         log.warning(
             "%s: is for %s; there is a plan for %s too: --set preprocessing.memory_gb=...",
             *(chosen, _memory_of(chosen), " and for ".join(map(_memory_of, others))),
@@ -122,7 +121,7 @@ def _own(folder: Path, config: Config, *, replan: bool = False) -> Path:
         return first
     if named.exists() or memory != "auto" or replan:
         return named
-    found = [*([first] if record.network == network else []), *_of_gigabytes(folder, config)]
+    found = _of_network(folder, config)
     if len(found) > 1:
         said = "; ".join(f"{path}, {_memory_of(path)}" for path in found)
         raise ConfigError(
@@ -137,9 +136,12 @@ def _stem(config: Config) -> str:
     return f"{config.network.name}-{config.network.digest()[:8]}"
 
 
-def _of_gigabytes(folder: Path, config: Config) -> list[Path]:
-    """Return a network's plans for a memory that was named, but the store's first."""
-    return sorted((folder / PLANS).glob(f"{_stem(config)}-*gb.yaml"))
+def _of_network(folder: Path, config: Config) -> list[Path]:
+    """Return the plans that there are for a network: the store's first, where it is one, and those for a memory."""
+    first = folder / PLAN
+    record = _record(first) if first.exists() else None
+    is_first = record is not None and record.network == config.network.digest()
+    return [*([first] if is_first else []), *sorted((folder / PLANS).glob(f"{_stem(config)}-*gb.yaml"))]
 
 
 def _memory_of(path: Path) -> str:

@@ -3,41 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.data.plan import Fingerprint, Plan
 from pipeline.data.store import CaseStore
 from pipeline.free_memory import available_bytes
-from pipeline.hardware import device_name, pick_device, pick_dtype, place
-from pipeline.networks import Network
-from pipeline.networks.fitting import fitted_plan, network_for
-from pipeline.networks.footprint import StepFootprint, step_footprint
-from pipeline.networks.recomputing import recompute_activations
+from pipeline.hardware import device_name, pick_device, pick_dtype
+from pipeline.networks.fitting import fitted_plan
 from pipeline.preparation.sizing import Memory
+from pipeline.stages.fold.step_size import GPU_SHARE, step_of
 from pipeline.stages.fold.task import FoldTask
 from pipeline.stages.preprocess import CASES
 from pipeline.stages.train import TASKS
 from pipeline.stages.workspace import Workspace
-from pipeline.training.losses import Target
 
 GIB = 2**30
-# Of a GPU's memory: what CUDA, cuDNN and cuBLAS take for themselves, and the share of the rest that tensors may have;
-# kernels rearrange what they compute with, and the allocator leaves gaps.
-GPU_CONTEXT_BYTES, GPU_SHARE = GIB, 0.8
+# Of a GPU's memory, what CUDA, cuDNN and cuBLAS take for themselves.
+GPU_CONTEXT_BYTES = GIB
 # Share of a CPU's free memory that a step may take: the store's cases and other programs want some too. And what a
 # step takes there of what its tensors have: kernels hold copies, and freed blocks are kept (1.61 to 1.75 measured with
 # two U-Nets at 96^3 voxels, in float32 and bf16).
 CPU_SHARE, CPU_OVERHEAD = 0.6, 1.75
-
-# Copies of the weights that an optimiser keeps.
-_MOMENTS = {"adamw": 2, "sgd": 1}
 
 
 def memory_for(config: Config, manifest: Manifest, facts: Fingerprint, device: str = "auto") -> Memory:
@@ -96,33 +86,13 @@ def task_of(
     return TASKS[config.task](config, manifest, fitted, facts, store, folder, fold, device or torch.device("meta"))
 
 
-def step_of(task: FoldTask, dtype: torch.dtype) -> StepFootprint:
-    """Return what a step of training takes, found without a device.
-
-    Raises:
-        ValueError: the network does not fit the plan.
-    """
-    section = task.config.training
-    # Losses take about as much as one another; some of them compute what has no values here.
-    plain = replace(task, config=task.config.changed(training=section.changed(loss="dice_ce", loss_options={})))
-    with torch.device("meta"):
-        network = network_for(task.plan, task.config.network, task.outputs)
-        image, target = blank_batch(task, network)
-    place(network, torch.device("meta"))  # where kernels want another layout, copies are made
-    objective = plain.objective(network)
-    if section.activation_checkpointing:
-        recompute_activations(network, nullcontext)
-    copies = _MOMENTS.get(section.optimiser, 2) + (section.ema_decay is not None)
-    return step_footprint(objective, (image, target), copies=copies, dtype=dtype)
-
-
-def blank_batch(task: FoldTask, network: Network) -> tuple[Tensor, Target | Tensor]:
-    """Return a batch of the size that a training's batches have: noise, and its first class; on the default device."""
-    patch, count = task.plan.patch_size, task.batch_size
-    image = torch.randn(count, len(task.plan.channels), *network.input_size(patch))
-    if task.config.task == "denoise":
-        return image, torch.randn(count, task.outputs, *patch)
-    return image, Target(torch.zeros(count, *patch, dtype=torch.int64))
+def is_elsewhere(config: Config, device: torch.device) -> bool:
+    """Tell whether the GPU that is planned for is another than the device: there is none, or it has less memory."""
+    said = config.preprocessing.memory_gb
+    if said == "auto" or device.type != "cuda":
+        return said != "auto"
+    # Cards are sold by a rounded number, of which some is kept from programs.
+    return GIB * said > 1.15 * torch.cuda.get_device_properties(device).total_memory
 
 
 def dtype_of(config: Config, device: torch.device) -> torch.dtype:

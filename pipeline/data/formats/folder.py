@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ from pipeline.data.formats.found import (
 from pipeline.data.manifest import Case
 from pipeline.errors import ManifestError
 from pipeline.volumes.stored import stem_of
+
+log = logging.getLogger(__name__)
 
 _LABEL_WORDS = "labels?|seg|segmentation|masks?|gt|reference|annotation"
 _IMAGE_WORDS = "image|img|volume|vol"
@@ -70,12 +73,17 @@ def _put(found: dict[str, Path], name: str, path: Path, what: str) -> None:
 
 
 def _matched(root: Path, images: Iterable[Path], labels: Mapping[str, Path]) -> list[Case]:
-    """Return the cases of images whose names start with a label's; the rest of an image's name is its channel."""
+    """Return the cases of images whose names start with a label's; the rest of an image's name is its channel.
+
+    Labels to which no image belongs are left out, and named in a warning.
+    """
     files: dict[str, dict[str, Path]] = {case_id: {} for case_id in labels}
     for path in images:
         name = _without(_IMAGE_WORDS, path)
         case_id = _owner(name, labels)
         _put(files.setdefault(case_id, {}), _channel(name, case_id), path, "images")
+    if alone := [labels[case_id].name for case_id, own in files.items() if not own]:
+        log.warning("%s: %d labels to which no image belongs, left out: %s", root, len(alone), ", ".join(alone[:10]))
     return [
         make_case(case_id, _relative(own, root), relative(labels[case_id], root) if case_id in labels else None)
         for case_id, own in files.items()

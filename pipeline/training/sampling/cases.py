@@ -139,18 +139,18 @@ def bytes_of(cases: Sequence[Case], store: CaseStore, plan: Plan) -> int:
     return voxels * (np.dtype(np.float16).itemsize * len(plan.channels) + label_bytes)
 
 
-def place_for(needed_bytes: int, device: torch.device, processes: int = 1) -> Place:
-    """Return where prepared cases are kept, and say so: as near to the network as a share of the free memory allows.
+def place_for(needed_bytes: int, device: torch.device, processes: int = 1, *, step_bytes: int = 0) -> Place:
+    """Return where prepared cases are kept, and say so: as near to the network as the free memory allows.
 
     Args:
         needed_bytes: of all cases.
         device: where the network trains.
         processes: how many train together; each keeps its own copy, perhaps all on this machine.
+        step_bytes: what a step of training takes on a GPU.
     """
     free: dict[Place, int] = {"GPU": torch.cuda.mem_get_info(device)[0]} if device.type == "cuda" else {}
     free["memory"] = available_bytes() // processes
-    fitting: list[Place] = [place for place, left in free.items() if needed_bytes <= SHARE * left]
-    place = fitting[0] if fitting else "disk"
+    place = nearest(needed_bytes, free, step_bytes)
     log.info(
         "%.2f GB of prepared cases are kept %s; free: %s",
         needed_bytes / 1e9,
@@ -158,6 +158,14 @@ def place_for(needed_bytes: int, device: torch.device, processes: int = 1) -> Pl
         ", ".join(f"{left / 1e9:.1f} GB {_WHERE[where]}" for where, left in free.items()),
     )
     return place
+
+
+def nearest(needed_bytes: int, free_bytes: Mapping[Place, int], step_bytes: int) -> Place:
+    """Return the first place where cases take but a share of what is free, and on a GPU leave a step what it takes."""
+    room = {place: SHARE * free for place, free in free_bytes.items()}
+    if "GPU" in room:
+        room["GPU"] = min(room["GPU"], free_bytes["GPU"] - step_bytes)
+    return next((place for place, most in room.items() if needed_bytes <= most), "disk")
 
 
 def keep(
