@@ -31,7 +31,9 @@ from synthetic import ct_plan
 from torch import Tensor
 
 from pipeline.config import InferenceSection, NetworkSection
+from pipeline.geometry import Geometry
 from pipeline.hardware import Precision, autocast, keep_freed_memory
+from pipeline.inference.memory import MemoryPlan
 from pipeline.networks import Network
 from pipeline.networks.fitting import network_for
 from pipeline.predictor import Engine, Predictor
@@ -56,10 +58,15 @@ def make_image(shape: tuple[int, int, int]) -> NDArray[np.float32]:
     return np.random.default_rng(0).normal(size=(1, *shape)).astype(np.float32)
 
 
+def memory_of(predictor: Predictor, image: NDArray[np.float32]) -> MemoryPlan:
+    grid = Geometry(image.shape[1:], np.eye(4))
+    return predictor.memory_plan(grid, grid)
+
+
 def streamed_s(predictor: Predictor, image: NDArray[np.float32]) -> tuple[float, int]:
     """Return the seconds of streaming all windows, and their number."""
-    start = time.perf_counter()
-    with predictor.stream(image) as stream:
+    memory, start = memory_of(predictor, image), time.perf_counter()
+    with predictor.stream(image, memory) as stream:
         for _ in stream:
             pass
     return time.perf_counter() - start, stream.tiling.count
@@ -99,8 +106,8 @@ def ours(options: argparse.Namespace) -> None:
     network, image = make_network(options.classes, options.window), np.load(options.folder / "image.npy")
     predictor = make_predictor(network, options, options.precision)
     streamed_s(predictor, image[:, : options.window, : options.window, : options.window])
-    start = time.perf_counter()
-    with predictor.stream(image) as stream:
+    memory, start = memory_of(predictor, image), time.perf_counter()
+    with predictor.stream(image, memory) as stream:
         labels = np.empty(np.moveaxis(image[0], stream.axis, 0).shape, np.uint8)
         for planes in stream:
             labels[planes.start : planes.start + planes.logits.shape[1]] = planes.logits.argmax(0)

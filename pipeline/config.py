@@ -50,6 +50,7 @@ Count = Annotated[int, Field(ge=1)]
 Range = Annotated[tuple[NonNegative, NonNegative], AfterValidator(_ascending)]
 Factors = Annotated[tuple[Positive, Positive], AfterValidator(_ascending)]
 Options = Annotated[dict[str, Any], BeforeValidator(_none_as_empty)]
+AxisCode = Annotated[str, AfterValidator(_axis_code)]
 Triple = tuple[Positive, Positive, Positive]
 Size = tuple[Count, Count, Count]
 Auto = Literal["auto"]
@@ -79,7 +80,7 @@ class DataSection(Section):
 class PreprocessingSection(Section):
     """What planning decides, unless it is said here."""
 
-    orientation: Annotated[str, AfterValidator(_axis_code)] = "RAS"
+    orientation: AxisCode = "RAS"
     """Axis code of the plan's grid: R or L, A or P, S or I, each once."""
     spacing_mm: Auto | Triple = "auto"
     """Voxel size of the plan's grid in mm; auto: the median, and a fine percentile along a thick axis."""
@@ -157,7 +158,7 @@ class AugmentationSection(Section):
     """Its standard deviation, in units of the normalised image."""
     blur_probability: Probability = 0.1
     """Gaussian blur."""
-    blur_sigma_voxels: Range = (0.5, 1.0)
+    blur_sigma_voxels: Factors = (0.5, 1.0)
     """Its standard deviation."""
     brightness_probability: Probability = 0.15
     """Intensities times a factor."""
@@ -205,7 +206,8 @@ class TrainingSection(Section):
     """Patches a batch, over all processes that train together; null: the plan's."""
     accumulate: Count = 1
     """Batches whose gradients are averaged into one step. As good as one batch of so many more patches, but that a
-    batch norm and the sums of a batch Dice see one batch at a time."""
+    batch norm and the sums of a batch Dice see one batch at a time; and so does the mean over voxels of a
+    cross-entropy, where some are to be ignored or `class_weights` are given."""
     activation_checkpointing: bool = False
     """Keep only what goes into each block of layers, and compute the rest again on the way back: less memory, about a
     third more time, the same gradients."""

@@ -42,8 +42,9 @@ WEIGHTS, DESCRIPTION, PLAN, FINGERPRINT, CONFIG = FILES = (
     "config.yaml",
 )
 
-# What the members of an ensemble have in common: all of the plan but what only training and readers go by.
-_SHARED_PLAN = tuple(sorted(set(Plan.model_fields) - {"batch_size", "ignore_label", "reasons"}))
+# What the members of an ensemble have in common: all of the plan but what only training, readers and each
+# member's own network go by.
+_SHARED_PLAN = tuple(sorted(set(Plan.model_fields) - {"batch_size", "ignore_label", "network", "reasons"}))
 
 
 class ModelDescription(Record):

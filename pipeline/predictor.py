@@ -39,7 +39,7 @@ from pipeline.hardware import (
 from pipeline.inference.labelling import label_from_planes
 from pipeline.inference.memory import MemoryPlan, plan_memory
 from pipeline.inference.planes import LogitPlanes, ahead
-from pipeline.inference.postprocessing import common_rules, postprocess, with_rules
+from pipeline.inference.postprocessing import common_rules, postprocess, postprocessing_bytes, with_rules
 from pipeline.inference.probabilities import ProbabilityRequest
 from pipeline.inference.windows.streaming import LogitStream, stream_logits, windows_at_once
 from pipeline.inference.windows.tiling import Windowing
@@ -213,11 +213,11 @@ class Predictor:
             ModelError: the networks' logits are infinite or not a number.
             ResourceError: the case does not fit in memory.
         """
-        memory = self._plan_in_hand(prepared.array, prepared.geometry, native)
+        memory = self.plan_in_hand(prepared.array, prepared.geometry, native)
         sums = ConfidenceSums(tuple(self.plan.labels), self.output, self.temperature)
         watchers = [lambda planes, _: sums.add(planes.logits), *watch]
-        with self.stream(prepared.array, prepared.body, memory) as stream:
-            classes = self._label(_shown(stream, watchers), stream.axis, prepared.geometry, native, probabilities)
+        with self.stream(prepared.array, memory, prepared.body) as stream:
+            classes = self._label(self._shown(stream, watchers), stream.axis, prepared.geometry, native, probabilities)
         measured = sums.structures(self._fold_dice(stream))
         return Segmentation(classes, judge(measured, self._calibrations), stream.run, stream.skipped)
 
@@ -239,38 +239,33 @@ class Predictor:
             ModelError: the networks' logits are infinite or not a number.
             ResourceError: the case does not fit in memory.
         """
-        with self._in_eval_mode():
-            memory = self._plan_in_hand(image, geometry, native)
-            with self.stream(image, body, memory) as stream:
-                return self._label(_shown(stream), stream.axis, geometry, native)
+        memory = self.plan_in_hand(image, geometry, native)
+        with self.stream(image, memory, body) as stream:
+            return self._label(self._shown(stream), stream.axis, geometry, native)
 
     @contextmanager
-    def stream(
-        self, image: NDArray[Any], body: Body | None = None, memory: MemoryPlan | None = None
-    ) -> Iterator[LogitStream]:
+    def stream(self, image: NDArray[Any], memory: MemoryPlan, body: Body | None = None) -> Iterator[LogitStream]:
         """Give the logits of a prepared image as a stream of planes; within the block networks are in eval mode.
 
         Args:
             image: (C, X, Y, Z) on the plan's grid, normalised.
+            memory: says how many windows run at once, and where unfinished planes lie.
             body: where there is more than air; None: anywhere.
-            memory: says how many windows run at once, and where unfinished planes lie; None: as if there were enough.
         """
-        batch = memory.batch if memory else self.batch
-        on_disk = memory is not None and memory.ring_on_disk
         voxels = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))
         with self._in_eval_mode():
             stream = stream_logits(
                 self._networks,
                 voxels,
                 self._windowing,
-                batch=batch,
+                batch=memory.batch,
                 dtype=self.dtype,
                 output=self.output,
                 body=body if self.engine.skip_empty else None,
-                ring_folder=(self.engine.scratch or Path(tempfile.gettempdir())) if on_disk else None,
+                ring_folder=(self.engine.scratch or Path(tempfile.gettempdir())) if memory.ring_on_disk else None,
             )
             yield stream
-            if stream.batch < batch:
+            if stream.batch < memory.batch:
                 self.batch = stream.batch
 
     @contextmanager
@@ -302,19 +297,30 @@ class Predictor:
             image_shape=(len(self.plan.channels), *prepared.shape),
             native_shape=native.shape,
             input_bytes=input_bytes,
+            postprocessing_bytes=postprocessing_bytes(native.shape, self.inference),
             batch=self.batch,
             dtype=self.dtype,
             limit_bytes=self.engine.limit_bytes,
             process_bytes=process_bytes,
         )
 
-    def _plan_in_hand(self, image: NDArray[Any], prepared: Geometry, native: Geometry) -> MemoryPlan:
-        """Plan the memory of a prepared case, with all that the process has freed where it is short of memory."""
+    def plan_in_hand(self, image: NDArray[Any], prepared: Geometry, native: Geometry) -> MemoryPlan:
+        """Plan the memory of a prepared case, with all that the process has freed where it is short of memory.
+
+        Args:
+            image: (C, X, Y, Z) on the plan's grid, in memory.
+            prepared: the plan's grid of the case.
+            native: the grid wanted.
+
+        Raises:
+            ResourceError: the case does not fit, window by window and with the unfinished planes on disk.
+        """
 
         def plan() -> MemoryPlan:
-            # The image is in memory already, and counted in the plan.
-            process_bytes = max(0, resident_bytes() - image.nbytes)
-            return self.memory_plan(prepared, native, process_bytes=process_bytes)
+            # The plan counts the image in float32: one of another type stays in memory beside `stream`'s copy.
+            counted = image.nbytes if image.dtype == np.float32 else 0
+            with self._in_eval_mode():
+                return self.memory_plan(prepared, native, process_bytes=max(0, resident_bytes() - counted))
 
         with suppress(ResourceError):
             found = plan()
@@ -337,6 +343,22 @@ class Predictor:
             if channel in images:
                 return images[channel].geometry
         raise VolumeError(f"no channel of the model is there: expected {', '.join(self.plan.channels)}")
+
+    def _shown(self, stream: LogitStream, watchers: Sequence[Watcher] = ()) -> Iterator[LogitPlanes]:
+        """Yield the planes once watchers have seen them; of logits that are no numbers a label map would be background.
+
+        Raises:
+            ModelError: a logit is infinite or not a number.
+        """
+        for planes in ahead(stream) if stream.device.type == "cuda" else stream:
+            if not torch.isfinite(planes.logits).all():
+                remedy = "give --precision fp32 (in training: training.precision: fp32)"
+                if self.dtype == torch.float32:
+                    remedy = "its weights or the image are damaged; copy them again"
+                raise ModelError(f"the network's logits are infinite or not a number; {remedy}")
+            for watcher in watchers:
+                watcher(planes, stream.axis)
+            yield planes
 
     def _label(
         self,
@@ -385,19 +407,3 @@ def _load(folder: Path, device: torch.device) -> Model:
     model = load_model(folder, device)
     refuse_other_task(folder, model.description)
     return model
-
-
-def _shown(stream: LogitStream, watchers: Sequence[Watcher] = ()) -> Iterator[LogitPlanes]:
-    """Yield the planes once watchers have seen them; where a logit is not a number, a label map would be background.
-
-    Raises:
-        ModelError: a logit is infinite or not a number.
-    """
-    for planes in ahead(stream) if stream.device.type == "cuda" else stream:
-        if not torch.isfinite(planes.logits).all():
-            raise ModelError(
-                "the network's logits are infinite or not a number; train it with training.precision: fp32"
-            )
-        for watcher in watchers:
-            watcher(planes, stream.axis)
-        yield planes

@@ -3,6 +3,9 @@
 import json
 import os
 import sys
+import time
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -15,6 +18,7 @@ from pipeline.training.batch_norm import pool_batch_norms
 from pipeline.training.distributed import (
     agree,
     averaged,
+    first_awaited,
     from_first,
     gathered,
     gathered_texts,
@@ -28,6 +32,9 @@ from pipeline.training.losses import Objective, Target, build_loss
 from pipeline.training.state import TrainState
 
 PATCHES, STEPS = 4, 6
+
+# How long a collective waits, and how long the first alone is busy.
+WAIT_S, BUSY_S = 3.0, 4.0
 
 # Trainings: how the network normalises, and how it is trained.
 TRAININGS: dict[str, dict[str, object]] = {
@@ -161,8 +168,23 @@ def main(folder: Path) -> None:
         from_first(0.0)
 
 
+def busy(folder: Path) -> None:
+    """Have the first busy for longer than a collective waits; the others wait for it, and the second time do not."""
+    rank, processes = os.environ["RANK"], int(os.environ["WORLD_SIZE"])
+    (folder / f"ready_{rank}").touch()
+    while len(list(folder.glob("ready_*"))) < processes:  # to import torch takes as long
+        time.sleep(0.02)
+    with joined("cpu", timedelta(seconds=WAIT_S)):
+        for name, waiting in (("awaited", first_awaited()), ("not_awaited", nullcontext())):
+            with waiting:
+                if this_share().is_first:
+                    time.sleep(BUSY_S)
+            from_first(0.0)
+            (folder / f"{name}_{rank}").touch()
+
+
 if __name__ == "__main__":
     try:
-        main(Path(sys.argv[1]))
+        (busy if "busy" in sys.argv[2:] else main)(Path(sys.argv[1]))
     except PipelineError as lost:
         sys.exit(f"error: {lost}")

@@ -357,6 +357,35 @@ def test_a_plane_is_deformed_within_itself() -> None:
     assert (target[:, 8:16, 7:13] == 1).all()
 
 
+def test_a_plane_is_not_flipped_across_itself() -> None:
+    def flipped(*axes: str) -> tuple[Tensor, Tensor]:
+        flat = augmentation(patch=(1, 20, 16), flip_axes=axes)
+        label = torch.zeros(16, *flat.read_size, dtype=torch.uint8)
+        label[:, :, 3:8] = 1
+        label[:, :, 14:16] = 2
+        return apply(flat, 1 + label[:, None].float(), label, 0)
+
+    # The first axis is the left-right one: such a flip would swap labels of what stays where it is.
+    (image, target), (along_y, target_along_y) = flipped("x", "y"), flipped("y")
+    assert torch.equal(image, along_y)
+    assert torch.equal(target, target_along_y)
+    assert torch.equal(image[:, 0], 1 + target)
+    assert not torch.equal(target, flipped()[1])
+
+
+def test_a_channel_that_a_case_lacks_gets_no_noise_and_is_not_counted_when_one_is_dropped() -> None:
+    noisy = augmentation(noise_probability=1.0, noise_std=(0.1, 0.1), channel_dropout_probability=1.0)
+    image = torch.ones(20, 3, *noisy.read_size)
+    image[:10, 1:] = 0
+    image[10:, 2] = 0
+    changed, _ = apply(noisy, image, torch.zeros(20, *noisy.read_size, dtype=torch.uint8), 0)
+    present = changed.flatten(2).any(2)
+    assert present[:10].tolist() == [[True, False, False]] * 10
+    assert present[10:].sum(1).tolist() == [1] * 10
+    assert not present[10:, 2].any()
+    assert changed[:10, 0].std().item() == pytest.approx(0.1, rel=0.05)
+
+
 def test_channel_dropout_takes_one_channel_that_is_there_and_leaves_the_last() -> None:
     dropping = augmentation(channel_dropout_probability=1.0)
     image = torch.ones(40, 3, *PATCH)

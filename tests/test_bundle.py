@@ -104,7 +104,8 @@ def test_windows_lie_and_weigh_as_medsegs_do(
     model = make_model(plan=make_plan(**changes), network=network, inference=inference)
     predictor = Predictor(model.network, model.plan, inference, Engine("cpu", "fp32", skip_empty=False))
     image = np.random.default_rng(5).normal(size=(1, 37, 21, 11)).astype(np.float32)
-    with predictor.stream(image) as stream:
+    grid = Geometry(image.shape[1:], np.eye(4))
+    with predictor.stream(image, predictor.memory_plan(grid, grid)) as stream:
         expected = torch.cat([planes.logits for planes in stream], dim=1)  # along x, the longest axis
     windowing, net = Windowing.of(model.plan, inference), model.network
     size = net.input_size(model.plan.patch_size)

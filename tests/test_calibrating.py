@@ -1,6 +1,7 @@
 """Calibrating a model whose every prediction is known, from cases in a store."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from tiny_models import NearestMean, make_model, make_plan
 from pipeline.config import InferenceSection
 from pipeline.data.manifest import Case, ImageFile
 from pipeline.data.store import CaseStore, PreparedCase
+from pipeline.errors import ResourceError
 from pipeline.geometry import Geometry
 from pipeline.inference.planes import LogitPlanes
 from pipeline.model import save_model
@@ -84,6 +86,16 @@ def test_a_model_stays_whole_where_memory_does_not_suffice(tmp_path: Path, caplo
     assert calibration_of(tmp_path / "model", store, cases, Engine("cpu", "fp32")) is not None
     assert calibration_of(tmp_path / "model", store, cases, Engine("cpu", "fp32", limit_bytes=1)) is None
     assert "without a calibration" in caplog.text
+
+
+def test_the_first_case_that_does_not_fit_is_refused_before_its_windows(tmp_path: Path, predictor: Predictor) -> None:
+    store = CaseStore(tmp_path)
+    cases = [stored(store, name, box(3), box(4)) for name in ("first", "second")]
+    predictor.engine = replace(predictor.engine, limit_bytes=1)
+    reached: list[str] = []
+    with pytest.raises(ResourceError, match="does not fit"):
+        calibrate(predictor, store, cases, reached.append)
+    assert reached == ["first"]
 
 
 @pytest.mark.parametrize(("most", "step"), [(None, 1), (384, 2), (128, 3)])

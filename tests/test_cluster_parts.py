@@ -106,7 +106,7 @@ def test_a_worker_s_claims_are_known_by_its_name(tmp_path: Path) -> None:
 
 def test_without_ray_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(PipelineError, match=r"Ray is not installed; pip install 'medseg\[ray\]'"), joined("auto"):
+    with pytest.raises(PipelineError, match=r"Ray is not installed; pip install '\.\[ray\]'"), joined("auto"):
         pass
 
 

@@ -88,7 +88,8 @@ def test_a_wrong_orientation_is_refused(code: str) -> None:
 
 def test_ranges_ascend_and_factors_are_above_zero() -> None:
     assert AugmentationSection(scale=(0.5, 0.5)).scale == (0.5, 0.5)
-    for wrong in ({"scale": (1.2, 0.8)}, {"gamma": (0.0, 1.0)}, {"noise_std": (0.2, 0.1)}):
+    no_blur = {"blur_sigma_voxels": (0.0, 0.0)}
+    for wrong in ({"scale": (1.2, 0.8)}, {"gamma": (0.0, 1.0)}, no_blur, {"noise_std": (0.2, 0.1)}):
         with pytest.raises(ValidationError):
             AugmentationSection.model_validate(wrong)
     assert AugmentationSection(noise_std=(0.0, 0.1)).noise_std == (0.0, 0.1)

@@ -267,7 +267,7 @@ def test_a_series_without_frame_of_reference_is_refused(kind: str, tmp_path: Pat
 def test_without_highdicom_the_way_out_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "highdicom", None)  # As the import system marks what is not there.
     write_series(tmp_path / "series", np.zeros(SHAPE, np.int16), grid(SHAPE).affine)
-    with pytest.raises(PipelineError, match=r"pip install 'medseg\[dicom\]'"):
+    with pytest.raises(PipelineError, match=r"pip install '\.\[dicom\]' in medseg's checkout"):
         written("seg", tmp_path, Volume(blocks(), grid(SHAPE)), only(tmp_path / "series"))
 
 

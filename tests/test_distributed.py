@@ -24,33 +24,38 @@ PROGRAM = Path(__file__).with_name("distributed_program.py")
 PROCESSES = 2
 
 
-def started(program: Path, folder: Path, rank: int, port: int) -> subprocess.Popen[str]:
+def started(folder: Path, rank: int, port: int, *what: str) -> subprocess.Popen[str]:
     """Start one of the processes, as a launcher would."""
     launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PROCESSES, "MASTER_ADDR": "127.0.0.1"}
     environment = {**launched, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
     if sys.platform == "linux":
         environment["GLOO_SOCKET_IFNAME"] = "lo"
     return subprocess.Popen(
-        [sys.executable, str(program), str(folder)],
+        [sys.executable, str(PROGRAM), str(folder), *what],
         env={**os.environ, **{name: str(value) for name, value in environment.items()}},
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
+def said_by_all(folder: Path, *what: str) -> list[str]:
+    """Run the processes, and return what each has said at its end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [started(folder, rank, port, *what) for rank in range(PROCESSES)]
+    try:
+        return [process.communicate(timeout=300)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """What two processes have written, and what each has said at its end."""
     folder = tmp_path_factory.mktemp("together")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [started(PROGRAM, folder, rank, port) for rank in range(PROCESSES)]
-    try:
-        said = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    said = said_by_all(folder)
     assert (folder / "0.json").exists(), said
     return folder, said
 
@@ -124,6 +129,14 @@ def test_a_batch_that_cannot_be_divided_is_refused(ended: Any) -> None:
 def test_a_process_that_is_gone_is_no_riddle_to_the_others(ended: Any) -> None:
     (said,) = ended[1][:-1]
     assert said.splitlines()[-1].startswith("error: process 0 of 2: another one has ended, hangs, or cannot be reached")
+
+
+def test_the_first_may_be_busy_at_the_end_for_longer_than_a_collective_waits(tmp_path: Path) -> None:
+    said = said_by_all(tmp_path, "busy")
+    assert sorted(path.name for path in tmp_path.glob("awaited_*")) == ["awaited_0", "awaited_1"], said
+    # Where nobody waits for it the others take it for lost.
+    assert not list(tmp_path.glob("not_awaited_*"))
+    assert said[1].splitlines()[-1].startswith("error: process 1 of 2: another one has ended, hangs, or cannot be")
 
 
 def test_alone_every_collective_gives_back_what_it_was_given() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dicom_files import write_series
 from network_variants import TASK, VARIANTS
 from numpy.typing import NDArray
 from phantom_experiments import preprocessed
@@ -16,12 +17,15 @@ from pipeline.config import NetworkSection
 from pipeline.data.phantoms import make_phantom
 from pipeline.data.plan import Normalisation
 from pipeline.errors import ModelError, PipelineError
-from pipeline.model import save_model
+from pipeline.model import load_model, save_model
 from pipeline.networks import NETWORKS, build_network
 from pipeline.networks.contract import NetworkTask
 from pipeline.stages import export, train
+from pipeline.stages.exporting.images import parity_images
 from pipeline.stages.exporting.parity import Agreement, Parity, compare_windows
 from pipeline.stages.exporting.program import LegalSizes, export_program
+from pipeline.volumes.dicom.reading import read_series
+from pipeline.volumes.dicom.series import find_series
 from pipeline.volumes.writing import write_image
 
 SMALL = NetworkSection(name="unet", options={"width": 4, "levels": 2, "norm": "none", "convs": 1})
@@ -59,6 +63,15 @@ def test_a_program_runs_without_medseg_on_sizes_that_it_was_not_tried_on(
     batch = torch.randn(3, 1, 12, 6, 22)
     with torch.inference_mode():
         assert torch.allclose(program(batch), make_model(network=SMALL).network(batch), atol=1e-5)
+
+
+def test_an_image_may_be_a_folder_of_dicom(model: Path, tmp_path: Path) -> None:
+    write_series(tmp_path / "scan")
+    loaded = load_model(model, torch.device("cpu"))
+    found = parity_images(model, loaded.description, loaded.plan, [tmp_path / "scan"])
+    (series,) = find_series(tmp_path / "scan")
+    assert found.source == "1 image given"
+    np.testing.assert_array_equal(found.cases[0]["T1"].array, read_series(series).array)
 
 
 def test_what_is_there_is_not_replaced_unless_it_is_an_export_and_that_is_asked_for(

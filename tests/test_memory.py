@@ -29,13 +29,20 @@ class OneConvolution(Network):
         return self.layer(image)
 
 
-def plan(limit_bytes: int = 2**50, batch: int = 4, dtype: torch.dtype = torch.float32) -> MemoryPlan:
+def plan(
+    limit_bytes: int = 2**50,
+    batch: int = 4,
+    dtype: torch.dtype = torch.float32,
+    networks: int = 1,
+    postprocessing_bytes: int = 0,
+) -> MemoryPlan:
     return plan_memory(
-        [OneConvolution().eval()],
+        [OneConvolution().eval() for _ in range(networks)],
         Windowing((16, 16, 16)),
         image_shape=(1, 100, 20, 30),
         native_shape=(50, 60, 70),
         input_bytes=1000,
+        postprocessing_bytes=postprocessing_bytes,
         batch=batch,
         dtype=dtype,
         limit_bytes=limit_bytes,
@@ -82,10 +89,28 @@ def test_a_limit_first_shrinks_the_batch_then_puts_the_ring_on_disk() -> None:
     assert (single.batch, single.ring_on_disk) == (1, False)
     on_disk = plan(single.peak_ram_bytes - 1)
     assert (on_disk.batch, on_disk.ring_on_disk) == (1, True)
-    assert on_disk.peak_ram_bytes == single.peak_ram_bytes - single.ring + 4 * 5 * 16**3
+    # In memory: one window's logits, and the weight that windows left out would have had.
+    assert on_disk.peak_ram_bytes == single.peak_ram_bytes - single.ring + 4 * 5 * 16**3 + 4 * 16 * 20 * 30
     assert (on_disk.windows, on_disk.slabs) == (free.windows, free.slabs)
     with pytest.raises(ResourceError, match="50x60x70 voxels does not fit"):
         plan(on_disk.peak_ram_bytes - 1)
+
+
+def test_an_ensembles_agreement_is_counted() -> None:
+    found = plan(networks=3)
+    # Windows lie 8, 4 and 7 apart: 12, 10 and 12 voxels are nearest to the same one at most.
+    assert found.agreement == 3 * (12 * 20 * 30) + 12 * 10 * 12 * (5 * 13 + 30)
+    assert found.peak_ram_bytes == plan().peak_ram_bytes + found.agreement
+    assert "the networks' agreement" in found.as_text()
+
+
+def test_postprocessing_takes_the_place_of_the_windows() -> None:
+    free = plan()
+    windows = free.ring + free.planes + free.activations
+    assert plan(postprocessing_bytes=windows).peak_ram_bytes == free.peak_ram_bytes
+    assert plan(postprocessing_bytes=windows + 1).peak_ram_bytes == free.peak_ram_bytes + 1
+    with pytest.raises(ResourceError, match="postprocessing, after the windows"):
+        plan(free.peak_ram_bytes, postprocessing_bytes=windows + 1)
 
 
 def test_without_a_limit_it_is_what_the_machine_has() -> None:
@@ -96,6 +121,7 @@ def test_without_a_limit_it_is_what_the_machine_has() -> None:
             image_shape=(1, 10_000, 10_000, 10_000),
             native_shape=(10, 10, 10),
             input_bytes=0,
+            postprocessing_bytes=0,
             batch=1,
             dtype=torch.float32,
         )
@@ -114,7 +140,8 @@ shape, windowing = (160, 140, 120), Windowing((64, 64, 64), overlap=0.25)
 task = NetworkTask(in_channels=1, num_classes=25, patch_size=windowing.window, spacing_mm=(1.0, 1.0, 1.0))
 network = build_network("unet", {"width": 16, "max_width": 128, "levels": 5}, task).eval()
 plan = plan_memory(
-    [network], windowing, image_shape=(1, *shape), native_shape=shape, input_bytes=0, batch=2, dtype=torch.float32
+    [network], windowing, image_shape=(1, *shape), native_shape=shape, input_bytes=0, postprocessing_bytes=0, batch=2,
+    dtype=torch.float32
 )
 image, label = torch.randn(1, *shape), torch.ones(shape, dtype=torch.uint8)
 reset_peak_memory(torch.device("cpu"))

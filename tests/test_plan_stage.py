@@ -157,6 +157,9 @@ def test_a_dry_run_before_a_training_misses_nothing(phantom_set: Path, tmp_path:
     weighted = config.changed(training=config.training.changed(sampling_weights={"liver": 2.0}))
     with pytest.raises(ConfigError, match="'liver' cannot be drawn"):
         dry_run.run(weighted)
+    of_one_class = config.changed(training=config.training.changed(loss_options={"class_weights": [1.0]}))
+    with pytest.raises(ConfigError, match=r"class_weights: 1 numbers for \d outputs"):
+        dry_run.run(of_one_class)
 
 
 def test_the_commands_answer(nowhere: Path, phantom_set: Path, tmp_path: Path) -> None:

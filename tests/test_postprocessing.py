@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -5,7 +7,7 @@ from pipeline.config import InferenceSection
 from pipeline.data.plan import Normalisation, Plan
 from pipeline.errors import ConfigError
 from pipeline.geometry import Geometry
-from pipeline.inference.postprocessing import postprocess
+from pipeline.inference.postprocessing import postprocess, postprocessing_bytes
 
 PLAN = Plan(
     channels={"T1": "MR"},
@@ -76,6 +78,20 @@ def test_absent_label_and_absent_rules():
     assert not postprocess(empty, PLAN, NATIVE, rules).any()
     classes = prediction()
     assert postprocess(classes, PLAN, NATIVE, InferenceSection()) is classes
+
+
+def test_rules_take_no_more_memory_than_is_planned():
+    classes = np.zeros((96, 128, 160), np.uint8)
+    for index, z in ((1, 0), (2, 10)):  # each label's box is most of the grid
+        classes[:4, :9, z : z + 9] = classes[-9:, -9:, 151 - z : 160 - z] = index
+    rules = InferenceSection(largest_component=("liver", "spleen"))
+    tracemalloc.start()
+    after = postprocess(classes, PLAN, Geometry(classes.shape, NATIVE.affine), rules)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 0 < (after > 0).sum() < (classes > 0).sum()
+    assert peak < 1.05 * postprocessing_bytes(classes.shape, rules)
+    assert postprocessing_bytes(classes.shape, InferenceSection()) == 0
 
 
 def test_a_rule_for_an_unknown_label_is_named():

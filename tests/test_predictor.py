@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from tiny_models import NEAREST_MEAN, NearestMean, make_model, make_plan, nearest_mean
 
 from pipeline.config import InferenceSection
+from pipeline.data.plan import NetworkPlan
 from pipeline.errors import ModelError, ResourceError, VolumeError
 from pipeline.free_memory import resident_bytes
 from pipeline.geometry import Geometry
+from pipeline.hardware import Precision
 from pipeline.inference.memory import MemoryPlan
 from pipeline.model import save_model
 from pipeline.networks import NETWORKS, Network
@@ -142,11 +144,12 @@ def test_an_ensemble_decides_by_the_mean_of_its_members_logits(tmp_path: Path) -
 
 def test_an_ensemble_of_many_windows_is_the_mean_of_its_members_streams() -> None:
     models = [make_model(seed) for seed in (0, 1)]
-    image = make_image(Geometry((20, 30, 18), np.eye(4)), random_classes(20, 30, 18)).array
+    grid = Geometry((20, 30, 18), np.eye(4))
+    image = make_image(grid, random_classes(20, 30, 18)).array
 
     def logits(*networks: Network) -> torch.Tensor:
         predictor = Predictor(networks, models[0].plan, InferenceSection(flip_axes=("x",)), CPU)
-        with predictor.stream(image) as stream:
+        with predictor.stream(image, predictor.memory_plan(grid, grid)) as stream:
             return torch.cat([planes.logits for planes in stream], 1)
 
     first, second = (model.network for model in models)
@@ -173,7 +176,9 @@ def test_models_that_are_put_together_otherwise_make_no_ensemble(tmp_path: Path)
     save_model(tmp_path / "one", make_model())
     save_model(tmp_path / "flipped", make_model(inference=InferenceSection(flip_axes=("y",))))
     save_model(tmp_path / "regions", make_model(output="regions"))
-    save_model(tmp_path / "same", make_model(1, plan=make_plan(batch_size=4, reasons={})))
+    # Planned for another memory, but of the same patch.
+    network = NetworkPlan(width=8, kernels=((3, 3, 3), (3, 3, 3)), strides=((2, 2, 2),), norm="instance")
+    save_model(tmp_path / "same", make_model(1, plan=make_plan(batch_size=4, reasons={}, network=network)))
     for other, differs in (("flipped", "inference"), ("regions", r"output \(softmax and regions\)")):
         with pytest.raises(ModelError, match=differs):
             Predictor.load([tmp_path / "one", tmp_path / other], CPU)
@@ -267,8 +272,8 @@ def test_logits_do_not_depend_on_the_memory_there_is(tmp_path: Path) -> None:
     ample = Predictor(model.network.eval(), model.plan, InferenceSection(), replace(CPU, batch=4, scratch=tmp_path))
     image = make_image(grid, random_classes(40, 30, 20)).array
 
-    def logits(memory: MemoryPlan | None) -> torch.Tensor:
-        with ample.stream(image, memory=memory) as stream:
+    def logits(memory: MemoryPlan) -> torch.Tensor:
+        with ample.stream(image, memory) as stream:
             return torch.cat([planes.logits for planes in stream], 1)
 
     def plan(limit_bytes: int | None) -> MemoryPlan:
@@ -284,7 +289,7 @@ def test_logits_do_not_depend_on_the_memory_there_is(tmp_path: Path) -> None:
     assert (least.batch, least.ring_on_disk) == (1, True)
     assert whole.windows == fewer.windows == least.windows
     for memory in (fewer, least):
-        torch.testing.assert_close(logits(memory), logits(None), atol=1e-5, rtol=0)
+        torch.testing.assert_close(logits(memory), logits(whole), atol=1e-5, rtol=0)
     assert torch.equal(logits(least), logits(replace(least, ring_on_disk=False)))
     with pytest.raises(ResourceError, match=r"40x30x20 voxels does not fit in 0\.00 GB.*--max-memory"):
         plan(1)
@@ -298,6 +303,22 @@ def test_a_case_that_does_not_fit_is_refused_before_its_first_window() -> None:
         predictor.predict(image)
     with pytest.raises(ResourceError, match="20x18x16"):  # as validation in training does it
         predictor.predict_prepared(image.array, image.geometry, image.geometry)
+
+
+def test_an_image_in_half_precision_is_in_memory_beside_its_copy() -> None:
+    grid = Geometry((160, 160, 160), np.eye(4))
+    half, single = (np.ones((1, *grid.shape), dtype) for dtype in (np.float16, np.float32))
+    predictor = make_predictor()
+    predictor.memory_plan(grid, grid)
+    beside, counted = (predictor.plan_in_hand(image, grid, grid).process for image in (half, single))
+    assert beside - counted == pytest.approx(single.nbytes, abs=single.nbytes // 4)
+
+
+def test_rules_are_in_the_memory_plan() -> None:
+    grid = Geometry((20, 18, 16), np.eye(4))
+    for rules in ({"largest_component": ("left",)}, {"smallest_volume_ml": {"right": 1.0}}):
+        assert make_predictor(InferenceSection(**rules)).memory_plan(grid, grid).postprocessing == 6 * 20 * 18 * 16
+    assert make_predictor().memory_plan(grid, grid).postprocessing == 0
 
 
 def test_memory_that_earlier_work_has_freed_is_there_for_a_case() -> None:
@@ -357,12 +378,16 @@ def test_gpu_labels_as_the_cpu_does(tmp_path: Path) -> None:
     assert (on_cpu.array != on_gpu.array).mean() < 1e-3
 
 
-def test_logits_that_are_no_numbers_are_an_error_and_not_a_background() -> None:
+@pytest.mark.parametrize(
+    ("precision", "remedy"),
+    [("fp32", "its weights or the image are damaged"), ("bf16", r"give --precision fp32 .*training\.precision: fp32")],
+)
+def test_logits_that_are_no_numbers_are_an_error_and_not_a_background(precision: Precision, remedy: str) -> None:
     model = make_model(plan=make_plan(), network=NEAREST_MEAN)
     for tensor in (*model.network.parameters(), *model.network.buffers()):
         tensor.data.fill_(float("nan"))
-    predictor = Predictor(model.network, model.plan, InferenceSection(), CPU)
-    with pytest.raises(ModelError, match=r"logits are infinite or not a number"):
+    predictor = Predictor(model.network, model.plan, InferenceSection(), Engine("cpu", precision))
+    with pytest.raises(ModelError, match=f"logits are infinite or not a number; {remedy}"):
         predictor.predict(make_image(Geometry((10, 11, 12), np.eye(4)), random_classes(10, 11, 12)))
 
 

@@ -1,6 +1,6 @@
 """Activation checkpointing: the same gradients and statistics from less memory, for every network of the table."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,8 @@ from pipeline.networks import Network, build_network
 from pipeline.networks.footprint import LiveBytes
 from pipeline.networks.recomputing import Context, recompute_activations
 
-# One of each kind of block: batch norms, dropout within, skips by name, blocks in lists, transformers.
+# One of each kind of block: batch norms, dropout within, skips by name, blocks in lists, transformers; and blocks that
+# are made anew for each image.
 KINDS = [
     ("unet", 1),
     ("residual_encoder_unet", 1),
@@ -25,6 +26,7 @@ KINDS = [
     ("basic_unet_plus_plus", 1),
     ("mednext", 0),
     ("unetr", 0),
+    ("patch_classifier", 0),
 ]
 
 
@@ -52,8 +54,13 @@ def step(network: Network, image: Tensor, context: Context = nullcontext) -> dic
 def kernels_wrapped(network: nn.Module) -> float:
     """Return the share of the layers with kernels that a block recomputes."""
     layers = {m for m in network.modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)}
-    within = {m for block in network.modules() if "forward" in vars(block) for m in block.modules()}
+    within = {m for block in blocks_of(network) for m in block.modules()}
     return len(layers & within) / len(layers)
+
+
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """Return what is to be computed again."""
+    return [module for module in network.modules() if "forward" in vars(module)]
 
 
 @pytest.mark.parametrize(("name", "variant"), KINDS)
@@ -74,6 +81,19 @@ def test_blocks_are_found_in_every_kind_of_network() -> None:
         recompute_activations(network, nullcontext)
         # A layer that stands alone, such as a head, has nothing to forget.
         assert kernels_wrapped(network) > (0.0 if name == "simple_fcn" else 0.4), (name, options)
+
+
+def test_every_block_that_is_found_is_computed_again() -> None:
+    for name, (options, *_) in VARIANTS.items():
+        network, again = built(name, options), list[str]()
+
+        def context(again: list[str] = again, name: str = name) -> AbstractContextManager[None]:
+            again.append(name)
+            return nullcontext()
+
+        recompute_activations(network, context)
+        step(network, image_for(network)[:1])
+        assert len(again) >= len(blocks_of(network)) > 0, name
 
 
 def test_the_step_of_a_network_in_half_precision_is_the_same() -> None:

@@ -6,10 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.confidence.measuring import doubtful_voxels
+from pipeline.confidence.reliability import TEMPERATURES
+from pipeline.config import Output
 from pipeline.errors import ResourceError
-from pipeline.inference.windows.agreement import AgreementCount
-from pipeline.inference.windows.ring import LEAST_SHARE, Ring, planes_at_once, runs, zeros_on_disk
+from pipeline.inference.windows.agreement import AgreementCount, agreement_bytes
+from pipeline.inference.windows.ring import CERTAIN, LEAST_SHARE, Ring, planes_at_once, runs, zeros_on_disk
 from pipeline.inference.windows.tiling import Tiling, Windowing, tile_volume
+from pipeline.networks.footprint import LiveBytes
 from pipeline.networks.outputs import classes_of
 
 CPU = torch.device("cpu")
@@ -94,11 +98,13 @@ def test_ring_that_no_disk_holds_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("output", "expected"), [("softmax", [0.0, -30.0]), ("regions", [-30.0, -30.0])])
-def test_where_no_window_is_run_there_is_certain_background(output: str, expected: list[float]) -> None:
+@pytest.mark.parametrize(("output", "expected"), [("softmax", [0.0, -CERTAIN]), ("regions", [-CERTAIN, -CERTAIN])])
+def test_where_no_window_is_run_there_is_certain_background(output: Output, expected: list[float]) -> None:
     windowing = Windowing(WINDOW, overlap=0.0)
     tiling = tiling_of((8, 4, 4), windowing)
-    planes = filled(Ring(tiling, windowing, 1, 2, output, CPU), tiling, skipped=((4, 0, 0),))  # type: ignore[arg-type]
+    planes = filled(Ring(tiling, windowing, 1, 2, output, CPU), tiling, skipped=((4, 0, 0),))
+    for temperature in TEMPERATURES:
+        assert doubtful_voxels(planes[:, 4:].flatten(1), temperature, output).numel() == 0
     torch.testing.assert_close(planes[:, 4:], torch.tensor(expected)[:, None, None, None].expand(2, 4, 4, 4))
     assert torch.equal(planes[:, :4], filled(Ring(tiling, windowing, 1, 2, "softmax", CPU), tiling)[:, :4])
 
@@ -123,7 +129,7 @@ def test_a_corner_of_a_window_alone_does_not_count() -> None:
     logits = torch.cat([some.logits for some in (*planes, *ring.finish(24))], 1)
     share = tiling.axes[0].weights[0] / tiling.axes[0].total[8]
     assert share < LEAST_SHARE
-    assert logits[0, 8].item() == -30
+    assert logits[0, 8].item() == -CERTAIN
     assert logits[0, 16:].flatten().tolist() == [1.0] * 8
 
 
@@ -178,6 +184,18 @@ def test_flips_of_a_window_are_averaged_before_a_network_is_asked() -> None:
     count.add((0, 0, 0), (), logits_of([1, 0], 2))
     count.add((0, 0, 0), (0,), logits_of([0, 1], 2))
     assert count.result().dice == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("output", ["softmax", "regions"])
+def test_an_agreement_takes_no_more_memory_than_is_planned(output: Output) -> None:
+    windowing = Windowing((8, 8, 8), overlap=0.75, flips=((), (0,)))
+    tiling = tiling_of((20, 20, 20), windowing)
+    count = AgreementCount(tiling, windowing, 2, 6, output)
+    logits = torch.randn(6, 8, 8, 8)
+    with LiveBytes(logits, []) as mode:
+        for _, start, flip in itertools.product(range(2), tiling.starts(0), windowing.flips):
+            count.add(start, flip, logits)
+    assert mode.peak_bytes - logits.nbytes <= agreement_bytes(tiling, 2, 6)
 
 
 def test_classes_of_regions_are_the_last_above_zero() -> None:

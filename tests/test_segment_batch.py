@@ -24,6 +24,7 @@ import nibabel as nib
 import numpy as np
 import psutil
 import pytest
+import SimpleITK as sitk
 from label_maps import label_files
 from scipy import ndimage
 from tiny_models import NEAREST_MEAN, make_model, make_plan, nearest_mean
@@ -37,6 +38,7 @@ from pipeline.free_memory import resident_bytes
 from pipeline.geometry import Geometry
 from pipeline.model import save_model
 from pipeline.networks import NETWORKS
+from pipeline.predictor import Engine, Predictor
 from pipeline.stages import segment
 from pipeline.stages.segmenting import viewing
 from pipeline.stages.segmenting.batch import Batch, Room
@@ -45,7 +47,7 @@ from pipeline.stages.segmenting.claims import CLAIMS, Claims, left_by
 from pipeline.stages.segmenting.inputs import find_inputs
 from pipeline.stages.segmenting.journal import JOURNAL, Journal
 from pipeline.stages.segmenting.page import LARGEST_EMBEDDED, Preview, picture_of, write_page
-from pipeline.stages.segmenting.plan import CASES_SHOWN, bytes_of
+from pipeline.stages.segmenting.plan import CASES_SHOWN, bytes_of, case_memory
 from pipeline.stages.segmenting.report import CaseResult, SegmentReport
 from pipeline.stages.worker_processes import shared_out
 from pipeline.viewer import assets
@@ -613,6 +615,16 @@ def test_the_plan_names_windows_and_peak_and_writes_nothing(model: Path, scans: 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_that_is_read_as_a_whole_is_counted_as_a_whole(model: Path, tmp_path: Path) -> None:
+    voxels = np.zeros((6, 7, 8, 5), np.float64)
+    sitk.WriteImage(sitk.GetImageFromArray(voxels.T, isVector=False), str(tmp_path / "a.nrrd"))
+    nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / "b.nii.gz")
+    predictor = Predictor.load(model, Engine("cpu"))
+    for name, volumes in (("a.nrrd", 5), ("b.nii.gz", 1)):
+        (case,) = find_inputs([f"{tmp_path / name}#2"], ["T1"], tmp_path / "out")
+        assert case_memory(predictor, case, 0).input == 6 * 7 * 8 * (4 + volumes * 8)
+
+
 def test_too_little_memory_is_the_cases_failure_and_more_of_it_changes_no_label(
     model: Path, scans: Path, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
@@ -705,6 +717,10 @@ def test_what_cannot_be_asked_for_is_refused_before_anything_is_written(
         segment.run(str(model), [scan], out, device="cpu", probabilities=["liver"])
     with pytest.raises(PipelineError, match=r"--instances background: unknown; the labels are left, right, or all"):
         segment.run(str(model), [scan], out, device="cpu", instances=["background"])
+    plan = make_plan(regions={"both": ("left", "right"), "right": ("right",)})
+    save_model(tmp_path / "regions", make_model(plan=plan, output="regions"))
+    with pytest.raises(PipelineError, match=r"--probabilities background: unknown; the labels are left, right, or all"):
+        segment.run(str(tmp_path / "regions"), [scan], out, device="cpu", probabilities=["background"])
     with pytest.raises(PipelineError, match="expected a size"):
         segment.run(str(model), [scan], out, device="cpu", max_memory="8 apples")
     with pytest.raises(PipelineError, match="'gpu': unknown; use auto"):

@@ -1,18 +1,20 @@
 """The train stage in one process: what it refuses, what it keeps, and what evaluate makes of it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from phantom_experiments import changed, preprocessed
+from phantom_experiments import changed, preprocessed, task_of
 
 from pipeline.confidence.calibration import read_calibration
 from pipeline.config import Config
 from pipeline.data.plan import read_plan, write_plan
-from pipeline.errors import ConfigError, StoreError, TrainingError
+from pipeline.errors import ConfigError, ResourceError, StoreError, TrainingError
 from pipeline.records import exclusively
 from pipeline.stages import evaluate, segment, train
 from pipeline.stages.fold.hooks import shareable
+from pipeline.stages.fold.run import train_fold
 from pipeline.stages.workspace import Workspace
 from pipeline.training.losses import Target
 from pipeline.volumes.stored import read_header
@@ -107,6 +109,14 @@ def test_a_network_with_margin_reads_more_than_its_patch_and_is_evaluated(prepar
     assert target.classes.shape[1:] == task.plan.patch_size
     train.run(config)
     assert not evaluate.run(config).failures
+
+
+def test_a_patch_that_memory_has_no_room_for_says_what_to_do(prepared: Config) -> None:
+    sparse = prepared.training.augmentation.changed(elastic_spacing_voxels=1e6)
+    task = task_of(changed(prepared.changed(name="vast"), "training", augmentation=sparse))
+    patch = (2**17,) * 3  # of more bytes than there are addresses
+    with pytest.raises(ResourceError, match=r"memory of cpu is used up, with 2 patches of 131072x.*accumulate"):
+        train_fold(replace(task, plan=task.plan.changed(patch_size=patch)), resume=False)
 
 
 def test_one_process_at_a_time_trains_a_fold(prepared: Config) -> None:

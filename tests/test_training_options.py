@@ -99,6 +99,10 @@ def test_a_probe_takes_whole_steps_and_leaves_the_training_alone(
     ("values", "why"),
     [
         ({"optimiser_options": {"beta1": 0.5}}, "training.optimiser sgd: .*no such option.*it has momentum, nesterov"),
+        (
+            {"loss_options": {"class_weights": [1.0, 2.0]}},
+            "training.loss_options.class_weights: 2 numbers for 3 outputs",
+        ),
         ({"schedule_options": {"power": 2.0}}, "training.schedule one_cycle: .*it has div_factor, final_div_factor"),
     ],
 )

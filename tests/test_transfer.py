@@ -76,6 +76,31 @@ def test_what_does_not_fit_is_left_as_it_is() -> None:
     assert not here.any()
 
 
+def test_where_classes_are_counted_together_with_something_else_only_the_same_ones_are_taken() -> None:
+    options = {"width": 4, "stages": 3, "stride": 4, "upsampling": "pixel_shuffle"}
+    source, target = (build_network("fcn", options, TASK).state_dict() for _ in range(2))
+    before = {name: tensor.clone() for name, tensor in target.items()}
+    axes, channels = axes_of("fcn", options), shared_names(["T1", "T2"], ["T1", "T2"])
+    names = ["background", "left", "right"]
+    swapped = shared_names(names, ["background", "right", "left"])
+    done = transfer(source, target, axes, swapped, channels)
+    shuffled = [name for name in target if name.startswith(("enlargements", "last"))]
+    assert len(shuffled) == 4
+    assert sorted(done.other_shape) == sorted(shuffled)
+    assert all(torch.equal(target[name], before[name]) for name in shuffled)
+    done = transfer(source, target, axes, shared_names(names, names), channels)
+    assert done.copied == list(target)
+    assert all(torch.equal(target[name], source[name]) for name in target)
+
+
+def test_channels_that_are_counted_together_with_something_else_are_taken_only_where_they_are_the_same() -> None:
+    here, classes = torch.zeros(4), shared_names(["a"], ["a"])
+    for names, taken in ((["q", "p"], 0.0), (["p", "q"], 1.0)):
+        done = transfer({"w": torch.ones(4)}, {"w": here}, {"w": ((), None)}, classes, shared_names(["p", "q"], names))
+        assert done.copied == (["w"] if taken else [])
+        assert here.tolist() == [taken] * 4
+
+
 def bright_and_dark(network: Network, classes: list[str], number: int) -> Tensor:
     """Return the cross-entropy of telling blobs brighter and darker than their surroundings."""
     size = network.input_size(TASK.patch_size)

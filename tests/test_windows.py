@@ -17,6 +17,7 @@ from torch.nn import functional
 from pipeline.config import Output
 from pipeline.errors import ResourceError
 from pipeline.inference.planes import LogitPlanes, ahead
+from pipeline.inference.windows.ring import CERTAIN
 from pipeline.inference.windows.streaming import stream_logits
 from pipeline.inference.windows.tiling import Windowing
 from pipeline.networks import Network, NetworkTask, build_network
@@ -392,7 +393,7 @@ def test_within_the_body_skipping_changes_no_bit(
     assert torch.equal(part[:, inside], whole[:, inside])
     assert not torch.equal(part, whole)
     assert torch.isfinite(part).all()
-    empty = [-30.0] * CLASSES if output == "regions" else [0.0, *[-30.0] * (CLASSES - 1)]
+    empty = [-CERTAIN] * CLASSES if output == "regions" else [0.0, *[-CERTAIN] * (CLASSES - 1)]
     assert (part == torch.tensor(empty)[:, None, None, None]).all(0).any()
 
 

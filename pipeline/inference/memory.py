@@ -15,6 +15,7 @@ import torch
 
 from pipeline.errors import ResourceError
 from pipeline.free_memory import available_bytes, resident_bytes
+from pipeline.inference.windows.agreement import agreement_bytes
 from pipeline.inference.windows.ring import plane_bytes, planes_at_once
 from pipeline.inference.windows.streaming import tiling_of
 from pipeline.inference.windows.tiling import Size, Windowing
@@ -45,9 +46,11 @@ class MemoryPlan:
         image: the channels on the plan's grid.
         output: the label map on the native grid.
         ring: unfinished planes of logits; in memory or on disk.
-        ring_in_memory: what of them is in memory where they lie on disk: one window's.
+        ring_in_memory: what of them is in memory where they lie on disk: one window's, and what is missing of weights.
         planes: finished planes on their way.
         activations: what a batch of windows takes in the network.
+        agreement: what is kept to tell how far an ensemble agrees.
+        postprocessing: what the model's rules take, once all windows are done.
         weights: of all networks, on the device.
         weight_copies: those that autocast keeps in its own type, of one network at a time.
         windows: how many there are, skipped ones included.
@@ -65,6 +68,8 @@ class MemoryPlan:
     ring_in_memory: int
     planes: int
     activations: int
+    agreement: int
+    postprocessing: int
     weights: int
     weight_copies: int
     windows: int
@@ -75,19 +80,17 @@ class MemoryPlan:
 
     @property
     def peak_ram_bytes(self) -> int:
-        """The most that the process takes, all parts at once."""
-        always = self.process + self.input + self.image + self.output + self.planes
-        if self.on_gpu:
-            return always + self.ring_in_memory * self.ring_on_disk
-        return (
-            always + self.activations + self.weight_copies + (self.ring_in_memory if self.ring_on_disk else self.ring)
-        )
+        """The most that the process takes, all parts at once but postprocessing, which comes after the windows."""
+        windows = self.planes + self.ring_in_memory * self.ring_on_disk
+        if not self.on_gpu:
+            windows += self.ring * (not self.ring_on_disk) + self.activations + self.weight_copies + self.agreement
+        return self.process + self.input + self.image + self.output + max(windows, self.postprocessing)
 
     @property
     def peak_vram_bytes(self) -> int:
         """The most that it takes on a GPU; 0 without one."""
         ring = 0 if self.ring_on_disk else self.ring + self.planes
-        return (self.weights + self.weight_copies + self.activations + ring) * self.on_gpu
+        return (self.weights + self.weight_copies + self.activations + self.agreement + ring) * self.on_gpu
 
     def as_text(self) -> str:
         """Return the plan for people: the peak, and the parts that make it up."""
@@ -101,6 +104,10 @@ class MemoryPlan:
             f"{self.batch} windows at once" if self.batch > 1 else "a window": self.activations,
             "weights": self.weights,
         }
+        if self.agreement:
+            parts["the networks' agreement"] = self.agreement
+        if self.postprocessing:
+            parts["postprocessing, after the windows"] = self.postprocessing
         gpu = f", on the GPU {_gb(self.peak_vram_bytes)}" if self.on_gpu else ""
         head = f"peak memory {_gb(self.peak_ram_bytes)}{gpu}; {self.windows} windows in {self.slabs} slabs"
         return head + "; " + ", ".join(f"{name} {_gb(size)}" for name, size in parts.items())
@@ -113,6 +120,7 @@ def plan_memory(
     image_shape: tuple[int, int, int, int],
     native_shape: Size,
     input_bytes: int,
+    postprocessing_bytes: int,
     batch: int,
     dtype: torch.dtype,
     limit_bytes: int | None = None,
@@ -126,6 +134,7 @@ def plan_memory(
         image_shape: (C, X, Y, Z) on the plan's grid.
         native_shape: of the label map.
         input_bytes: of the channels as they are read, while they are held beside the image on the plan's grid.
+        postprocessing_bytes: of postprocessing, beside the label map.
         batch: windows a forward pass that would keep the device busy.
         dtype: the networks compute in it.
         limit_bytes: what the process may take; None: what it takes now and what is free.
@@ -138,7 +147,13 @@ def plan_memory(
     limit = limit_bytes if limit_bytes is not None else resident_bytes() + available_bytes()
     device = next(networks[0].parameters()).device
     largest = _largest(networks, windowing, image_shape, batch, dtype)
-    largest = replace(largest, process=process + RUNTIME_BYTES, input=input_bytes, output=math.prod(native_shape))
+    largest = replace(
+        largest,
+        process=process + RUNTIME_BYTES,
+        input=input_bytes,
+        output=math.prod(native_shape),
+        postprocessing=postprocessing_bytes,
+    )
     gpu_limit = 0
     if device.type == "cuda":
         # Blocks that torch has kept are for the case too, and the weights are there already; what else lies there is
@@ -188,9 +203,12 @@ def _largest(
         image=4 * math.prod(image_shape),
         output=0,
         ring=(logits + 1) * tiling.depth * plane_bytes(tiling, 1),
-        ring_in_memory=4 * logits * math.prod(len(axis.weights) for axis in tiling.axes),
+        ring_in_memory=4 * logits * math.prod(len(axis.weights) for axis in tiling.axes)
+        + tiling.depth * plane_bytes(tiling, 1),
         planes=COPIES_OF_PLANES * planes_at_once(tiling, logits) * plane_bytes(tiling, logits),
         activations=batch * int(SLACK * window_bytes),
+        agreement=agreement_bytes(tiling, len(networks), logits),
+        postprocessing=0,
         weight_copies=cast_bytes,
         weights=sum(one.weight_bytes for one in own),
         windows=tiling.count,

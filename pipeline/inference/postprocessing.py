@@ -7,6 +7,7 @@ predictions of cases that it had not seen: they lie in the model's folder as pos
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,11 +22,9 @@ from pipeline.data.plan import Plan
 from pipeline.errors import ConfigError, ModelError
 from pipeline.geometry import Geometry
 from pipeline.records import Record, refuse_other_format, write_json
-from pipeline.volumes.components import components_of
+from pipeline.volumes.components import VOLUME_SLACK, component_sizes, components_of
 
 POSTPROCESSING, POSTPROCESSING_FORMAT_VERSION = "postprocessing.json", 1
-# A volume may be a whole number of voxels but for the rounding of the grid's float32 affine.
-VOLUME_SLACK = 1e-6
 
 
 class Rules(Protocol):
@@ -156,11 +155,22 @@ def postprocess(classes: NDArray[Any], plan: Plan, native: Geometry, rules: Rule
         if name not in ruled or boxes[index - 1] is None:
             continue
         smallest_voxels = rules.smallest_volume_ml.get(name, 0.0) / native.voxel_volume_ml
-        within = result[boxes[index - 1]]
-        components = components_of(within == index)
-        stays = kept(np.bincount(components.ravel())[1:], smallest_voxels, name in rules.largest_component)
-        within[np.concatenate(([False], ~stays))[components]] = 0
+        _clear(result[boxes[index - 1]], index, smallest_voxels, name in rules.largest_component)
     return result
+
+
+def postprocessing_bytes(shape: Sequence[int], rules: Rules) -> int:
+    """Return what `postprocess` takes at most on a grid, beside the label map that it is given; 0 without rules."""
+    # For a voxel the class that stays, whether it is of the label at hand, and the number of its component.
+    return (1 + 1 + 4) * math.prod(shape) if rules.largest_component or rules.smallest_volume_ml else 0
+
+
+def _clear(within: NDArray[Any], index: int, smallest_voxels: float, largest_only: bool) -> None:
+    """Turn the components of a class that cannot be of its structure into background."""
+    components = components_of(within == index)
+    goes = np.concatenate(([False], ~kept(component_sizes(components), smallest_voxels, largest_only)))
+    for classes, numbers in zip(within, components, strict=True):  # numbers become indices of 64 bits
+        classes[goes[numbers]] = 0
 
 
 def kept(sizes: NDArray[Any], smallest: float, largest_only: bool) -> NDArray[np.bool_]:

@@ -58,23 +58,25 @@ class PatchClassifier(Network):
 
         A fully connected layer becomes a convolution as large as what it sees (Sermanet et al. 2014). Pooling steps by
         one voxel, so that no position is left out, and what comes after it reads voxels as far apart as the steps would
-        have been (Li et al. 2014).
+        have been (Li et al. 2014). Each convolution stands in a block with what follows it.
         """
         dilation, seen = (1, 1, 1), self.seen
-        dense: list[nn.Module] = []
+        blocks: list[nn.Sequential] = []
         for layer in (*self.features, *self.connected):
+            if isinstance(layer, nn.Conv3d | nn.Linear) or not blocks:
+                blocks.append(nn.Sequential())
             if isinstance(layer, nn.MaxPool3d):
                 kernel, step = _size(layer.kernel_size), _size(layer.stride)
-                dense.append(nn.MaxPool3d(kernel, stride=1, dilation=dilation))
+                blocks[-1].append(nn.MaxPool3d(kernel, stride=1, dilation=dilation))
                 dilation = as_size(apart * n for apart, n in zip(dilation, step, strict=True))
             elif isinstance(layer, nn.Conv3d):
-                dense.append(DilatedConvolution(layer, _size(layer.kernel_size), dilation))
+                blocks[-1].append(DilatedConvolution(layer, _size(layer.kernel_size), dilation))
             elif isinstance(layer, nn.Linear):
-                dense.append(DilatedConvolution(layer, seen, dilation))
+                blocks[-1].append(DilatedConvolution(layer, seen, dilation))
                 seen = (1, 1, 1)
             else:
-                dense.append(layer)
-        return nn.Sequential(*dense)
+                blocks[-1].append(layer)
+        return nn.Sequential(*blocks)
 
 
 class DilatedConvolution(nn.Module):

@@ -9,10 +9,12 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.checkpoint import checkpoint
+
+from pipeline.networks.patch_classifier import PatchClassifier
 
 # A block holds no more layers with kernels than this: a residual unit with its skip, or a decoder's stage. Larger ones
 # would hold as much again while they are computed anew, smaller ones keep more.
@@ -30,8 +32,22 @@ def recompute_activations(network: nn.Module, context: Context) -> None:
         network: changed in place; its tensors keep their names.
         context: in which it runs forwards, such as autocast: entered again for what is computed again.
     """
+    if isinstance(network, PatchClassifier):
+        network.forward = _made_and_recomputed(network, context)  # type: ignore[method-assign]
+        return
     for block in _blocks(network):
         block.forward = _recomputed(block, context)
+
+
+def _made_and_recomputed(network: PatchClassifier, context: Context) -> Callable[..., Any]:
+    """Return a patch classifier's forward, whose blocks are made anew each time, with blocks that forget."""
+
+    def run(image: Tensor) -> Tensor:
+        dense = network.to_dense()
+        recompute_activations(dense, context)
+        return dense(image)  # type: ignore[no-any-return]
+
+    return run
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:

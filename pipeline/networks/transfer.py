@@ -13,6 +13,7 @@ from torch import Tensor
 from pipeline.networks.contract import Network, NetworkTask
 
 Shape = tuple[int, ...]
+Axes = tuple[int, ...] | None
 Tensors = Mapping[str, Tensor]
 
 
@@ -40,13 +41,11 @@ def shared_names(there: Sequence[str], here: Sequence[str]) -> Shared:
     return Shared(len(there), len(here), [(there.index(name), k) for k, name in enumerate(here) if name in there])
 
 
-def counting_axes(
-    build: Callable[[NetworkTask], Network], task: NetworkTask
-) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+def counting_axes(build: Callable[[NetworkTask], Network], task: NetworkTask) -> dict[str, tuple[Axes, Axes]]:
     """Return for each of a network's tensors the axes that count its classes, and those that count the channels.
 
-    They are found by building it with one more of each, without values. An axis that counts them together with
-    something else, as a pixel shuffle's does, is in neither.
+    They are found by building it with one more of each, without values. None where an axis counts them together with
+    something else, as a pixel shuffle's does: what is whose cannot be told there.
 
     Args:
         build: makes the network for a task.
@@ -80,7 +79,8 @@ class Transfer:
         numbers: tensors of which something was taken -> how many numbers.
         copied: those taken as they are.
         in_part: those of which what both networks have a name for was taken -> shape there, shape here.
-        other_shape: those that both have in shapes that do not fit -> shape there, shape here.
+        other_shape: those that both have in shapes that do not fit, or of which it cannot be told what is for which of
+            other classes or channels -> shape there, shape here.
     """
 
     numbers: dict[str, int] = field(default_factory=dict)
@@ -92,7 +92,7 @@ class Transfer:
 def transfer(
     there: Tensors,
     here: Tensors,
-    axes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
+    axes: Mapping[str, tuple[Axes, Axes]],
     classes: Shared,
     channels: Shared,
 ) -> Transfer:
@@ -108,9 +108,11 @@ def transfer(
     done = Transfer()
     for name in (name for name in here if name in there):
         source, target = there[name], here[name]
-        named = dict.fromkeys(axes[name][1], channels) | dict.fromkeys(axes[name][0], classes)
+        counted = list(zip(axes[name], (classes, channels), strict=True))
+        named = {axis: shared for own, shared in reversed(counted) for axis in own or ()}
+        tangled = any(own is None and not shared.is_all for own, shared in counted)
         shapes = tuple(source.shape), tuple(target.shape)
-        if not _fits(*shapes, named):
+        if tangled or not _fits(*shapes, named):
             done.other_shape[name] = shapes
         elif all(shared.is_all for shared in named.values()):
             target.copy_(source)
@@ -128,10 +130,12 @@ def _shapes(build: Callable[[NetworkTask], Network], task: NetworkTask) -> dict[
         return {name: tuple(tensor.shape) for name, tensor in build(task).state_dict().items()}
 
 
-def _grown(count: int, shape: Shape, with_one_more: Shape) -> tuple[int, ...]:
-    """Return the axes of `count` entries that have one more where there is one more to count."""
-    pairs = enumerate(zip(shape, with_one_more, strict=True))
-    return tuple(axis for axis, (have, more) in pairs if have == count and more == count + 1)
+def _grown(count: int, shape: Shape, with_one_more: Shape) -> Axes:
+    """Return the axes of `count` entries that have one more where there is one more to count; None where others change
+    too.
+    """
+    grown = {axis: pair for axis, pair in enumerate(zip(shape, with_one_more, strict=True)) if pair[0] != pair[1]}
+    return tuple(grown) if all(pair == (count, count + 1) for pair in grown.values()) else None
 
 
 def _fits(there: Shape, here: Shape, named: Mapping[int, Shared]) -> bool:

@@ -20,6 +20,7 @@ from pipeline.stages.models import LAST
 from pipeline.stages.preprocess import CASES
 from pipeline.stages.train import TASKS, chosen_folds
 from pipeline.stages.workspace import Workspace
+from pipeline.training.losses import check_class_weights
 
 # Missing cases that are named.
 NAMED = 5
@@ -93,12 +94,15 @@ def _fitted(config: Config, plan: Plan) -> tuple[Plan, int]:
     """Return the plan as the network takes it, and the network's parameters.
 
     Raises:
-        ConfigError: it does not fit.
+        ConfigError: it does not fit, or the loss has weights for other classes.
     """
     with config_errors_of(f"network {config.network.name}"):
         fitted = fitted_plan(plan, config.network, config.training.batch_size)
+        outputs = outputs_of(config.task, fitted, fitted.output)
         with torch.device("meta"):
-            network = network_for(fitted, config.network, outputs_of(config.task, fitted, fitted.output))
+            network = network_for(fitted, config.network, outputs)
+    if config.task == "segment":
+        check_class_weights(config.training.loss_options.get("class_weights"), outputs)
     return fitted, sum(p.numel() for p in network.parameters())
 
 

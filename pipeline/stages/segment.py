@@ -104,6 +104,8 @@ def run(
     devices = [device] if ray else _devices_here(device, jobs)
     trained_plan = read_plan(models[0] / PLAN)
     background, *foreground = trained_plan.labels
+    # Of regions, which may overlap, none is the background's.
+    with_background = [] if trained_plan.output == "regions" else [background]
     if viewer:
         refuse_viewer(trained_plan, shard)
     settings = SegmentSettings(
@@ -116,7 +118,7 @@ def run(
         max_memory_bytes=memory_share(max_memory, len(devices)),
         compile=compile_networks,
         skip_empty=skip_empty,
-        probabilities=_wanted("--probabilities", probabilities, [background], foreground),
+        probabilities=_wanted("--probabilities", probabilities, with_background, foreground),
         probabilities_type=probabilities_type,
         instances=_wanted("--instances", instances, (), foreground),
         objects=objects or DicomOutput(),

@@ -89,7 +89,7 @@ def _refuse_missing_libraries() -> None:
     """Refuse to begin where a library is missing."""
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise PipelineError(f"medseg serve needs {', '.join(missing)}: pip install 'medseg[serve]'")
+        raise PipelineError(f"medseg serve needs {', '.join(missing)}: pip install '.[serve]' in medseg's checkout")
 
 
 def _refuse_open_to_all(settings: ServiceSettings) -> None:

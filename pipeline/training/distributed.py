@@ -28,9 +28,10 @@ from pipeline.records import digest_of
 
 Item = TypeVar("Item")
 
-# How long a process waits for the others: longer than the first alone is busy, with a picture or the calibration. One
-# that dies is noticed at once, by its launcher and by its closed connections; this is for one that hangs.
-TIMEOUT = timedelta(hours=1)
+# How long a process waits for the others: longer than the first alone is busy within a training, with a picture or a
+# checkpoint; and at its end, where the first alone calibrates on all validation cases and hands the model to tracking.
+# One that dies is noticed at once, by its launcher and by its closed connections; this is for one that hangs.
+TIMEOUT, PATIENCE = timedelta(hours=1), timedelta(days=7)
 
 # How gloo says that a process is gone, in errors that have no type of their own.
 _LOST = ("closed by peer", "reset by peer", "Broken pipe", "Timed out", "timed out", "Connection refused")
@@ -95,13 +96,14 @@ def this_share() -> Share:
 
 
 @contextmanager
-def joined(device: str) -> Iterator[torch.device]:
+def joined(device: str, timeout: timedelta = TIMEOUT) -> Iterator[torch.device]:
     """Join the processes that were launched together, and yield this one's device; without a launcher it is alone.
 
     Each takes the GPU of its number on its node, and they talk by NCCL; on CPUs they talk by gloo.
 
     Args:
         device: auto, cpu or cuda; cuda:N where the process is alone.
+        timeout: how long a process waits for the others.
 
     Raises:
         ConfigError: the device is not there, or is one for all.
@@ -114,14 +116,32 @@ def joined(device: str) -> Iterator[torch.device]:
     ended_well = False
     try:
         with _lost_peers_named():
-            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
+            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout)
             yield chosen
-            _sum(torch.zeros(1))  # the first may still be busy: one that leaves before would look lost
+            _sum(torch.zeros(1))  # others may still be busy: one that leaves before would look lost
         ended_well = True
     finally:
         # After an error the others may be in a collective, and NCCL would wait for them.
         if ended_well or chosen.type == "cpu":
             _leave()
+
+
+@contextmanager
+def first_awaited() -> Iterator[None]:
+    """Let the others wait at the end for the first, who alone may be busy for longer than a collective waits.
+
+    They wait in a group of their own, which has more patience than the one that they train in, and without their GPUs.
+    Where the first fails they learn of it at once, by its closed connections.
+    """
+    if this_share().processes == 1:
+        yield
+        return
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    try:
+        yield
+        dist.barrier(group)
+    finally:
+        dist.destroy_process_group(group)
 
 
 def _leave() -> None:

@@ -25,6 +25,19 @@ def components_of(mask: NDArray[np.bool_], connectivity: Connectivity = 26) -> N
     return np.asarray(components)
 
 
+def component_sizes(components: NDArray[Any]) -> IntArray:
+    """Return the voxels (n,) of each component, by its number in (X, Y, Z)."""
+    # Plane by plane: bincount makes 64-bit integers of what it counts.
+    sizes = np.zeros(components.max(initial=0) + 1, np.int64)
+    for plane in components:
+        sizes += np.bincount(plane.ravel(), minlength=sizes.size)
+    return sizes[1:]
+
+
+# A volume may be a whole number of voxels but for the rounding of the grid's float32 affine.
+VOLUME_SLACK = 1e-6
+
+
 @dataclass(frozen=True, eq=False)
 class Components:
     """The components of a mask, the largest first; of equally large ones the first in memory order of the axes.
@@ -43,10 +56,9 @@ class Components:
     def of(cls, mask: NDArray[np.bool_], connectivity: Connectivity = 26, smallest_voxels: float = 0.0) -> Self:
         """Find the components of a mask (X, Y, Z); those of fewer than so many voxels are left out."""
         found = components_of(mask, connectivity)
-        sizes = np.bincount(found.ravel())[1:]
+        sizes = component_sizes(found)
         order = np.argsort(-sizes, kind="stable")
-        # As a volume, the limit may be a whole number of voxels but for its rounding.
-        order = order[sizes[order] >= smallest_voxels * (1 - 1e-9)]
+        order = order[sizes[order] >= smallest_voxels * (1 - VOLUME_SLACK)]
         new = np.zeros(sizes.size + 1, found.dtype)
         new[order + 1] = np.arange(1, order.size + 1)
         numbers = new[found]

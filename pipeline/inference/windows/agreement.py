@@ -13,6 +13,10 @@ from pipeline.config import Output
 from pipeline.inference.windows.tiling import Flip, Size, Tiling, Windowing, flipped
 from pipeline.networks.outputs import classes_of
 
+# What a voxel takes: each logit its sum, and of regions a rank in eight bytes and whether it is above 0; its label four
+# bytes while it is counted, two beside another network's, and where they agree three indices of eight bytes.
+LOGIT_BYTES, LABEL_BYTES = 4 + 8 + 1, 4 + 2 + 24
+
 
 @dataclass(frozen=True)
 class FoldAgreement:
@@ -48,14 +52,16 @@ class AgreementCount:
 
     def add(self, start: Size, flip: Flip, logits: Tensor) -> None:
         """Add one window's logits (K, *output): all flips of a window in their order, windows network by network."""
-        order = self._windowing.class_order(flip, len(logits))
-        own = flipped(logits, flip)[:, *self._tiling.nearest(start)][order].float()
-        self._sum = own if self._sum is None else self._sum + own
+        nearest = self._tiling.nearest(start)
+        if self._sum is None:
+            size = [part.stop - part.start for part in nearest]
+            self._sum = torch.zeros(len(logits), *size, dtype=torch.float32, device=logits.device)
+        for own, channel in zip(self._sum, self._windowing.class_order(flip, len(logits)), strict=True):
+            own.add_(flipped(logits[channel], flip)[nearest])
         if flip == self._windowing.flips[-1]:
-            # The labels of a slab's windows wait for those of the other networks: in few bytes.
-            small = torch.uint8 if len(logits) < 256 else torch.int16
-            self._count(start, classes_of(self._sum, self._output).to(small))
+            labels = classes_of(self._sum, self._output).to(_label_type(len(logits)))
             self._sum = None
+            self._count(start, labels)
 
     def skip(self, start: Size) -> None:
         """Count the voxels of a window that is left out: all networks say background."""
@@ -85,3 +91,18 @@ class AgreementCount:
     def _voxels(self, labels: Tensor) -> Tensor:
         """Return the number of voxels of each class."""
         return torch.bincount(labels.flatten().int(), minlength=self._classes).cpu()
+
+
+def agreement_bytes(tiling: Tiling, networks: int, num_logits: int) -> int:
+    """Return what an AgreementCount takes at most; a single network has none."""
+    if networks == 1:
+        return 0
+    size: list[int] = [max(part.stop - part.start for part in map(axis.nearest, axis.starts)) for axis in tiling.axes]
+    slab = math.prod(size[axis] if axis == tiling.axis else n for axis, n in enumerate(tiling.shape))
+    waiting = networks * slab * _label_type(num_logits).itemsize
+    return waiting + math.prod(size) * (num_logits * LOGIT_BYTES + LABEL_BYTES)
+
+
+def _label_type(num_logits: int) -> torch.dtype:
+    """Return the type in which the labels of a slab's windows wait for those of the other networks: of few bytes."""
+    return torch.uint8 if num_logits < 256 else torch.int16

@@ -33,8 +33,9 @@ ADDED_BYTES = 2**27
 # that of corners of windows: none of it lies in the body, for all windows of a voxel in the body are run.
 LEAST_SHARE = 1e-3
 
-# Logits of a voxel that no window covers, background's first: certain, and finite where they are interpolated.
-CERTAIN = 30.0
+# Logits of a voxel that no window covers, background's first: certain at any temperature that is fitted (tests hold
+# it against those), and finite where they are interpolated, in half precision too.
+CERTAIN = 112.0
 
 
 class Ring:

@@ -242,7 +242,7 @@ def _ray() -> Any:
     try:
         import ray
     except ImportError as error:
-        raise PipelineError("--engine ray: Ray is not installed; pip install 'medseg[ray]'") from error
+        raise PipelineError("--engine ray: Ray is not installed; pip install '.[ray]' in medseg's checkout") from error
     return ray
 
 

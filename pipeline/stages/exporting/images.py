@@ -16,7 +16,7 @@ from pipeline.errors import PipelineError
 from pipeline.model import CONFIG, ModelDescription
 from pipeline.stages.evaluating.cases import is_own, own_manifest
 from pipeline.stages.segmenting.inputs import find_inputs
-from pipeline.volumes.volume import Volume, read_image
+from pipeline.volumes.volume import Volume
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +53,7 @@ def parity_images(folder: Path, description: ModelDescription, plan: Plan, given
     """
     if given:
         sources = find_inputs(given, list(plan.channels), Path("no-such-folder"))
-        cases = tuple(
-            {name: read_image(file.path, file.index) for name, file in source.files.items()} for source in sources
-        )
+        cases = tuple({name: file.read_image() for name, file in source.files.items()} for source in sources)
         return ParityImages(f"{len(cases)} image{'s' if len(cases) > 1 else ''} given", cases)
     try:
         cases = _validation_cases(folder, description)

@@ -29,7 +29,9 @@ def refuse_without_onnx() -> None:
     """
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
-        raise PipelineError(f"--format onnx needs {', '.join(missing)}, not installed here; pip install 'medseg[onnx]'")
+        raise PipelineError(
+            f"--format onnx needs {', '.join(missing)}, not installed here; pip install '.[onnx]' in medseg's checkout"
+        )
 
 
 def write_onnx(path: Path, program: Program, facts: Mapping[str, str]) -> None:

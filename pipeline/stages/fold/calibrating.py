@@ -151,7 +151,8 @@ def _fitted_temperature(
     chosen = np.linspace(0, len(cases) - 1, min(len(cases), TEMPERATURE_CASES)).round().astype(int)
     for case, label in _labelled(store, [cases[index] for index in chosen], reached):
         watch = beside(label, fit.add, ignored=predictor.plan.ignored_class, most_voxels=TEMPERATURE_VOXELS)
-        with predictor.stream(case.image, case.body) as stream:
+        memory = predictor.plan_in_hand(case.image, case.geometry, case.native)
+        with predictor.stream(case.image, memory, case.body) as stream:
             for planes in stream:
                 watch(planes, stream.axis)
     return fit.temperature

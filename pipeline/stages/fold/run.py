@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 from pipeline.confidence.calibration import save_calibration
-from pipeline.errors import TrainingEnded, TrainingError
-from pipeline.hardware import compiled_to_train, deterministic, keep_freed_memory
+from pipeline.errors import ResourceError, TrainingEnded, TrainingError
+from pipeline.hardware import compiled_to_train, deterministic, is_out_of_memory, keep_freed_memory
 from pipeline.model import WEIGHTS, weights_sha256
 from pipeline.pictures import draw_learning_curves
 from pipeline.progress import counter
@@ -27,7 +27,7 @@ from pipeline.training.budget import Costs, Recount, TimedBudget, pace_of, uncha
 from pipeline.training.checkpoints import load_checkpoint, save_checkpoint
 from pipeline.training.diagnosis.stopwatch import FINISHING, STARTING, Stopwatch
 from pipeline.training.diagnosis.watchdog import Watchdog
-from pipeline.training.distributed import agree, from_first, synchronised, this_share
+from pipeline.training.distributed import agree, first_awaited, from_first, synchronised, this_share
 from pipeline.training.loop import Batch, Batches, is_over, train, train_step
 from pipeline.training.state import TrainState
 
@@ -61,13 +61,14 @@ def train_fold(
             or the training was to be deterministic and an operator is not.
         TrainingEnded: by the listener.
         ConfigError: nothing fits of the model that `training.init_from` names.
+        ResourceError: memory is used up.
     """
     keep_freed_memory()
     _warn_of_unpaired_sides(task)
     busy = TrainingError(f"{task.folder}: is being trained by another process; wait until it is done")
     lock = task.folder.with_name(f".{task.folder.name}.lock")
     held = exclusively(lock, busy) if this_share().is_first else nullcontext()
-    with held, deterministic(task.config.training.deterministic):
+    with first_awaited(), held, deterministic(task.config.training.deterministic), _lack_of_memory_named(task):
         _train_locked(task, resume=resume, listener=listener, recount=recount)
 
 
@@ -80,6 +81,23 @@ def complete_fold(task: FoldTask, listener: Listener = unheard_scores, recount: 
     if not task.is_finished:
         resume = task.is_begun and task.checkpoint.exists()
         train_fold(task, resume=resume, listener=listener, recount=recount)
+
+
+@contextmanager
+def _lack_of_memory_named(task: FoldTask) -> Iterator[None]:
+    """Say what to do where memory is used up."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        patch = "x".join(map(str, task.plan.patch_size))
+        raise ResourceError(
+            f"fold {task.fold}: the memory of {task.device} is used up, with {task.batch_size} patches of {patch} "
+            f"voxels a batch: {' '.join(str(error).split())[:200]}; set training.activation_checkpointing, then a "
+            "smaller training.batch_size with training.accumulate, or plan for less memory (preprocessing.memory_gb, "
+            "`medseg preprocess --replan`)"
+        ) from error
 
 
 def _train_locked(task: FoldTask, *, resume: bool, listener: Listener, recount: Recount | None) -> None:
@@ -156,8 +174,9 @@ def _begin(hooks: FoldHooks, state: TrainState, began: float, *, resume: bool) -
 def _warn_of_unpaired_sides(task: FoldTask) -> None:
     """Say so where left and right are flipped but no labels swap: right for one organ, wrong for a pair of them."""
     section, plan = task.config.training.augmentation, task.plan
-    flips_sides = task.needs_labels and section.enabled and "xyz"[plan.left_right_axis] in section.flip_axes
-    if flips_sides and len(plan.labels) > 2 and not plan.label_pairs:
+    axis = plan.left_right_axis
+    flips_sides = section.enabled and "xyz"[axis] in section.flip_axes and plan.patch_size[axis] > 1
+    if task.needs_labels and flips_sides and len(plan.labels) > 2 and not plan.label_pairs:
         log.warning(
             "training.augmentation.flip_axes flips left and right, and the manifest has no label_pairs: if two of %s "
             "are left and right of one structure, name them there",

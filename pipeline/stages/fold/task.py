@@ -25,6 +25,7 @@ from pipeline.networks.recomputing import recompute_activations
 from pipeline.predictor import Engine, Predictor
 from pipeline.records import digest_of
 from pipeline.stages.fold.calibrating import PASS_COST, TEMPERATURE_CASES, calibration_of
+from pipeline.stages.fold.step_size import GPU_SHARE, step_of
 from pipeline.stages.fold.validation import DiceValidation, Validation
 from pipeline.stages.initial_weights import find_initial, initial_digest
 from pipeline.stages.models import FACTS, LAST
@@ -35,7 +36,7 @@ from pipeline.training.batch_norm import pool_batch_norms, pools_statistics
 from pipeline.training.diagnosis.stopwatch import Clock, unheard, untimed
 from pipeline.training.distributed import this_share
 from pipeline.training.loop import LoopSettings
-from pipeline.training.losses import Objective, build_loss
+from pipeline.training.losses import Objective, build_loss, check_class_weights
 from pipeline.training.optimisation import Schedule, build_optimiser, build_schedule
 from pipeline.training.randomness import torch_seed
 from pipeline.training.sampling.augmentation import Augmentation
@@ -256,11 +257,13 @@ class FoldTask:
         """Join the network to the loss that it learns by.
 
         Raises:
-            ConfigError: the loss's options are wrong, or the network has no outputs for deep supervision.
+            ConfigError: the loss's options are wrong or of other classes, or the network has no outputs for deep
+                supervision.
         """
         section = self.config.training
         with config_errors_of(f"training.loss {section.loss}"):
             loss = build_loss(section.loss, section.loss_options)
+        check_class_weights(section.loss_options.get("class_weights"), self.outputs)
         if section.deep_supervision and not network.coarse_logits:
             raise ConfigError(
                 f"training.deep_supervision: network {self.config.network.name} has no coarser outputs; leave it false"
@@ -304,7 +307,8 @@ class FoldTask:
     def cases_at(self) -> Place:
         """Where the prepared training cases are kept."""
         needed = bytes_of(self.training_cases, self.store, self.plan)
-        return place_for(needed, self.device, this_share().processes)
+        step = step_of(self, self.dtype).peak_bytes / GPU_SHARE if self.device.type == "cuda" else 0.0
+        return place_for(needed, self.device, this_share().processes, step_bytes=int(step))
 
     @property
     def workers(self) -> int:

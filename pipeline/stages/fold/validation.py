@@ -86,8 +86,9 @@ class DiceValidation:
     def picture(self, case: Case, title: str) -> Figure:
         """Draw the outlines of a case's prediction and reference on the plan's grid."""
         prepared = self.store.read(case.id)
-        outlines = {"prediction": self.predictor.predict_prepared(prepared.image, prepared.geometry, prepared.geometry)}
+        grid = prepared.geometry
+        outlines = {"prediction": self.predictor.predict_prepared(prepared.image, grid, grid, prepared.body)}
         if prepared.label is not None:
             outlines = {"reference": prepared.label, **outlines}
         names = self.predictor.plan.class_names
-        return draw_overlay(prepared.image[0], prepared.geometry.spacing_mm, outlines, names, title)
+        return draw_overlay(prepared.image[0], grid.spacing_mm, outlines, names, title)

@@ -17,8 +17,8 @@ from scipy import ndimage
 
 from pipeline.data.plan import Plan
 from pipeline.geometry import FloatArray
-from pipeline.inference.postprocessing import VOLUME_SLACK, kept
-from pipeline.volumes.components import components_of
+from pipeline.inference.postprocessing import kept
+from pipeline.volumes.components import VOLUME_SLACK, components_of
 
 # Where thresholds are tried: quantiles of the volumes of all components, and of those beside the largest of a case.
 QUANTILES, QUANTILES_BESIDE = (0.01, 0.02, 0.05, 0.1), (0.25, 0.5, 0.75, 0.9, 1.0)

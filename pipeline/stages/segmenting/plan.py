@@ -12,6 +12,7 @@ from pipeline.inference.memory import MemoryPlan
 from pipeline.predictor import Predictor
 from pipeline.stages.segmenting.inputs import SegmentInput
 from pipeline.volumes.formats.header import Header
+from pipeline.volumes.formats.itk import is_itk
 
 # Of a longer batch the largest cases are shown.
 CASES_SHOWN = 5
@@ -33,9 +34,7 @@ def case_memory(predictor: Predictor, source: SegmentInput, process_bytes: int) 
     headers = [file.read_header() for file in source.files.values()]
     native = headers[0].geometry
     prepared = native.reoriented(predictor.plan.orientation).respaced(predictor.plan.spacing_mm)
-    return predictor.memory_plan(
-        prepared, native, input_bytes=sum(map(_bytes_read, headers)), process_bytes=process_bytes
-    )
+    return predictor.memory_plan(prepared, native, input_bytes=_bytes_read(headers), process_bytes=process_bytes)
 
 
 def plan_text(predictor: Predictor, cases: Sequence[SegmentInput]) -> str:
@@ -85,7 +84,11 @@ def wanted_bytes(predictor: Predictor, source: SegmentInput, process_bytes: int)
         return 0.0  # It fails when it is read, which says why.
 
 
-def _bytes_read(header: Header) -> int:
-    """Return what a channel takes while it is read: one volume as float32, and the file's voxels."""
-    voxels = math.prod(header.shape[:3])
-    return voxels * (4 + header.dtype.itemsize)
+def _bytes_read(headers: Sequence[Header]) -> int:
+    """Return what the channels take while they are read: a volume each as float32, and one file's voxels at a time."""
+    return sum(4 * math.prod(header.shape[:3]) for header in headers) + max(map(_stored_bytes, headers))
+
+
+def _stored_bytes(header: Header) -> int:
+    """Return what a channel's voxels take as they are stored: ITK reads a file's volumes all at once."""
+    return math.prod(header.shape if is_itk(header.path) else header.shape[:3]) * header.dtype.itemsize

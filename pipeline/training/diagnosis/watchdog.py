@@ -57,11 +57,6 @@ class Watchdog:
         self._ended.set()
         self._thread.join()
 
-    @property
-    def is_watching(self) -> bool:
-        """Whether its thread runs."""
-        return self._thread.is_alive()
-
     def _watch(self) -> None:
         """Look now and then, and bark once at each stall."""
         told = None

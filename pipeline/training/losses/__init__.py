@@ -15,7 +15,7 @@ from pipeline.training.losses.objective import Objective
 from pipeline.training.losses.overlap import dice_ce, dice_focal, generalised_dice, mean_squared_error, tversky
 from pipeline.training.losses.target import Target
 from pipeline.training.losses.truth import Truth, truth_of
-from pipeline.training.losses.voxelwise import Loss, cross_entropy, focal
+from pipeline.training.losses.voxelwise import Loss, check_class_weights, cross_entropy, focal
 
 __all__ = [
     "LOSSES",
@@ -24,6 +24,7 @@ __all__ = [
     "Target",
     "Truth",
     "build_loss",
+    "check_class_weights",
     "check_options",
     "mean_squared_error",
     "truth_of",

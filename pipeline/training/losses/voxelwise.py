@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -30,8 +30,7 @@ def cross_entropy(*, label_smoothing: Smoothing = 0.0, class_weights: Weights | 
         label_smoothing: share of the reference spread evenly over all classes (Szegedy et al. 2016).
         class_weights: of the voxels of each class, background first, or of each region.
     """
-    term = VoxelTerm(label_smoothing=label_smoothing, class_weights=class_weights)
-    return lambda logits, truth: term(judged(logits, truth))
+    return focal(gamma=0.0, label_smoothing=label_smoothing, class_weights=class_weights)
 
 
 def focal(
@@ -84,11 +83,19 @@ class VoxelTerm:
 
 def _one_each(class_weights: tuple[float, ...], scores: Tensor) -> Tensor:
     """Return the weights as a tensor (K,)."""
-    outputs = scores.shape[1]
-    if len(class_weights) != outputs:
+    check_class_weights(class_weights, scores.shape[1])
+    # Filled there: a copy from the host would wait for the device.
+    return torch.stack([scores.new_full((), weight) for weight in class_weights])
+
+
+def check_class_weights(class_weights: Sequence[float] | None, outputs: int) -> None:
+    """See that there is one weight for each of a network's outputs, where there are any.
+
+    Raises:
+        ConfigError: there are more or fewer.
+    """
+    if class_weights is not None and len(class_weights) != outputs:
         raise ConfigError(
             f"training.loss_options.class_weights: {len(class_weights)} numbers for {outputs} outputs; "
             "give one for each class, background first, or one for each region"
         )
-    # Filled there: a copy from the host would wait for the device.
-    return torch.stack([scores.new_full((), weight) for weight in class_weights])

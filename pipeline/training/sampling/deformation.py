@@ -54,7 +54,8 @@ class Deformation:
         self.target_size = target_size
         self.num_classes = num_classes
         self.seed = seed
-        self.flip_axes = tuple("xyz".index(axis) for axis in section.flip_axes)
+        # Flipped across itself a plane stays as it is, and its left and right labels would not.
+        self.flip_axes = tuple(axis for axis in map("xyz".index, section.flip_axes) if patch_size[axis] > 1)
         # 1 for each axis along which a patch has more than one voxel, 0 for that of a 2-D network's planes.
         self._thick = np.array([float(size > 1) for size in patch_size])
         self._sides = np.array(spacing_mm) / min(spacing_mm)

@@ -83,10 +83,12 @@ class Intensity:
         return kernels
 
     def _add_noise(self, image: Tensor, noise: Sequence[Alone]) -> None:
-        """Add Gaussian noise, drawn on the device."""
+        """Add Gaussian noise, drawn on the device; a channel that the case lacks is zero, and stays so."""
         for row, number, std in noise:
             random = torch_generator(self.seed, "noise", number, image.device)
-            image[row].add_(torch.randn(image[row].shape, generator=random, device=image.device), alpha=std)
+            values = torch.randn(image[row].shape, generator=random, device=image.device)
+            present = image[row].abs().amax((1, 2, 3), keepdim=True) > 0  # (C, 1, 1, 1)
+            image[row].add_(values.mul_(present), alpha=std)
 
 
 def blurred(images: Tensor, kernels: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ class NativeLabeld:
             if not count:
                 continue
             sizes = np.bincount(components.ravel())[1:]
-            stays = sizes >= smallest * (1 - 1e-9)
+            stays = sizes >= smallest * (1 - 1e-6)
             if index in self.largest_component:
                 stays &= np.arange(count) == sizes.argmax()
             classes[np.concatenate(([False], ~stays))[components]] = 0

@@ -42,7 +42,7 @@ def require_highdicom() -> Any:
         import highdicom
     except ImportError as error:
         raise PipelineError(
-            "DICOM SEG is written by highdicom, which is missing; pip install 'medseg[dicom]'"
+            "DICOM SEG is written by highdicom, which is missing; pip install '.[dicom]' in medseg's checkout"
         ) from error
     # What it finds wrong with values it keeps to itself: they may be a patient's.
     warnings.filterwarnings("ignore", module=r"highdicom\.")
