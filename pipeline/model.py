@@ -224,9 +224,17 @@ def _build(folder: Path, description: ModelDescription, plan: Plan) -> Network:
             "they are not of one model: copy the whole folder again"
         )
     try:
-        return network_for(plan, description.network, outputs)
+        network = network_for(plan, description.network, outputs)
+        yields = network.output_size(network.input_size(plan.patch_size))
     except ValueError as error:
         raise ModelError(f"{folder / DESCRIPTION}: network: {error}") from error
+    if yields != plan.patch_size:
+        # Of another version, whose levels were others: weights can fit all the same.
+        raise ModelError(
+            f"{folder / PLAN}: patch_size: {plan.patch_size}, of which {description.network.name} makes {yields} in "
+            "this version of medseg: its levels are others than it was trained with; train it anew"
+        )
+    return network
 
 
 def _load_weights(network: Network, path: Path, device: torch.device) -> None:

@@ -131,6 +131,7 @@ def told() -> dict[str, object]:
         "texts": gathered_texts("" if share.is_first else "größer"),
         "refused": [refused("plan", share.rank), refused("plan", 7)],
         "uneven": uneven(),
+        "without values": list(pooled(torch.ones(3, device="meta")).shape),
     }
 
 

@@ -85,11 +85,23 @@ def test_noise_depends_on_a_patchs_number_alone() -> None:
 
 
 def test_a_case_is_always_noisy_in_the_same_way() -> None:
-    image = torch.zeros(1, 20, 20, 20)
+    image = torch.ones(1, 20, 20, 20)
     once, again, other = (noisy_volume(image, 0.5, 0, case) for case in ("a", "a", "b"))
     assert torch.equal(once, again)
     assert not torch.equal(once, other)
     assert once.std().item() == pytest.approx(0.5, rel=0.05)
+
+
+def test_a_channel_that_a_case_lacks_gets_no_noise() -> None:
+    image = torch.stack([torch.zeros(8, 8, 8), torch.ones(8, 8, 8)])
+
+    def clean(step: int) -> tuple[Tensor, Tensor]:
+        return image.clone()[None], torch.zeros(0)
+
+    (patch,), _ = NoisyBatches(clean, noise_std=(0.1, 0.5), output_size=(8, 8, 8), seed=3)(0)  # type: ignore[arg-type]
+    for one in (patch, noisy_volume(image, 0.5, 0, "a")):
+        assert torch.equal(one[0], image[0])
+        assert one[1].std() > 0.05
 
 
 def test_peak_signal_to_noise_by_hand() -> None:

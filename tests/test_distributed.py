@@ -150,6 +150,10 @@ def test_alone_every_collective_gives_back_what_it_was_given() -> None:
     assert got["uneven"] == ""
 
 
+def test_a_tensor_without_values_is_nobodys_to_add(ended: Any) -> None:
+    assert [result(ended, rank, "told")["without values"] for rank in range(PROCESSES)] == [[3], [3]]
+
+
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize(("kind", "size"), [(nn.BatchNorm3d, (4, 5, 6)), (nn.BatchNorm2d, (4, 5))])

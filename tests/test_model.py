@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_models import make_model
+from tiny_models import make_model, make_plan
 
+from pipeline.config import NetworkSection
 from pipeline.errors import ModelError
 from pipeline.model import FILES, load_model, model_digest, save_model
 
@@ -43,6 +44,14 @@ def test_a_model_of_regions_has_an_output_for_each_label_but_the_background(tmp_
 def test_a_model_that_does_not_say_is_one_of_softmax(folder: Path) -> None:
     _replace("output: softmax\n", "")(folder / "model.yaml")
     assert load_model(folder, CPU).description.output == "softmax"
+
+
+def test_a_model_whose_levels_were_others_is_refused(tmp_path: Path) -> None:
+    save_model(
+        tmp_path / "best", make_model(plan=make_plan(patch_size=(36, 16, 8)), network=NetworkSection(name="dynunet"))
+    )
+    with pytest.raises(ModelError, match=r"patch_size: \(36, 16, 8\), of which dynunet makes \(40, 16, 8\)"):
+        load_model(tmp_path / "best", CPU)
 
 
 def test_folder_holds_nothing_else_and_no_pickle(folder: Path) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_models import make_plan
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 
-from pipeline.config import Output
+from pipeline.config import InferenceSection, Output
 from pipeline.errors import ResourceError
 from pipeline.inference.planes import LogitPlanes, ahead
 from pipeline.inference.windows.ring import CERTAIN
@@ -133,6 +134,12 @@ def test_stream_equals_the_whole_sum(shape: tuple[int, int, int], windowing: Win
     torch.testing.assert_close(
         collect(network, image, windowing), reference(network, image, windowing), atol=1e-5, rtol=1e-4
     )
+
+
+def test_a_plane_is_not_flipped_across_itself() -> None:
+    plan = make_plan(patch_size=(1, 16, 8), label_pairs=(("left", "right"),))
+    windowing = Windowing.of(plan, InferenceSection(flip_axes=("x", "y")))
+    assert (windowing.flips, windowing.left_right_axis) == (((), (1,)), 0)
 
 
 def test_swapped_pairs_and_flips_change_the_result() -> None:

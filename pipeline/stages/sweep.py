@@ -181,7 +181,7 @@ def _try(study: SweepStudy, trial: Trial, base: Config, device: str) -> None:
         except PipelineError as error:
             tags = _failed(trial, name, str(error))
         except Exception as error:
-            log.exception("%s: failed", name)  # A bug, or memory that is used up: the traceback is wanted.
+            log.exception("%s: failed", name)  # A bug: the traceback is wanted.
             tags = _failed(trial, name, f"{type(error).__name__}: {error}")
         tracked.tags({"medseg.sweep.state": state, **tags})
         tracked.finish(_STATUS[state])

@@ -130,16 +130,16 @@ def joined(device: str, timeout: timedelta = TIMEOUT) -> Iterator[torch.device]:
 def first_awaited() -> Iterator[None]:
     """Let the others wait at the end for the first, who alone may be busy for longer than a collective waits.
 
-    They wait in a group of their own, which has more patience than the one that they train in, and without their GPUs.
+    They wait in a group of their own, with more patience than in the one that they train in, and without their GPUs.
     Where the first fails they learn of it at once, by its closed connections.
     """
     if this_share().processes == 1:
         yield
         return
-    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    group = dist.new_group(backend="gloo", timeout=TIMEOUT)  # within which they connect
     try:
         yield
-        dist.barrier(group)
+        dist.monitored_barrier(group, timeout=PATIENCE)
     finally:
         dist.destroy_process_group(group)
 
@@ -265,9 +265,9 @@ def pooled(tensor: Tensor) -> Tensor:
     A loss that is a function of such sums has the value of one process with all the patches. The gradient reaches each
     process's own summand from the losses of all: the mean of the processes' gradients, which data-parallel training
     takes, is then the gradient of the mean of their losses, exactly. All processes must come by here alike: whether a
-    loss pools may not depend on what a batch holds.
+    loss pools may not depend on what a batch holds. A tensor without values, of a step that is only measured, stays.
     """
-    if this_share().processes == 1:
+    if this_share().processes == 1 or tensor.is_meta:
         return tensor
     total: Tensor = _SumOverProcesses.apply(tensor)  # type: ignore[no-untyped-call]
     return total

@@ -52,8 +52,11 @@ class Windowing:
 
     @classmethod
     def of(cls, plan: Plan, inference: InferenceSection, output: Output = "softmax") -> Windowing:
-        """Return how a model's volumes are cut: with all combinations of the flipped axes, none of them first."""
-        axes = sorted({"xyz".index(letter) for letter in inference.flip_axes})
+        """Return how a model's volumes are cut: with all combinations of the flipped axes, none of them first.
+
+        Across itself a plane of a 2-D network is not flipped: it would stay as it is, and left and right would swap.
+        """
+        axes = sorted(axis for axis in {*map("xyz".index, inference.flip_axes)} if plan.patch_size[axis] > 1)
         no_background = output == "regions"  # has no channel of its own: a class's is the one before
         return cls(
             window=plan.patch_size,

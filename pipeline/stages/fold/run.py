@@ -76,7 +76,7 @@ def complete_fold(task: FoldTask, listener: Listener = unheard_scores, recount: 
     """Train a fold, from its checkpoint where there is one of this very training; unless it is finished.
 
     Raises:
-        TrainingError, ConfigError: as `train_fold`.
+        TrainingError, ConfigError, ResourceError: as `train_fold`.
     """
     if not task.is_finished:
         resume = task.is_begun and task.checkpoint.exists()
@@ -91,10 +91,10 @@ def _lack_of_memory_named(task: FoldTask) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        patch = "x".join(map(str, task.plan.patch_size))
+        patch, patches = "x".join(map(str, task.plan.patch_size)), this_share().batch_size(task.batch_size)
         raise ResourceError(
-            f"fold {task.fold}: the memory of {task.device} is used up, with {task.batch_size} patches of {patch} "
-            f"voxels a batch: {' '.join(str(error).split())[:200]}; set training.activation_checkpointing, then a "
+            f"fold {task.fold}: the memory of {task.device} is used up, with {patches} patches of {patch} voxels "
+            f"a batch: {' '.join(str(error).split())[:200]}; set training.activation_checkpointing, then a "
             "smaller training.batch_size with training.accumulate, or plan for less memory (preprocessing.memory_gb, "
             "`medseg preprocess --replan`)"
         ) from error

@@ -14,6 +14,7 @@ from pipeline.networks import Network
 from pipeline.networks.fitting import network_for
 from pipeline.networks.footprint import StepFootprint, step_footprint
 from pipeline.networks.recomputing import recompute_activations
+from pipeline.training.distributed import this_share
 from pipeline.training.losses import Target
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ _MOMENTS = {"adamw": 2, "sgd": 1}
 
 
 def step_of(task: FoldTask, dtype: torch.dtype) -> StepFootprint:
-    """Return what a step of training takes, found without a device.
+    """Return what a step of training takes in this process, found without a device.
 
     Raises:
         ValueError: the network does not fit the plan.
@@ -48,8 +49,8 @@ def step_of(task: FoldTask, dtype: torch.dtype) -> StepFootprint:
 
 
 def blank_batch(task: FoldTask, network: Network) -> tuple[Tensor, Target | Tensor]:
-    """Return a batch of the size that a training's batches have: noise, and its first class; on the default device."""
-    patch, count = task.plan.patch_size, task.batch_size
+    """Return a batch of the size that this process's have: noise, and its first class; on the default device."""
+    patch, count = task.plan.patch_size, this_share().batch_size(task.batch_size)
     image = torch.randn(count, len(task.plan.channels), *network.input_size(patch))
     if task.config.task == "denoise":
         return image, torch.randn(count, task.outputs, *patch)

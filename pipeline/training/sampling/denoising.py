@@ -88,7 +88,7 @@ class NoisyBatches:
             index = self.share.part(number) * len(image) + i
             std = generator(self.seed, "std of the noise", index).uniform(*self.noise_std)
             random = torch_generator(self.seed, "noise to take away", index, image.device)
-            values += std * torch.randn(values.shape, generator=random, device=image.device)
+            values += std * torch.randn(values.shape, generator=random, device=image.device) * _present(values)
         return image, target
 
     def cases_of(self, number: int) -> tuple[str, ...]:
@@ -103,7 +103,12 @@ class NoisyBatches:
 def noisy_volume(image: Tensor, std: float, seed: int, case_id: str) -> Tensor:
     """Return (C, X, Y, Z) with Gaussian noise, of a case always the same, whatever the device."""
     random = torch_generator(seed, f"noise of case {case_id}", 0, torch.device("cpu"))
-    return image + std * torch.randn(image.shape, generator=random).to(image.device)
+    return image + std * torch.randn(image.shape, generator=random).to(image.device) * _present(image)
+
+
+def _present(image: Tensor) -> Tensor:
+    """Tell of an image (C, X, Y, Z) which channels (C, 1, 1, 1) are there; those that a case lacks are zero."""
+    return image.abs().amax((1, 2, 3), keepdim=True) > 0
 
 
 def psnr_db(image: Tensor, clean: Tensor) -> float:
