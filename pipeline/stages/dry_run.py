@@ -16,7 +16,7 @@ from pipeline.networks.fitting import fitted_plan, network_for, outputs_of
 from pipeline.stages.dataset import dataset_of
 from pipeline.stages.describe import UndecidedError, plan_of
 from pipeline.stages.fold.task import CHECKPOINT, NO_TRAINING_CASE, class_weights
-from pipeline.stages.models import LAST
+from pipeline.stages.models import has_ended
 from pipeline.stages.preprocess import CASES
 from pipeline.stages.train import TASKS, chosen_folds
 from pipeline.stages.workspace import Workspace
@@ -120,7 +120,7 @@ def _fold(config: Config, manifest: Manifest, number: int) -> str:
     training = len(manifest.training_cases(number, unlabelled=unlabelled))
     validation = len(manifest.validation_cases(number, unlabelled=unlabelled))
     folder = Workspace(config.workspace).run(config.name, number)
-    if (folder / LAST / "model.yaml").exists():
+    if has_ended(folder):
         state = "a finished training lies there, and would be set aside"
     elif (folder / CHECKPOINT).exists():
         state = "a checkpoint lies there: --resume goes on from it, else it is set aside"

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 REPORT = "init_from.json"
+# The tag of the digest of the model that a training began with.
+INITIAL_DIGEST_TAG = "medseg.init_from_sha256"
 
 # Names of tensors that a line of the log has room for.
 NAMES_SHOWN = 4
@@ -107,7 +109,7 @@ class Initialisation(Record):
         """Write the report into the run folder and to tracking."""
         write_json(folder / REPORT, self.model_dump(mode="json"))
         tracked.artifact(folder / REPORT)
-        tracked.tags({"medseg.init_from": self.name, "medseg.init_from_sha256": self.sha256})
+        tracked.tags({"medseg.init_from": self.name, INITIAL_DIGEST_TAG: self.sha256})
         taken = {"tensors": len(self.copied), "tensors_in_part": len(self.in_part), "parameters": self.parameters}
         tracked.params({"init_from": taken})
 

@@ -17,7 +17,7 @@ from pipeline.errors import EvaluationError, ModelError
 from pipeline.evaluation.comparison.members import MemberRun
 from pipeline.evaluation.scored import ScoredCase, read_case_table
 from pipeline.model import CONFIG, DESCRIPTION, PLAN, ModelDescription, load_model, read_description
-from pipeline.stages.models import BEST, LAST
+from pipeline.stages.models import BEST, LAST, has_ended
 from pipeline.stages.workspace import Workspace
 from pipeline.tracking import flatten, is_tracked, read_state, tracked_runs, training_seconds
 
@@ -116,8 +116,8 @@ def read_run(folder: Path, cases: str) -> MemberRun:
 
 
 def _refuse_unfinished(folder: Path) -> None:
-    """Raise where a training has not come to its end: the last model is written then."""
-    if not (folder / LAST / DESCRIPTION).is_file():
+    """Raise where a training has not come to its end."""
+    if not has_ended(folder):
         raise ModelError(f"{folder}: its training is not finished; `medseg train --resume` goes on with it")
 
 

@@ -63,6 +63,11 @@ def resolve_model(text: str, workspace: Path, uri: str | None = None) -> Path:
     raise ModelError(f"{text}: holds no model ({DESCRIPTION} or {BEST / DESCRIPTION}); {there}")
 
 
+def has_ended(run: Path) -> bool:
+    """Tell whether the training in a run's folder has come to its end: the last model is written then."""
+    return (run / LAST / DESCRIPTION).is_file()
+
+
 def models_of_experiment(experiment: Path) -> list[Path]:
     """Return the best model of each fold that an experiment has trained, by the experiment's folder.
 
@@ -93,7 +98,7 @@ def _models_of_folds(experiment: Path) -> list[Path]:
     found = sorted(path.parent for path in experiment.glob(f"fold_*/{BEST}/{DESCRIPTION}"))
     runs = [model.parents[1] for model in found]
     _refuse_mixture(experiment, runs)
-    if unended := [run.name for run in runs if not (run / LAST / DESCRIPTION).is_file()]:
+    if unended := [run.name for run in runs if not has_ended(run)]:
         log.warning("%s: %s: not trained to the end; the best model so far is taken", experiment, ", ".join(unended))
     return found
 

@@ -28,6 +28,7 @@ from pipeline.stages.fold.record import (
 from pipeline.stages.fold.run import complete_fold
 from pipeline.stages.fold.task import FoldTask, initial_model_of
 from pipeline.stages.initial_weights import initial_digest
+from pipeline.stages.initialisation import INITIAL_DIGEST_TAG
 from pipeline.stages.preprocess import KEYS
 from pipeline.stages.train import fold_tasks
 from pipeline.stages.workspace import Workspace
@@ -47,10 +48,8 @@ from pipeline.training.budget import repeated
 CONFIG, PLAN, REPORT = "config.yaml", "plan.yaml", "reproduction.json"
 # Metrics that say what was learned; the others say how long it took and what the machine did.
 _LEARNED = ("train/loss", "train/gradient_norm", "train/learning_rate", "val/", "best/")
-# The digest of the model that a training began with.
-_INITIAL_TAG = "medseg.init_from_sha256"
 # How the tags begin in which a difference may explain one of results.
-_EXPLAINING = (ARITHMETIC_TAG, "version.", "mlflow.source.git.commit", "medseg.git_dirty", _INITIAL_TAG)
+_EXPLAINING = (ARITHMETIC_TAG, "version.", "mlflow.source.git.commit", "medseg.git_dirty", INITIAL_DIGEST_TAG)
 _THREADS = f"{ARITHMETIC_TAG}number_of_threads"
 SEND_LIMIT_S = 60.0
 
@@ -208,7 +207,7 @@ def _refuse_other_manifest(config: Config, original: FetchedRun) -> None:
 
 def _refuse_other_initial_model(config: Config, original: FetchedRun) -> None:
     """Raise where the model that the run began with is another one now, as far as the run says which it was."""
-    model, wanted = initial_model_of(config, int(original.params["fold"])), original.tags.get(_INITIAL_TAG)
+    model, wanted = initial_model_of(config, int(original.params["fold"])), original.tags.get(INITIAL_DIGEST_TAG)
     if model is None or wanted is None:
         return
     digest = initial_digest(model)

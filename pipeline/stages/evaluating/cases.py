@@ -15,7 +15,7 @@ from pipeline.errors import ManifestError, ModelError, VolumeError
 from pipeline.model import CONFIG, DESCRIPTION, PLAN, ModelDescription, read_description, refuse_other_task
 from pipeline.preparation.preprocessing import class_indices
 from pipeline.stages.dataset import dataset_of
-from pipeline.stages.models import LAST, models_of_experiment, resolve_models
+from pipeline.stages.models import has_ended, models_of_experiment, resolve_models
 from pipeline.stages.workspace import Workspace
 from pipeline.volumes.volume import Volume
 
@@ -58,9 +58,9 @@ class Task:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the training of each model has ended, as far as its run tells; the last model is written then."""
+        """Whether the training of each model has ended, as far as its run tells."""
         runs = [_run_of(model) for model in self.models]
-        return all(run is None or (run / LAST / DESCRIPTION).is_file() for run in runs)
+        return all(run is None or has_ended(run) for run in runs)
 
 
 @dataclass(frozen=True, eq=False)

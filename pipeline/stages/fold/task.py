@@ -28,7 +28,7 @@ from pipeline.stages.fold.calibrating import PASS_COST, TEMPERATURE_CASES, calib
 from pipeline.stages.fold.step_size import GPU_SHARE, step_of
 from pipeline.stages.fold.validation import DiceValidation, Validation
 from pipeline.stages.initial_weights import find_initial, initial_digest
-from pipeline.stages.models import FACTS, LAST
+from pipeline.stages.models import FACTS, has_ended
 from pipeline.stages.preprocess import CASES, KEYS, sources_digest
 from pipeline.stages.settling import plan_path
 from pipeline.stages.workspace import Workspace
@@ -158,8 +158,8 @@ class FoldTask:
 
     @property
     def is_finished(self) -> bool:
-        """Whether that training has ended; the last model is written at its end."""
-        return self.is_begun and (self.folder / LAST / "model.yaml").exists()
+        """Whether that training has ended."""
+        return self.is_begun and has_ended(self.folder)
 
     @property
     def outputs(self) -> int:

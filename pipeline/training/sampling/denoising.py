@@ -18,6 +18,7 @@ from pipeline.training.distributed import ALONE, Share
 from pipeline.training.randomness import generator, torch_generator
 from pipeline.training.sampling.batches import CaseBatches
 from pipeline.training.sampling.cases import PatchCase
+from pipeline.training.sampling.intensity import channels_present
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +89,7 @@ class NoisyBatches:
             index = self.share.part(number) * len(image) + i
             std = generator(self.seed, "std of the noise", index).uniform(*self.noise_std)
             random = torch_generator(self.seed, "noise to take away", index, image.device)
-            values += std * torch.randn(values.shape, generator=random, device=image.device) * _present(values)
+            values += std * torch.randn(values.shape, generator=random, device=image.device) * channels_present(values)
         return image, target
 
     def cases_of(self, number: int) -> tuple[str, ...]:
@@ -103,12 +104,7 @@ class NoisyBatches:
 def noisy_volume(image: Tensor, std: float, seed: int, case_id: str) -> Tensor:
     """Return (C, X, Y, Z) with Gaussian noise, of a case always the same, whatever the device."""
     random = torch_generator(seed, f"noise of case {case_id}", 0, torch.device("cpu"))
-    return image + std * torch.randn(image.shape, generator=random).to(image.device) * _present(image)
-
-
-def _present(image: Tensor) -> Tensor:
-    """Tell of an image (C, X, Y, Z) which channels (C, 1, 1, 1) are there; those that a case lacks are zero."""
-    return image.abs().amax((1, 2, 3), keepdim=True) > 0
+    return image + std * torch.randn(image.shape, generator=random).to(image.device) * channels_present(image)
 
 
 def psnr_db(image: Tensor, clean: Tensor) -> float:

@@ -87,8 +87,7 @@ class Intensity:
         for row, number, std in noise:
             random = torch_generator(self.seed, "noise", number, image.device)
             values = torch.randn(image[row].shape, generator=random, device=image.device)
-            present = image[row].abs().amax((1, 2, 3), keepdim=True) > 0  # (C, 1, 1, 1)
-            image[row].add_(values.mul_(present), alpha=std)
+            image[row].add_(values.mul_(channels_present(image[row])), alpha=std)
 
 
 def blurred(images: Tensor, kernels: Tensor) -> Tensor:
@@ -132,9 +131,14 @@ def _bent(images: Tensor, exponents: Tensor) -> Tensor:
     return bent.mul_(deviation / _norm(bent).clamp_min(smallest)).add_(mean)
 
 
+def channels_present(image: Tensor) -> Tensor:
+    """Tell of images (..., C, X, Y, Z) which channels (..., C, 1, 1, 1) are there; those that a case lacks are zero."""
+    return image.abs().amax((-3, -2, -1), keepdim=True) > 0
+
+
 def _without_a_channel(images: Tensor, places: Tensor) -> Tensor:
     """Set one channel to zero, of those that are not zero already, and never the last of them."""
-    present = images.abs().amax(SPACE) > 0  # (k, C)
+    present = channels_present(images).flatten(1)  # (k, C)
     count = present.sum(1, keepdim=True)
     chosen = (places[:, None] * count).long() + 1  # the chosen one's rank among the present
     dropped = present & (present.cumsum(1) == chosen) & (count > 1)
