@@ -5,7 +5,9 @@
     python benchmarks/hippocampus.py --workspace W --seeds 0 1 2
 
 Each fold's Dice is said as it lands, by the best of its validations on the fold held out; minutes are a fold's by the
-clock, from its first probe to its last model. The same command goes on after a kill, and trains no finished fold again.
+clock, from its first probe to its last model. On a GPU its utilisation over all of it is stated (nvidia-ml-py), label
+maps included; wanted there: a fold in at most 10 minutes, the five in an hour. The same command goes on after a kill,
+and trains no finished fold again.
 The spread of folds holds what differs between trainings and between cases, that of seeds on one fold trainings alone.
 With --kept-aside, a manifest of cases that are in no fold, the ensemble of the folds labels those. Beside it all stand
 the five-fold means published for nnU-Net 3d_fullres and MONAI's DynUNet, after some 9 GPU hours a fold.
@@ -13,15 +15,18 @@ the five-fold means published for nnU-Net 3d_fullres and MONAI's DynUNet, after 
 
 import argparse
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from gpu import utilisation
 from peer_training import case_dice, mean_dice
 from side_by_side import medseg, train_or_go_on
 
 from pipeline.config_loading import load_config
 from pipeline.data.manifest import Manifest, load_manifest
+from pipeline.hardware import pick_device
 from pipeline.tracking import training_seconds
 
 PUBLISHED = {
@@ -113,7 +118,12 @@ def main() -> None:
     for name, seed in names.items():
         experiment = Experiment(chosen.config, (*settings, *seed), chosen.device, workspace, name)
         medseg("preprocess", *experiment.options)
-        of_seeds.append(spread(f"{name}, folds", [experiment.fold(manifest, fold) for fold in folds]))
+        start = time.perf_counter()
+        with utilisation(pick_device(chosen.device)) as used:
+            of_seeds.append(spread(f"{name}, folds", [experiment.fold(manifest, fold) for fold in folds]))
+        minutes = (time.perf_counter() - start) / 60
+        busy = f"; GPU utilisation {np.mean(used):.0f} %" if used else ""
+        print(f"{name}, this command: {minutes:.1f} min, label maps and scores included{busy}", flush=True)
         if chosen.kept_aside:
             experiment.kept_aside(chosen.kept_aside)
     spread("seeds", of_seeds)

@@ -5,9 +5,10 @@
 
 The network is the one that nnU-Net plans for the hippocampus, a PlainConvUNet 32-64-128-256 with instance norm and deep
 supervision, on patches of 40x56x40; each party reads, augments and steps in its own way and its own precision. Rounds
-alternate on one machine; the peer has the allocator's settings that medseg gives itself. Bare is medseg's network with
-its loss and optimiser on one fixed batch. Wanted: 1.5 times nnU-Net's patches on two cores and 3 times on a GPU, there
-with at least 0.95 of the bare network's. On a GPU its utilisation during medseg's rounds is stated (nvidia-ml-py).
+alternate on one machine; the peer has the allocator's settings that medseg gives itself. Bare are forward, loss,
+backward and optimiser of medseg's network on one fixed batch, as in training.py. Wanted: 1.5 times nnU-Net's patches on
+two cores and 3 times on a GPU, there with at least 0.95 of the bare network's. On a GPU its utilisation during medseg's
+rounds is stated (nvidia-ml-py).
 """
 
 import argparse
@@ -15,15 +16,15 @@ import json
 import os
 import statistics
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from gpu import utilisation
 from peer_training import ALLOCATOR, write_cases
 from side_by_side import PEERS, medseg
+from training import bare
 
 from pipeline.config_loading import load_config
 from pipeline.data.manifest import load_manifest
@@ -46,9 +47,9 @@ class Ours:
     """medseg's training steps: augmented batches, or one fixed batch."""
 
     def __init__(self, task: FoldTask) -> None:
-        self.task, self.state, self.alone = task, task.new_state(), task.new_state()
+        self.task, self.state = task, task.new_state()
         self.batches = task.batches(self.state.network)
-        self.fixed = self.batches(0)
+        self.bare_step = bare(task, 1)
 
     def training(self, steps: int) -> float:
         """Return the seconds of so many steps, to the end of the device's work."""
@@ -56,7 +57,7 @@ class Ours:
 
     def bare(self, steps: int) -> float:
         """Return the seconds of so many steps on one batch."""
-        return self._seconds(lambda: train_step(self.alone, lambda _: self.fixed, 1e-3, self.task.settings), steps)
+        return self._seconds(self.bare_step, steps)
 
     def _seconds(self, step: Callable[[], None], steps: int) -> float:
         """Time so many calls."""
@@ -93,33 +94,6 @@ class Peer:
     def end(self) -> None:
         """Let it end by itself."""
         self.process.communicate()
-
-
-@contextmanager
-def gpu_utilisation(device: torch.device) -> Iterator[list[int]]:
-    """Collect a GPU's utilisation in percent ten times a second; nothing where nvidia-ml-py or the GPU is missing."""
-    found: list[int] = []
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)
-    except Exception:  # of several kinds, by what is missing
-        yield found
-        return
-    ended = threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(0.1):
-            found.append(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield found
-    finally:
-        ended.set()
-        watcher.join()
 
 
 def prepared_task(config: Path, out: Path, device: str, batch: int) -> FoldTask:
@@ -162,7 +136,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {"medseg": [], "bare": [], "nnU-Net": []}
     used: list[int] = []
     for _ in range(chosen.rounds):
-        with gpu_utilisation(task.device) as found:
+        with utilisation(task.device) as found:
             seconds["medseg"].append(ours.training(chosen.steps))
         used += found
         seconds["bare"].append(ours.bare(chosen.steps))

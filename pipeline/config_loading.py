@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from pipeline.config import Config
@@ -315,6 +315,23 @@ def _unknown_key(keys: Keys) -> str:
     if elsewhere:
         return f"unknown key, did you mean {elsewhere[0]!r}?"
     return f"unknown key, expected one of {', '.join(names)}"
+
+
+def record_problem(tree: Entry, found: ErrorDetails, record: type[BaseModel]) -> Problem:
+    """Return one of pydantic's errors in our words.
+
+    Args:
+        tree: the YAML.
+        found: the error.
+        record: whose keys are known where it stands.
+    """
+    keys, message = tuple(map(str, found["loc"])), found["msg"].removeprefix("Value error, ")
+    if found["type"] == "extra_forbidden":
+        names = [field.alias or name for name, field in record.model_fields.items()]
+        message = "unknown key" + (_did_you_mean(keys[-1], names) or f", expected one of {', '.join(names)}")
+    elif found["type"] == "missing":
+        message = "is missing"
+    return Problem(tree.place_of(keys), ".".join(keys), message)
 
 
 def _did_you_mean(value: Any, names: list[str]) -> str:

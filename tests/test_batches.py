@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from pipeline.training.distributed import Share
 from pipeline.training.losses.target import Target
 from pipeline.training.sampling.augmentation import Augmentation
 from pipeline.training.sampling.batches import Batches, workers_for
-from pipeline.training.sampling.cases import HeldCase, PatchCase
+from pipeline.training.sampling.cases import HeldCase, PatchCase, Size
 from pipeline.training.sampling.patches import PatchSampler
 
 PATCH = (12, 10, 8)
@@ -90,6 +91,30 @@ def test_threads_that_read_ahead_change_nothing_wherever_training_goes(workers: 
     assert not torch.equal(plain(0)[0], plain(1)[0])
     assert not torch.equal(plain(0)[0], batches(seed=1)(0)[0])
     ahead.close()
+
+
+class TogetherCase:
+    """A case whose image is given out once so many threads ask for one."""
+
+    def __init__(self, case: PatchCase, together: threading.Barrier) -> None:
+        self.case, self.together = case, together
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.case, name)
+
+    def read_image(self, start: Size, stop: Size) -> np.ndarray | Tensor:
+        self.together.wait()
+        return self.case.read_image(start, stop)
+
+
+def test_as_many_threads_as_are_said_read_at_once() -> None:
+    together = threading.Barrier(6, timeout=20)  # broken unless so many come
+    waiting = [cast(PatchCase, TogetherCase(case, together)) for case in cases()]
+    reading, plain = batches(waiting, batch_size=1, workers=6), batches(batch_size=1)
+    for number in range(3):
+        assert_same(reading(number), plain(number))
+    together.abort()
+    reading.close()
 
 
 def test_threads_end_with_the_training() -> None:

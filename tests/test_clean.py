@@ -25,7 +25,7 @@ def add_run(workspace: Path, name: str, *, finished: bool) -> Path:
     if finished:
         log.finish("FINISHED")
     log.close()
-    for file in ("models/best/weights.safetensors", "checkpoint.safetensors"):
+    for file in ("models/best/weights.safetensors", "models/last/model.yaml", "checkpoint.safetensors"):
         write_text(folder / file, "weights")
     return folder
 

@@ -21,7 +21,7 @@ from pipeline.errors import ConfigError, EvaluationError, ModelError, PipelineEr
 from pipeline.model import model_digest, save_model
 from pipeline.networks import NETWORKS
 from pipeline.stages import compare, evaluate, manifest, preprocess
-from pipeline.stages.fold.task import configuration_digest
+from pipeline.stages.fold.identity import configuration_digest
 from pipeline.stages.member_runs import budget_of
 from pipeline.stages.models import BEST, FACTS, LAST
 from pipeline.stages.study import load_study, study_runs
@@ -278,7 +278,7 @@ def test_a_run_that_began_with_another_model_is_not_the_studys(study: Path) -> N
         ("name: a\nconfigs: [narrow.yaml]\n", "study.yaml:2:1: configs: .*at least 2"),
         (
             "name: a\nconfigs: [narrow.yaml, wide.yaml]\nseed: 1\n",
-            "study.yaml:3:1: seed: unknown key, .*configs, seeds",
+            "study.yaml:3:1: seed: unknown key, did you mean 'seeds'\\?",
         ),
         ("name: a\nconfigs: [narrow.yaml, wide.yaml]\nbaseline: c\n", "baseline c: is none of narrow, wide"),
         ("name: a\nconfigs: [narrow.yaml, narrow.yaml]\n", "named twice: .*narrow-seed0/fold_0"),

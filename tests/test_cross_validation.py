@@ -83,6 +83,10 @@ def test_a_fold_that_fails_is_listed_and_the_others_go_on(prepared: Config) -> N
     assert "being trained by another process" in report.failures[1]
     assert "2 of 3 folds are trained\nfailed: fold 1: " in report.as_text()
     before = model_digest(run_folder(config, 0) / BEST)
+    with busy(config, 1), pytest.raises(TrainingError, match=r"2 of 3 folds are trained\nfailed: fold 1: "):
+        run.run(config, fold="all", device="cpu", jobs=1)
+    evaluated = [run_folder(config, fold) / "evaluation" / "fold" / "summary.json" for fold in range(3)]
+    assert [path.exists() for path in evaluated] == [True, False, True]
     again = cross_validation.run(config, resume=True, device="cpu")
     assert (sorted(again.folders), again.failures) == ([0, 1, 2], {})
     assert model_digest(run_folder(config, 0) / BEST) == before  # finished already

@@ -1,6 +1,7 @@
 """Denoising: what the network sees and is asked for, what it learns, and that nobody takes it for a segmentation."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +165,21 @@ def test_an_untrained_network_gains_nothing_and_one_that_returns_what_it_sees_ga
     assert same["psnr_gain_db"] == pytest.approx(0, abs=1e-4)
     assert scores["psnr_db"] < same["psnr_db"]
     assert DenoisingValidation(task, network).scores([]) == {"psnr_db": 0.0, "psnr_gain_db": 0.0, "score": 0.0}
+
+
+def test_a_constant_case_has_no_psnr_and_spoils_none(prepared: Config) -> None:
+    task = task_of(prepared)
+    validation = DenoisingValidation(task, task.new_state().network)
+    constant, *others = task.validation_cases
+    expected = validation.scores(others)
+    sound, key = task.store.read(constant.id), task.store.key_of(constant.id)
+    assert key is not None
+    task.store.write(constant.id, replace(sound, image=np.zeros_like(sound.image)), key)
+    try:
+        assert validation.scores(task.validation_cases) == expected
+        assert validation.scores([constant]) == {"psnr_db": 0.0, "psnr_gain_db": 0.0, "score": 0.0}
+    finally:
+        task.store.write(constant.id, sound, key)
 
 
 def test_a_network_that_returns_no_numbers_is_an_error(prepared: Config) -> None:

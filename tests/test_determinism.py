@@ -151,10 +151,10 @@ def test_what_the_clock_decides_is_refused(prepared: Config, override: str, said
         load_config(tmp_path / "a.yaml", [override])
 
 
-def trained(config: Path, name: str, *arguments: str) -> subprocess.Popen[bytes]:
-    """Start a training in a process of its own, on one thread."""
+def trained(config: Path, name: str, *arguments: str, threads: int = 1) -> subprocess.Popen[bytes]:
+    """Start a training in a process of its own, on so many threads."""
     command = [sys.executable, "-m", "pipeline", "-q", "train", str(config), "--set", f"name={name}", "--device", "cpu"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     return subprocess.Popen([*command, *arguments], env=environment, cwd=Path(__file__).parents[1])
 
 
@@ -166,10 +166,14 @@ def test_processes_with_1_2_or_4_workers_and_one_that_was_killed_have_one_hash(
     # Long enough to be killed between two checkpoints.
     config.write_text(dump_config(changed(prepared, "training", budget={"steps": 60}, steps_per_epoch=5)))
     runs = Workspace(prepared.workspace)
-    hashes = {}
-    for workers in (1, 2, 4):
-        assert trained(config, f"w{workers}", "--set", f"training.workers={workers}").wait() == 0
-        hashes[workers] = weights_of(runs.run(f"w{workers}", 0))
+
+    def hash_with(workers: int, threads: int) -> str:
+        name = f"w{workers}t{threads}"
+        assert trained(config, name, "--set", f"training.workers={workers}", threads=threads).wait() == 0
+        return weights_of(runs.run(name, 0))
+
+    assert hash_with(1, 2) == hash_with(4, 2)
+    hashes: dict[int | str, str] = {workers: hash_with(workers, 1) for workers in (1, 2, 4)}
     killed, folder = trained(config, "killed"), runs.run("killed", 0)
     end = time.monotonic() + 120
     while not (folder / "events.jsonl").exists() or '"train/loss"' not in (folder / "events.jsonl").read_text():

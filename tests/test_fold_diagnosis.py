@@ -18,13 +18,15 @@ from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.errors import TrainingError
+from pipeline.model import WEIGHTS, weights_sha256
 from pipeline.pictures import Patch, draw_learning_curves, draw_patches
 from pipeline.stages import train
 from pipeline.stages.fold.diagnosis import FoldDiagnosis
 from pipeline.stages.fold.hooks import FoldHooks
-from pipeline.stages.fold.run import train_fold
+from pipeline.stages.fold.run import complete_fold, train_fold
 from pipeline.stages.fold.task import FoldTask
-from pipeline.tracking import RunLog
+from pipeline.stages.models import LAST
+from pipeline.tracking import RunLog, metric_history
 from pipeline.training.diagnosis.stopwatch import FINISHING, STARTING, Stopwatch, unheard
 from pipeline.training.loop import train as run_loop
 from pipeline.training.sampling.cases import PatchCase
@@ -149,6 +151,37 @@ def test_weights_that_overflow_name_the_layer_and_what_to_do(prepared: Config) -
         train_fold(task, resume=False)
 
 
+def test_a_training_is_over_once_its_log_says_so(prepared: Config) -> None:
+    task = task_of(prepared.changed(name="cut_short"))
+    train_fold(task, resume=False)
+    log, last = task.folder / "events.jsonl", task.folder / LAST / WEIGHTS
+    open_files = [Path(file).resolve() for file in Path("/proc/self/fd").iterdir() if file.exists()]
+    assert log.resolve() not in open_files
+    digest, lines = weights_sha256(last), log.read_text().splitlines(keepends=True)
+    assert '"FINISHED"' in lines[-1]
+    # As if it had been killed between the last model and its last word.
+    log.write_text("".join(lines[:-1]))
+    assert not task.is_finished
+    complete_fold(task)
+    assert task.is_finished
+    assert weights_sha256(last) == digest
+
+
+def test_where_nothing_is_held_out_nothing_stops_early(prepared: Config, caplog: pytest.LogCaptureFixture) -> None:
+    config = changed(
+        prepared.changed(name="unvalidated"), "training", early_stop_validations=1, validation_every_epochs=1
+    )
+    task = task_of(config)
+    assert task.settings.early_stop_validations == 1
+    unlabelled = (case.changed(label=None) if case.fold == task.fold else case for case in task.manifest.cases)
+    task = replace(task, manifest=task.manifest.changed(cases=tuple(unlabelled)))
+    assert task.settings.early_stop_validations is None
+    with caplog.at_level(logging.WARNING):
+        train_fold(task, resume=False)
+    assert "holds no labelled case to validate on" in caplog.text
+    assert metric_history(task.folder)["val/score"] == [(2, 0.0), (4, 0.0)]
+
+
 class Stalled(Exception):
     """What ends the training once it has been told."""
 
@@ -227,7 +260,7 @@ def test_a_case_that_cannot_be_read_into_memory_is_named_before_the_first_step(p
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_case_that_cannot_be_read_is_named_with_stage_and_stack(prepared: Config, workers: int) -> None:
-    config = changed(prepared.changed(name="blocked"), "training", stall_minutes=1 / 60, workers=workers, batch_size=1)
+    config = changed(prepared.changed(name="blocked"), "training", stall_minutes=1 / 60, workers=workers, batch_size=2)
     task = BlockedTask.prepare(config, train.dataset_of(config), 0, torch.device("cpu"))
     said, stack = stall_of(task, "waiting for data, step").split("\n", 1)
     blocked = task.training_cases[1].id

@@ -14,9 +14,11 @@ from pipeline.data.manifest import Case, ImageFile, Manifest, load_manifest, sav
 from pipeline.data.phantoms import write_phantom_dataset
 from pipeline.data.plan import read_plan
 from pipeline.errors import ConfigError, ManifestError, PipelineError
+from pipeline.model import WEIGHTS
 from pipeline.stages import dry_run, plan, preprocess, train
 from pipeline.stages import manifest as manifest_stage
 from pipeline.stages.made_up import Measured
+from pipeline.stages.models import BEST
 from pipeline.stages.plan import _fold_hours
 from pipeline.stages.store_size import planned_voxels
 from pipeline.stages.workspace import Workspace
@@ -53,13 +55,24 @@ def test_a_plan_says_what_training_takes(phantom_set: Path, tmp_path: Path) -> N
     assert expected.fold_hours > expected.step_s
     assert expected.all_hours == 2 * expected.fold_hours
     text = " ".join(report.as_text().split())
-    for words in ("patch_size 16x16x16 voxels set in the configuration", "of the store at most", "for all folds"):
+    for words in ("patch_size 16x16x16 voxels set in the configuration", "disk of the store", "for all folds"):
         assert words in text
     # Training goes on from there: the plan is kept, and the store holds no more than was said.
     made = preprocess.run(config)
     assert made.plan == report.plan
     stored = sum(path.stat().st_size for path in (made.folder / "cases").rglob("*.b2nd"))
     assert 0 < stored <= expected.cases_bytes
+
+
+def test_a_run_takes_the_disk_that_its_plan_says(phantom_set: Path, tmp_path: Path) -> None:
+    config = config_of(phantom_set, tmp_path, steps=2)
+    report = plan.run(config, device="cpu")
+    preprocess.run(config)
+    (folder,) = train.run(config, device="cpu")
+    kept = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    best = (folder / BEST / WEIGHTS).stat().st_size  # MLflow has it once more
+    assert kept + best == pytest.approx(report.expected.run_bytes, rel=0.1)
+    assert "memory of the process" in report.as_text()
 
 
 def test_hours_are_those_of_the_steps_and_of_the_voxels_that_are_scored(phantom_set: Path, tmp_path: Path) -> None:
@@ -72,7 +85,8 @@ def test_hours_are_those_of_the_steps_and_of_the_voxels_that_are_scored(phantom_
     voxels = [mm3 / math.prod(task.plan.spacing_mm) for mm3 in volume_mm3]
     assert [planned_voxels(case, task.plan) for case in cases] == pytest.approx(voxels, rel=0.2)
     found = Measured(steps=20, step_s=0.5, voxel_s=1e-2, peak_bytes=None)
-    of_steps, of_validations = 3600 * 0.5 / 3600, 3 * sum(voxels) / 2 * 1e-2 / 3600
+    validations = 4 + task.calibration_passes  # the last one at the end of the budget
+    of_steps, of_validations = 3600 * 0.5 / 3600, validations * sum(voxels) / 2 * 1e-2 / 3600
     assert of_validations > of_steps
     assert _fold_hours(task, cases, found) == pytest.approx(of_steps + of_validations, rel=0.2)
     # A case without a label is not scored.

@@ -12,7 +12,7 @@ from pipeline.data.plan import Plan, read_plan
 from pipeline.errors import ConfigError
 from pipeline.stages import dry_run, plan, preprocess
 from pipeline.stages import manifest as manifest_stage
-from pipeline.stages.fold.task import configuration_digest
+from pipeline.stages.fold.identity import configuration_digest
 from pipeline.stages.settling import plan_path
 from pipeline.stages.train import fold_tasks
 from pipeline.stages.workspace import Workspace
@@ -67,6 +67,8 @@ def test_memory_that_was_said_once_need_not_be_said_again(narrow: Config) -> Non
     assert path_of(narrow) == path_of(said) == made.folder / "plan.yaml"
     assert dry_run.run(narrow).missing == ()
     assert configuration_digest(narrow) == configuration_digest(said)  # a training goes on without it
+    often = said.changed(training=said.training.changed(checkpoint_minutes=0.5))
+    assert configuration_digest(often) == configuration_digest(said)
 
 
 def test_each_memory_has_a_plan_and_both_the_cases(narrow: Config) -> None:

@@ -1,5 +1,6 @@
 """What a step of training takes: counted by hand, and against steps that are really done."""
 
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ from test_planning import make_facts, make_manifest
 from torch import Tensor, nn
 
 from pipeline.config import Config, DataSection, NetworkSection, PreprocessingSection, TrainingSection
+from pipeline.config_loading import PRESETS, load_config
+from pipeline.data.manifest import ImageFile
 from pipeline.data.plan import Plan
 from pipeline.networks.footprint import LiveBytes, StepFootprint, step_footprint
 from pipeline.preparation.planning import make_plan
@@ -112,3 +115,28 @@ def test_a_network_that_does_not_fit_takes_nothing() -> None:
     assert memory_for(config, MANIFEST, FACTS, "cpu").step_bytes(plan_of(config)) is None
     known = memory_for(config_of(memory=8, precision="fp32"), MANIFEST, FACTS, "cpu")
     assert known.step_bytes(plan_of(config)) == step(config_of()).peak_bytes
+
+
+def test_partly_annotated_cases_take_more() -> None:
+    config = config_of()
+    known = {"label": ImageFile(path="label.nii.gz"), "annotated_classes": ("organ",)}
+    cases = tuple(case.changed(**known) for case in MANIFEST.cases)
+    partly = step_of(task_of(config, MANIFEST.changed(cases=cases), FACTS, plan_of(config)), torch.float32)
+    assert partly.peak_bytes > step(config).peak_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", PRESETS)
+def test_each_preset_plans_a_larger_step_for_a_larger_gpu(preset: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(f"extends: preset:{preset}\nname: a\ndata: {{manifest: m.json}}\n")
+    facts, voxels = make_facts((0.8, 0.8, 0.8), (512, 512, 600)).changed(cases=300), []
+    for gigabytes in (8, 24, 80):
+        config = load_config(path, [f"preprocessing.memory_gb={gigabytes}"])
+        memory = memory_for(config, MANIFEST, facts)
+        plan = make_plan(facts, MANIFEST, config.preprocessing, memory)
+        needed = memory.step_bytes(plan)
+        assert needed is not None and memory.usable_bytes / 2 < needed <= memory.usable_bytes < gigabytes * GIB
+        assert plan.batch_size >= 2
+        voxels.append(plan.batch_size * prod(plan.patch_size))
+    assert voxels == sorted(set(voxels))

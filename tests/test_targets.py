@@ -1,5 +1,6 @@
 """Targets that overlap or are known in part: from the data set to label maps and tables."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from pipeline.evaluation.structures import Structures
 from pipeline.model import read_description
 from pipeline.predictor import Predictor
 from pipeline.stages import evaluate, manifest, preprocess, train
+from pipeline.stages.fold.calibrating import PASS_COST
 from pipeline.stages.fold.task import FoldTask
 from pipeline.stages.models import BEST
 from pipeline.training.losses import Target
@@ -88,6 +90,16 @@ def test_validation_scores_the_regions_that_people_looked_for(task: FoldTask) ->
     partly = [case for case in task.manifest.cases if case.annotated_classes is not None][:1]
     assert set(validation.scores(known)) == {"score", *(f"dice/{region}" for region in REGIONS)}
     assert set(validation.scores(partly)) == {"score", "dice/organ", "dice/core"}
+    # A label in which nobody looked for anything is right about nothing.
+    assert validation.scores([partly[0].changed(annotated_classes=())]) == {"score": 0.0}
+
+
+def test_what_only_some_looked_for_is_not_calibrated_and_takes_no_time_for_it(task: FoldTask) -> None:
+    assert 0 < len(task.calibration_cases) < len(task.validation_cases)
+    assert 0 < task.calibration_passes < PASS_COST * 2
+    partly = tuple(case.changed(annotated_classes=("core",)) for case in task.manifest.cases)
+    nothing = replace(task, manifest=task.manifest.changed(cases=partly))
+    assert (nothing.calibration_cases, nothing.calibration_passes) == ([], 0.0)
 
 
 @pytest.mark.slow

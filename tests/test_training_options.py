@@ -10,13 +10,13 @@ from phantom_experiments import changed, preprocessed, task_of
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.stages import train
-from pipeline.stages.fold import run as fold_run
+from pipeline.stages.fold import budgeting
 from pipeline.stages.fold.diagnosis import FoldDiagnosis
 from pipeline.stages.fold.hooks import FoldHooks
 from pipeline.tracking import RunLog
 from pipeline.training import budget
 from pipeline.training.diagnosis.stopwatch import Stopwatch
-from pipeline.training.loop import Batch
+from pipeline.training.loop import Batch, train_step
 
 SETTINGS = (
     "preprocessing.patch_size=[16, 16, 16]",
@@ -64,7 +64,7 @@ def test_a_fold_recomputes_what_it_forgot_and_steps_as_if_it_had_not(prepared: C
         state = task.new_state()
         batches = task.batches(state.network)
         for step in range(2):
-            fold_run.train_step(state, batches, task.schedule(state)(step, 3), task.settings)
+            train_step(state, batches, task.schedule(state)(step, 3), task.settings)
         batches.close()
         states.append(state.network.state_dict())
     for name, tensor in states[0].items():
@@ -74,7 +74,7 @@ def test_a_fold_recomputes_what_it_forgot_and_steps_as_if_it_had_not(prepared: C
 def test_a_probe_takes_whole_steps_and_leaves_the_training_alone(
     prepared: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fold_run, "MOST_PROBE_STEPS", 1)
+    monkeypatch.setattr(budgeting, "MOST_PROBE_STEPS", 1)
     task = task_of(prepared.changed(name="probed"))
     state = task.new_state()
     before = {name: tensor.clone() for name, tensor in state.network.state_dict().items()}
@@ -87,7 +87,7 @@ def test_a_probe_takes_whole_steps_and_leaves_the_training_alone(
         taken.append(number)
         return batches(number)
 
-    costs = fold_run._probe(hooks, recording, pictured=True)
+    costs = budgeting.probe(hooks, recording, at_step=0)
     batches.close()
     assert taken == list(range(2 * (budget.WARMUP_STEPS + 1)))
     assert min(costs.step_s, costs.epoch_end_s, costs.validation_s) > 0

@@ -9,19 +9,20 @@ from pathlib import Path
 import torch
 from torch import nn
 
-# Steps by which the speed is measured, after as many that are not counted: the first wait for the workers' start.
-PROBE_STEPS = 5
+# Steps that are not counted, for the first wait for the workers' start; and how long the others are measured at least.
+FIRST_STEPS, PROBE_S = 5, 60.0
 
 
 def steps_within(minutes: float, network: nn.Module, optimiser: torch.optim.Optimizer, step: Callable[[], None]) -> int:
     """Return how many steps fill the minutes; what the steps that measure it changed is undone."""
     begun = copy.deepcopy((network.state_dict(), optimiser.state_dict()))
-    for _ in range(PROBE_STEPS):
+    for _ in range(FIRST_STEPS):
         step()
-    start = time.monotonic()
-    for _ in range(PROBE_STEPS):
+    start, done = time.monotonic(), 0
+    while time.monotonic() - start < PROBE_S:
         step()
-    seconds = (time.monotonic() - start) / PROBE_STEPS
+        done += 1
+    seconds = (time.monotonic() - start) / done
     network.load_state_dict(begun[0])
     optimiser.load_state_dict(begun[1])
     return max(1, int(60 * minutes / seconds))

@@ -253,7 +253,7 @@ app.command()(segment)
 def run(
     config: options.ConfigPath,
     fold: Annotated[str, typer.Option("--fold", metavar="K|all")] = "0",
-    device: options.Device = "auto",
+    device: options.Devices = "auto",
     overrides: options.Overrides = None,
     workspace: options.Workspace = None,
     jobs: options.Jobs = None,

@@ -72,10 +72,12 @@ class StepFootprint:
         passes_bytes: most bytes that the batch, what is computed of it forwards and backwards, and the gradients take
             at once.
         kept_bytes: of weights, buffers, and their copies: an optimiser's moments, a running mean.
+        weights_bytes: of weights and buffers alone.
     """
 
     passes_bytes: int
     kept_bytes: int
+    weights_bytes: int
 
     @property
     def peak_bytes(self) -> int:
@@ -102,8 +104,8 @@ def step_footprint(
     with torch.compiler.set_stance("force_eager"), mode, _LowPrecision(dtype):
         objective(*batch).backward()
     trained = sum(p.nbytes for p in objective.parameters() if p.requires_grad)
-    kept = sum(tensor.nbytes for tensor in own) + copies * trained
-    return StepFootprint(mode.peak_bytes, kept)
+    weights = sum(tensor.nbytes for tensor in own)
+    return StepFootprint(mode.peak_bytes, weights + copies * trained, weights)
 
 
 class _LowPrecision(TorchFunctionMode):

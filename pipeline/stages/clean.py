@@ -13,9 +13,10 @@ from pathlib import Path
 
 from pipeline.data.store import CaseStore
 from pipeline.errors import PipelineError
+from pipeline.stages.models import has_ended
 from pipeline.stages.preprocess import CASES, KEYS
 from pipeline.stages.workspace import EARLIER, Workspace
-from pipeline.tracking.log import is_tracked, pending, read_events
+from pipeline.tracking.log import is_tracked, pending
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def _find(workspace: Workspace, held: ExitStack) -> Iterator[tuple[Path, str]]:
     for folder in sorted(workspace.stores.glob("*")):
         yield from _find_in_store(folder, held)
     for checkpoint in sorted(workspace.runs.rglob("checkpoint.safetensors")):
-        if _is_finished(checkpoint.parent):
+        if has_ended(checkpoint.parent):
             yield checkpoint, "checkpoint of a finished run; its models stay"
     for run in sorted(workspace.runs.glob(f"*/{EARLIER}*")):
         if is_tracked(run) and pending(run):
@@ -100,12 +101,6 @@ def _find_in_store(folder: Path, held: ExitStack) -> Iterator[tuple[Path, str]]:
             yield store.folder / case_id, "no longer a case of the manifest with a fold"
         elif store.key_of(case_id) != keys[case_id]:
             yield store.folder / case_id, "stale or damaged; `medseg preprocess` would make it anew"
-
-
-def _is_finished(run: Path) -> bool:
-    """Tell whether a run's training came to its end."""
-    ends = [line.event["status"] for line in read_events(run) if line.event["kind"] == "finish"]
-    return bool(ends) and ends[-1] == "FINISHED"
 
 
 def _remove(path: Path) -> None:

@@ -15,6 +15,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 from pipeline.config import Config
 from pipeline.errors import PipelineError
@@ -53,6 +54,13 @@ class FoldsReport:
         total = len(self.folders) + len(self.failures)
         failed = [f"failed: fold {fold}: {reason}" for fold, reason in self.failures.items()]
         return "\n".join([f"{len(self.folders)} of {total} folds are trained", *failed])
+
+
+class _Todo(NamedTuple):
+    """A fold to be trained, from its checkpoint or anew."""
+
+    task: FoldTask
+    resume: bool
 
 
 @dataclass(frozen=True)
@@ -97,16 +105,51 @@ def run(config: Config, *, resume: bool = False, device: str = "auto", jobs: int
     Raises:
         PipelineError: nothing can be trained, or there is nothing to resume.
     """
-    devices = shared_out(device, jobs)
-    for one in devices:
-        pick_device(one)  # Refused here once, rather than by each worker.
+    devices = _devices(device, jobs)
     tasks = fold_tasks(config, "all", devices[0])
     if resume:
         refuse_nothing_to_resume(tasks)
-    todo = [task for task in tasks if not (resume and task.is_finished)]
+    left = [task for task in tasks if not (resume and task.is_finished)]
+    return _trained(tasks, [_Todo(task, resume and task.checkpoint.exists()) for task in left], devices)
+
+
+def complete(config: Config, *, device: str = "auto") -> FoldsReport:
+    """Train the folds of an experiment that are not finished, each from its checkpoint where there is one of this very
+    training.
+
+    Args:
+        config: the experiment; its data are preprocessed.
+        device: as of `run`.
+
+    Returns:
+        What became of each fold.
+
+    Raises:
+        PipelineError: nothing can be trained.
+    """
+    devices = _devices(device, None)
+    tasks = fold_tasks(config, "all", devices[0])
+    left = [task for task in tasks if not task.is_finished]
+    return _trained(tasks, [_Todo(task, task.is_begun and task.checkpoint.exists()) for task in left], devices)
+
+
+def _devices(device: str, jobs: int | None) -> list[str]:
+    """Return the device of each worker.
+
+    Raises:
+        PipelineError: one of them is not there: refused here once, rather than by each worker.
+    """
+    devices = shared_out(device, jobs)
+    for one in devices:
+        pick_device(one)
+    return devices
+
+
+def _trained(tasks: Sequence[FoldTask], todo: Sequence[_Todo], devices: Sequence[str]) -> FoldsReport:
+    """Train what is to be done of an experiment's folds, and report on all."""
     failures: dict[int, str] = {}
     if todo:
-        with _experiment_run(todo[0], failures), closing(_outcomes(todo, resume, devices)) as outcomes:
+        with _experiment_run(todo[0].task, failures), closing(_outcomes(todo, devices)) as outcomes:
             for task, reason in outcomes:
                 if reason is not None:
                     log.error("fold %d: %s", task.fold, reason)
@@ -116,10 +159,7 @@ def run(config: Config, *, resume: bool = False, device: str = "auto", jobs: int
 
 @contextmanager
 def _experiment_run(task: FoldTask, failures: Mapping[int, str]) -> Iterator[None]:
-    """Have the run in MLflow that the folds' runs are children of, and say at the end how it went.
-
-    It is begun here, since workers that start together would each begin one.
-    """
+    """Have the run in MLflow that the folds' runs are children of, and say at the end how it went."""
     run_log = experiment_run(task)
     status: Status = "KILLED"
     try:
@@ -131,18 +171,16 @@ def _experiment_run(task: FoldTask, failures: Mapping[int, str]) -> Iterator[Non
         send_pending(run_log.folder, limit_s=TRACKING_WAIT_S)
 
 
-def _outcomes(
-    tasks: Sequence[FoldTask], resume: bool, devices: Sequence[str]
-) -> Generator[tuple[FoldTask, str | None]]:
+def _outcomes(todo: Sequence[_Todo], devices: Sequence[str]) -> Generator[tuple[FoldTask, str | None]]:
     """Train folds and yield each with why it failed, or None."""
-    return _one_by_one(tasks, resume) if len(devices) == 1 else _side_by_side(tasks, resume, devices)
+    return _one_by_one(todo) if len(devices) == 1 else _side_by_side(todo, devices)
 
 
-def _one_by_one(tasks: Sequence[FoldTask], resume: bool) -> Generator[tuple[FoldTask, str | None]]:
+def _one_by_one(todo: Sequence[_Todo]) -> Generator[tuple[FoldTask, str | None]]:
     """Train folds in this process, one after another."""
-    for task in tasks:
+    for task, resume in todo:
         try:
-            train_fold(task, resume=resume and task.checkpoint.exists())
+            train_fold(task, resume=resume)
         except PipelineError as error:
             yield task, str(error)
         except Exception as error:
@@ -152,17 +190,15 @@ def _one_by_one(tasks: Sequence[FoldTask], resume: bool) -> Generator[tuple[Fold
             yield task, None
 
 
-def _side_by_side(
-    tasks: Sequence[FoldTask], resume: bool, devices: Sequence[str]
-) -> Generator[tuple[FoldTask, str | None]]:
+def _side_by_side(todo: Sequence[_Todo], devices: Sequence[str]) -> Generator[tuple[FoldTask, str | None]]:
     """Train folds in processes, one on each device at a time; whatever ends this ends them."""
     threads = threads_per_worker(len(devices))
-    waiting, free, running = deque(tasks), deque(devices), list[_Running]()
+    waiting, free, running = deque(todo), deque(devices), list[_Running]()
     with TemporaryDirectory(prefix="medseg-folds-") as folder:
         try:
             while waiting or running:
                 while waiting and free:
-                    running.append(_start(waiting.popleft(), resume, free.popleft(), threads, Path(folder)))
+                    running.append(_start(*waiting.popleft(), free.popleft(), threads, Path(folder)))
                 for worker in [worker for worker in running if worker.process.poll() is not None]:
                     running.remove(worker)
                     worker.close()
@@ -178,7 +214,7 @@ def _start(task: FoldTask, resume: bool, device: str, threads: int, folder: Path
     order = FoldOrder(
         config=task.config,
         fold=task.fold,
-        resume=resume and task.checkpoint.exists(),
+        resume=resume,
         reason=folder / f"fold_{task.fold}.txt",
         device=device,
         threads=threads,

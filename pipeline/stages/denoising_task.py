@@ -85,7 +85,8 @@ class DenoisingValidation:
     def scores(self, cases: Sequence[Case], reached: Callable[[str], None] = unheard) -> dict[str, float]:
         """Return the mean PSNR of the denoised volumes, and what it gained over the noisy ones, the "score".
 
-        Channels that a case lacks are left out. Without a case the score is 0.
+        Channels that a case lacks are left out, and cases that are constant, which have no PSNR. Without a case the
+        scores are 0.
 
         Raises:
             ModelError: the network's output is infinite or not a number.
@@ -95,11 +96,12 @@ class DenoisingValidation:
             reached(case.id)
             mine.append(self._psnr_db(case))
         found = gathered(torch.tensor(mine, dtype=torch.float64).reshape(-1, 2), len(cases)).numpy()
+        found = found[np.isfinite(found).all(axis=1)]
         psnr, gain = found.mean(axis=0) if len(found) else (0.0, 0.0)
         return {"psnr_db": float(psnr), "psnr_gain_db": float(gain), "score": float(gain)}
 
     def _psnr_db(self, case: Case) -> tuple[float, float]:
-        """Return a case's PSNR once it is denoised, and what it gained."""
+        """Return a case's PSNR once it is denoised, and what it gained; no numbers for a constant case."""
         clean, noisy, denoised = self._volumes(case)
         present = [i for i, channel in enumerate(self.task.plan.channels) if channel in case.images]
         before, after = (psnr_db(image[present], clean[present]) for image in (noisy, denoised))

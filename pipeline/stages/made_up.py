@@ -22,8 +22,7 @@ from pipeline.hardware import give_freed_memory_back, keep_freed_memory, peak_me
 from pipeline.preparation.preprocessing import sample_class_voxels
 from pipeline.stages.fold.task import FoldTask
 from pipeline.stages.step_memory import task_of
-from pipeline.training.budget import pace_of
-from pipeline.training.loop import train_step
+from pipeline.training.loop import pace_of_training
 
 # Steps that are measured; fewer where they take longer than a minute.
 STEPS, LONGEST_S = 20, 60.0
@@ -64,18 +63,13 @@ def measured(
         state = task.new_state()
         rate = task.schedule(state)(0, 1)
         with closing(task.batches(state.network)) as batches:
-
-            def step() -> None:
-                train_step(state, batches, rate, task.settings)
-                state.sums.loss.item()  # waits for the device
-
-            pace = pace_of(step, most_steps=steps, within_s=LONGEST_S)
-        peak = peak_memory_bytes(device)
+            pace = pace_of_training(state, batches, rate, task.settings, most_steps=steps, within_s=LONGEST_S)
         cases = task.validation_cases
         start = time.monotonic()
         task.validation(state.network).scores(cases)
         voxels = sum(math.prod(task.store.open(case.id).shape[1:]) for case in cases)
-        return Measured(pace.steps, pace.step_s, (time.monotonic() - start) / voxels, peak)
+        voxel_s = (time.monotonic() - start) / voxels
+        return Measured(pace.steps, pace.step_s, voxel_s, peak_memory_bytes(device))
 
 
 @contextmanager

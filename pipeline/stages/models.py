@@ -11,6 +11,7 @@ from pipeline.config_loading import load_config
 from pipeline.errors import ModelError
 from pipeline.model import DESCRIPTION
 from pipeline.stages.workspace import Workspace
+from pipeline.tracking.log import final_status, is_tracked
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +65,10 @@ def resolve_model(text: str, workspace: Path, uri: str | None = None) -> Path:
 
 
 def has_ended(run: Path) -> bool:
-    """Tell whether the training in a run's folder has come to its end: the last model is written then."""
-    return (run / LAST / DESCRIPTION).is_file()
+    """Tell whether the training in a run's folder has come to its end: the last model is written, and the log, where
+    there is one, says so after it.
+    """
+    return (run / LAST / DESCRIPTION).is_file() and (not is_tracked(run) or final_status(run) == "FINISHED")
 
 
 def models_of_experiment(experiment: Path) -> list[Path]:

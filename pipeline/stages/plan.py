@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -32,6 +33,9 @@ log = logging.getLogger(__name__)
 
 EXPECTED = ".expected.json"
 
+# What takes disk, as people read it.
+STORE, RUNS = "disk of the store", "disk of a fold's run"
+
 
 @dataclass(frozen=True)
 class Expected:
@@ -42,6 +46,8 @@ class Expected:
         training_bytes: of the GPU's memory, or on a CPU of the process's: measured where it was, else as computed.
         computed_bytes: what a step takes by the shapes of its tensors alone.
         cases_bytes: of the prepared cases at most, on disk or in memory.
+        run_bytes: on disk of one fold's run: checkpoint, best and last model, and MLflow's copy of the best.
+        is_gpu: whether the training's memory is a GPU's.
         step_s: seconds of a step.
         fold_hours: of one fold, by the configured budget.
         all_hours: of all folds, one after another.
@@ -52,6 +58,8 @@ class Expected:
     training_bytes: int
     computed_bytes: int
     cases_bytes: int
+    run_bytes: int
+    is_gpu: bool
     step_s: float | None
     fold_hours: float | None
     all_hours: float | None
@@ -122,17 +130,20 @@ def _expected(task: FoldTask, facts: Fingerprint, cases: Sequence[CaseExaminatio
     if not (elsewhere and device == "auto"):
         found = _measured_here(task, facts, chosen)
     hours = None if found is None else _fold_hours(task, cases, found)
-    context = GPU_CONTEXT_BYTES if chosen.type == "cuda" or (elsewhere and found is None) else 0
+    is_gpu = chosen.type == "cuda" or (elsewhere and found is None)
+    context = GPU_CONTEXT_BYTES if is_gpu else 0
     is_measured = found is not None and found.peak_bytes is not None
     return Expected(
         device=None if found is None else device_name(chosen),
         training_bytes=(found.peak_bytes + context) if found and found.peak_bytes else step.peak_bytes + context,
         computed_bytes=step.peak_bytes,
         cases_bytes=sum(stored_bytes(case, task.plan) for case in cases),
+        run_bytes=step.kept_bytes + 3 * step.weights_bytes,
+        is_gpu=is_gpu,
         step_s=None if found is None else found.step_s,
         fold_hours=hours,
         all_hours=None if hours is None else hours * len(task.manifest.folds),
-        reasons=_reasons(config, chosen, found, is_measured=is_measured),
+        reasons=_reasons(config, chosen, found, is_measured=is_measured, is_gpu=is_gpu),
     )
 
 
@@ -152,29 +163,32 @@ def _measured_here(task: FoldTask, facts: Fingerprint, device: torch.device) -> 
 
 
 def _fold_hours(task: FoldTask, cases: Sequence[CaseExamination], found: Measured) -> float:
-    """Return the hours of one fold: steps, and validations of its share of the cases that are scored."""
+    """Return the hours of one fold: steps, validations of its share of the cases that are scored, and calibration."""
     section = task.config.training
     if section.budget.minutes is not None:
         return section.budget.minutes / 60
     steps = section.budgeted_steps or 0
-    validations = max(1, steps // (section.validation_every_epochs * section.steps_per_epoch))
+    validations = ceil(steps / (section.validation_every_epochs * section.steps_per_epoch)) + task.calibration_passes
     scored = [planned_voxels(case, task.plan) for case in cases if case.label or not task.needs_labels]
     voxels = sum(scored) / max(1, len(task.manifest.folds))
     return (steps * found.step_s + validations * voxels * found.voxel_s) / 3600
 
 
-def _reasons(config: Config, device: torch.device, found: Measured | None, *, is_measured: bool) -> dict[str, str]:
+def _reasons(
+    config: Config, device: torch.device, found: Measured | None, *, is_measured: bool, is_gpu: bool
+) -> dict[str, str]:
     """Say what each expectation was found from."""
     how = "by the shapes of a step's tensors, measured nowhere"
     if found is not None:
-        how = f"the most that {found.steps} steps on made-up patches took on {device_name(device)}"
+        how = f"the most that {found.steps} steps and a validation on made-up cases took on {device_name(device)}"
     minutes = config.training.budget.minutes is not None
     hours = "the configured minutes" if minutes else "the configured steps, and validations by one made-up case"
     return {
-        "memory": how if is_measured or found is None else "by the shapes of a step's tensors",
+        _memory_name(is_gpu=is_gpu): how if is_measured or found is None else "by the shapes of a step's tensors",
         "memory of the cases": "besides, where a quarter of the free memory holds them and a step leaves as much; else "
         "they are read from disk",
-        "disk": "of the store at most: float16 images and labels, as if nothing were cropped or compressed",
+        STORE: "at most: float16 images and labels, as if nothing were cropped or compressed",
+        RUNS: "its checkpoint, best and last model, and MLflow's copy of the best; label maps and pictures besides",
         "step": "its batch drawn, augmented and learned from" if found else "the GPU that is planned for is not here",
         "time": hours if found else "the GPU that is planned for is not here",
     }
@@ -186,12 +200,18 @@ def _texts(expected: Expected) -> dict[str, str]:
     if expected.fold_hours is not None and expected.all_hours is not None:
         times = f"{_duration(expected.fold_hours)} a fold, {_duration(expected.all_hours)} for all folds"
     return {
-        "memory": _gigabytes(expected.training_bytes),
+        _memory_name(is_gpu=expected.is_gpu): _gigabytes(expected.training_bytes),
         "memory of the cases": _gigabytes(expected.cases_bytes),
-        "disk": _gigabytes(expected.cases_bytes),
+        STORE: _gigabytes(expected.cases_bytes),
+        RUNS: _gigabytes(expected.run_bytes),
         "step": "not measured" if expected.step_s is None else f"{expected.step_s:.3g} s",
         "time": times,
     }
+
+
+def _memory_name(*, is_gpu: bool) -> str:
+    """Return whose memory a training takes, as people read it."""
+    return "GPU memory" if is_gpu else "memory of the process"
 
 
 def _gigabytes(number: int) -> str:

@@ -16,6 +16,7 @@ from pipeline.errors import ManifestError, ModelError, StoreError
 from pipeline.records import write_json
 from pipeline.stages import preprocess
 from pipeline.stages.dataset import dataset_of
+from pipeline.stages.fold.identity import initial_model_of
 from pipeline.stages.fold.record import (
     ARITHMETIC_TAG,
     MANIFEST,
@@ -26,7 +27,7 @@ from pipeline.stages.fold.record import (
     tags_of,
 )
 from pipeline.stages.fold.run import complete_fold
-from pipeline.stages.fold.task import FoldTask, initial_model_of
+from pipeline.stages.fold.task import FoldTask
 from pipeline.stages.initial_weights import initial_digest
 from pipeline.stages.initialisation import INITIAL_DIGEST_TAG
 from pipeline.stages.preprocess import KEYS

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from pipeline.config import Config
-from pipeline.errors import ManifestError
+from pipeline.errors import ManifestError, TrainingError
 from pipeline.inference.postprocessing import common_rules
 from pipeline.model import model_digest
 from pipeline.records import digest_of, write_text
-from pipeline.stages import check, evaluate, preprocess, train
+from pipeline.stages import check, cross_validation, evaluate, preprocess, train
+from pipeline.stages.cross_validation import FoldsReport
 from pipeline.stages.evaluate import EvaluationReport
 from pipeline.stages.fold.run import complete_fold
 from pipeline.stages.fold.task import FoldTask
@@ -31,7 +32,8 @@ def run(config: Config, *, fold: str = "0", device: str = "auto", jobs: int | No
     Args:
         config: the experiment.
         fold: the fold to hold out, or "all".
-        device: auto, cpu, cuda or cuda:N.
+        device: auto, cpu, cuda or cuda:N; of all folds several with commas between them, each of which trains one
+            after another.
         jobs: processes of check and preprocess; None: as many as cores and memory admit.
 
     Returns:
@@ -39,6 +41,7 @@ def run(config: Config, *, fold: str = "0", device: str = "auto", jobs: int | No
 
     Raises:
         ManifestError: the check found errors; names them all.
+        TrainingError: of all folds some failed; names them. The others are trained and evaluated.
     """
     report = check.run(config.data.manifest, root=config.data.root, workspace=config.workspace, jobs=jobs)
     log.info("%s", report.as_text())
@@ -47,24 +50,32 @@ def run(config: Config, *, fold: str = "0", device: str = "auto", jobs: int | No
             f"{config.data.manifest}: the check found errors, named above; mend them, or drop the cases"
         )
     preprocess.run(config, jobs=jobs)
-    tasks = train.fold_tasks(config, fold, device)
-    for task in tasks:
-        _train_and_evaluate(task)
+    first_device = device.split(",")[0] if fold == "all" else device
+    tasks = train.fold_tasks(config, fold, first_device)
+    trained = _trained(config, tasks, device if fold == "all" else None)
+    if config.task == "segment":
+        for task in tasks:
+            if task.fold in trained.folders:
+                _evaluate_if_stale(task.folder, _evaluation_digest(task), partial(_evaluate_best, task))
+    if trained.failures:
+        raise TrainingError(trained.as_text())
     if len(tasks) > 1 and config.task == "segment":
         folder = Workspace(config.workspace).experiment(config.name)
         made_from = digest_of([_evaluation_digest(task) for task in tasks])
-        _evaluate_if_stale(folder, made_from, partial(evaluate.run, config, device=device))
+        _evaluate_if_stale(folder, made_from, partial(evaluate.run, config, device=first_device))
     return [task.folder for task in tasks]
 
 
-def _train_and_evaluate(task: FoldTask) -> None:
-    """Bring one fold's run folder up to date; what does not segment is not evaluated."""
-    if task.is_finished:
-        log.info("fold %d: trained already, in %s", task.fold, task.folder)
-    else:
-        complete_fold(task)
-    if task.config.task == "segment":
-        _evaluate_if_stale(task.folder, _evaluation_digest(task), partial(_evaluate_best, task))
+def _trained(config: Config, tasks: Sequence[FoldTask], devices: str | None) -> FoldsReport:
+    """Train one fold, or where devices are named all of them, as far as they are not finished."""
+    for task in tasks:
+        if task.is_finished:
+            log.info("fold %d: trained already, in %s", task.fold, task.folder)
+    if devices is not None:
+        return cross_validation.complete(config, device=devices)
+    (task,) = tasks
+    complete_fold(task)
+    return FoldsReport({task.fold: task.folder}, {})
 
 
 def _evaluate_best(task: FoldTask) -> EvaluationReport:

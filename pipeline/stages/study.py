@@ -15,13 +15,13 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from pipeline.config import Config
-from pipeline.config_loading import as_override, load_config, with_absolute_paths
+from pipeline.config_loading import as_override, load_config, record_problem, with_absolute_paths
 from pipeline.config_yaml import Problem, read_file
 from pipeline.errors import ConfigError, EvaluationError, PipelineError
 from pipeline.evaluation.comparison.members import Member, MemberRun
 from pipeline.records import Record
 from pipeline.stages.dataset import dataset_of
-from pipeline.stages.fold.task import configuration_digest, initial_model_of
+from pipeline.stages.fold.identity import configuration_digest, initial_model_of
 from pipeline.stages.initial_weights import initial_digest
 from pipeline.stages.member_runs import budget_of, read_run
 from pipeline.stages.models import FACTS
@@ -52,10 +52,6 @@ class Study(Record):
     folds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
     overrides: dict[str, Any] = Field(default={}, alias="set")
     baseline: str | None = None
-
-
-# What a study says of a key that it has not.
-_UNKNOWN = {"extra_forbidden": "unknown key, expected one of name, configs, seeds, folds, set, baseline"}
 
 
 @dataclass(frozen=True)
@@ -122,9 +118,7 @@ def load_study(path: Path) -> Study:
     try:
         study = Study.model_validate_json(json.dumps(tree.plain), strict=True)
     except ValidationError as error:
-        for found in error.errors(include_url=False):
-            keys = tuple(map(str, found["loc"]))
-            problems.append(Problem(tree.place_of(keys), ".".join(keys), _UNKNOWN.get(found["type"], found["msg"])))
+        problems += [record_problem(tree, found, Study) for found in error.errors()]
     if problems:
         raise ConfigError("\n".join(map(str, sorted(problems))))
     folder = path.parent.resolve()

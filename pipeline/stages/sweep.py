@@ -21,8 +21,8 @@ from pipeline.progress import lines_only
 from pipeline.records import digest_of, exclusively, write_json, write_text
 from pipeline.stages import preprocess
 from pipeline.stages.dataset import dataset_of
+from pipeline.stages.fold.identity import configuration_digest
 from pipeline.stages.fold.run import complete_fold
-from pipeline.stages.fold.task import configuration_digest
 from pipeline.stages.models import BEST
 from pipeline.stages.sweeping.search import Outcome, Search, Trial
 from pipeline.stages.sweeping.study import Checks, SweepStudy, load_sweep
@@ -227,11 +227,10 @@ def _score(study: SweepStudy, scores: dict[str, float]) -> float:
 
 
 def _sweep_run(study: SweepStudy, base: Config, folder: Path) -> RunLog:
-    """Open the run in MLflow whose children the trials are, or begin it; one process at a time."""
-    with exclusively(folder / ".tracking-of-all.lock"):
-        return RunLog.ensure_parent(
-            folder, uri=base.tracking.uri, workspace=base.workspace, experiment=_experiment(base), name=study.name
-        )
+    """Open the run in MLflow whose children the trials are, or begin it."""
+    return RunLog.ensure_parent(
+        folder, uri=base.tracking.uri, workspace=base.workspace, experiment=_experiment(base), name=study.name
+    )
 
 
 def _trial_run(study: SweepStudy, trial: Trial, base: Config, name: str) -> RunLog:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pipeline.errors import ModelError
-from pipeline.records import Record, write_json
+from pipeline.records import Record, exclusively, write_json
 
 log = logging.getLogger(__name__)
 
@@ -138,12 +138,15 @@ class RunLog:
 
     @classmethod
     def ensure_parent(cls, folder: Path, *, uri: str | None, workspace: Path, experiment: str, name: str) -> RunLog:
-        """Open the parent run of an experiment's folds, or create it where there is none yet at this place."""
-        if (folder / STATE).exists():
-            state = read_state(folder)
-            if (state.uri, state.experiment) == (tracking_uri(uri, workspace), experiment):
-                return cls(folder)
-        return cls.create(folder, uri=uri, workspace=workspace, experiment=experiment, name=name)
+        """Open the parent run of an experiment's folds, or create it where there is none yet at this place; of several
+        processes one does.
+        """
+        with exclusively(folder / ".parent.lock"):
+            if (folder / STATE).exists():
+                state = read_state(folder)
+                if (state.uri, state.experiment) == (tracking_uri(uri, workspace), experiment):
+                    return cls(folder)
+            return cls.create(folder, uri=uri, workspace=workspace, experiment=experiment, name=name)
 
     @classmethod
     def attach(cls, folder: Path, *, uri: str | None, workspace: Path, run_id: str, name: str) -> RunLog:
@@ -311,6 +314,12 @@ def read_events(folder: Path, start: int = 0) -> Iterator[Line]:
             except ValueError:
                 if line.strip():
                     log.warning("%s: skipped a torn line that ends at byte %d", path, start)
+
+
+def final_status(folder: Path) -> Status | None:
+    """Return how a run has ended by its own log; None: it has not, or it goes on again."""
+    turns = [event for event, _ in read_events(folder) if event["kind"] in ("finish", "resume")]
+    return turns[-1].get("status") if turns else None
 
 
 def metric_history(folder: Path) -> dict[str, list[tuple[int, float]]]:

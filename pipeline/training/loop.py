@@ -8,6 +8,7 @@ it would have had; unless its budget is in minutes, for then the clock has a say
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from pipeline.errors import TrainingError
 from pipeline.hardware import autocast
-from pipeline.training.budget import Recount, unchanged
+from pipeline.training.budget import Pace, Recount, pace_of, unchanged
 from pipeline.training.diagnosis.stopwatch import CHECKPOINTS, LOGGING, STEPS, VALIDATION, WAITING, Clock, untimed
 from pipeline.training.distributed import average_buffers, averaged, this_share, unsynchronised
 from pipeline.training.losses.target import Target
@@ -186,6 +187,24 @@ def train_step(
             update_average(state.average, state.followed, settings.ema_decay, state.step)
 
 
+def pace_of_training(
+    state: TrainState,
+    batches: Batches,
+    learning_rate: float,
+    settings: LoopSettings,
+    *,
+    most_steps: int,
+    within_s: float,
+) -> Pace:
+    """Return how fast steps are done, the wait for the device included; as `pace_of`."""
+
+    def step() -> None:
+        train_step(state, batches, learning_rate, settings)
+        state.sums.loss.item()  # waits for the device
+
+    return pace_of(step, most_steps=most_steps, within_s=within_s)
+
+
 def _backward(state: TrainState, batch: Batch, number: int, settings: LoopSettings) -> Tensor:
     """Add a batch's share to the gradients, and return its loss."""
     loss = batch_loss(state.step_module, batch, number, settings)
@@ -223,8 +242,14 @@ def _validation_due(state: TrainState, settings: LoopSettings) -> bool:
 
 
 def _validate(state: TrainState, hooks: Hooks) -> dict[str, float]:
-    """Score full volumes, and keep the model where none was better so far: of equal ones the last."""
+    """Score full volumes, and keep the model where none was better so far: of equal ones the last.
+
+    Raises:
+        ValueError: the score is infinite or no number, by which no model could be chosen.
+    """
     scores = hooks.validate(state)
+    if not math.isfinite(scores["score"]):
+        raise ValueError(f"validation at step {state.step}: the score is {scores['score']}; expected a finite number")
     state.stale_validations = 0 if scores["score"] > state.best_score else state.stale_validations + 1
     if scores["score"] >= state.best_score:
         state.best_score, state.best_step = scores["score"], state.step

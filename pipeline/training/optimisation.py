@@ -62,7 +62,7 @@ def sgd(
 
 
 def cosine(peak: float, warmup_fraction: float = 0.05) -> Schedule:
-    """Return a linear rise to `peak`, then a half cosine to 0 at the last step (Loshchilov and Hutter 2017)."""
+    """Return a linear rise to `peak`, then a half cosine, 0 as the budget ends (Loshchilov and Hutter 2017)."""
     return _with_warmup(peak, warmup_fraction, lambda progress: 0.5 * (1 + math.cos(math.pi * progress)))
 
 
@@ -97,6 +97,8 @@ def constant(peak: float, warmup_fraction: float = 0.05) -> Schedule:
 
 
 OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": adamw, "sgd": sgd}
+# Copies of the weights that each keeps.
+MOMENTS = {"adamw": 2, "sgd": 1}
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "cosine": cosine,

@@ -1,4 +1,4 @@
-"""TrainState: all that a resumed training needs, and the only mutable type of the package."""
+"""TrainState: all that a resumed training needs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class EpochSums:
 
 @dataclass
 class TrainState:
-    """All that a resumed run needs, and the only mutable type of the package.
+    """All that a resumed run needs; changed in place, step by step.
 
     Attributes:
         objective: the network with its loss.

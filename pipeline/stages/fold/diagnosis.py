@@ -121,12 +121,12 @@ class FoldDiagnosis:
             report(watchdog.last)
 
     def place(self) -> str:
-        """Say what is worked on: the case that was reached, or the cases of the batch."""
+        """Say what is worked on: the case that was reached or is being read, or the cases of the batch."""
         if self.clock.case:
             return f"case {self.clock.case}"
         if self.clock.phase not in (WAITING, AUGMENTATION, STEPS):
             return f"step {self.state.step}"
-        return f"step {self.state.step}, {named(self.batches.cases_of(self._number))}"
+        return f"step {self.state.step}, {named(self.batches.cases_at_work(self._number))}"
 
     def not_finite(self, schedule: Schedule, bad_step: int) -> TrainingError:
         """Return the error for a loss or gradient that was not finite, after the steps before it were done again."""
@@ -205,6 +205,7 @@ def _earliest(order: Sequence[int], said: str) -> str:
         order: which of several findings is earlier; of as many numbers everywhere, less than a million.
         said: "" where this process has found nothing.
     """
+    # As text that may be cut off: digits come first, and sort as the numbers do.
     mine = " ".join(f"{number + 1:07d}" for number in order) + f"\n{said}" if said else ""
     found = [text.partition("\n") for text in gathered_texts(mine) if text]
     first = min((order for order, _, _ in found), default="")

@@ -11,7 +11,6 @@ from pathlib import Path
 from pipeline import __version__
 from pipeline.config import Config
 from pipeline.config_loading import dump_config
-from pipeline.data.manifest import Case
 from pipeline.errors import TrainingError
 from pipeline.model import Model, ModelDescription, save_model
 from pipeline.records import atomic_path
@@ -59,17 +58,17 @@ class FoldHooks:
     def validate(self, state: TrainState) -> dict[str, float]:
         """Score the volumes of the fold held out, and draw the first."""
         with averaged_weights(state):
-            for case in self.task.validation_cases[:1]:
-                self.draw(case, state.step)
+            self.draw_first(state.step)
             return self.validation.scores(self.task.validation_cases, self.diagnosis.clock.reached)
 
-    def draw(self, case: Case, step: int) -> None:
-        """Log a picture of a case: MLflow shows how it changes over the steps."""
-        if not self.share.is_first:
+    def draw_first(self, step: int) -> None:
+        """Log a picture of the first validation case: MLflow shows how it changes over the steps."""
+        cases = self.task.validation_cases
+        if not (cases and self.share.is_first):
             return
         path = self.task.folder / "pictures" / f"step_{step:07d}.png"
         with atomic_path(path) as temporary:
-            self.validation.picture(case, f"step {step}").savefig(temporary)
+            self.validation.picture(cases[0], f"step {step}").savefig(temporary)
         self.tracked.image("validation", path, step)
 
     def improved(self, state: TrainState, scores: dict[str, float]) -> None:

@@ -16,6 +16,7 @@ from pipeline.networks.footprint import StepFootprint, step_footprint
 from pipeline.networks.recomputing import recompute_activations
 from pipeline.training.distributed import this_share
 from pipeline.training.losses import Target
+from pipeline.training.optimisation import MOMENTS
 
 if TYPE_CHECKING:
     from pipeline.stages.fold.task import FoldTask
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
 # Share of a GPU's free memory that a step's tensors may have: kernels rearrange what they compute with, and the
 # allocator leaves gaps.
 GPU_SHARE = 0.8
-
-# Copies of the weights that an optimiser keeps.
-_MOMENTS = {"adamw": 2, "sgd": 1}
 
 
 def step_of(task: FoldTask, dtype: torch.dtype) -> StepFootprint:
@@ -44,7 +42,7 @@ def step_of(task: FoldTask, dtype: torch.dtype) -> StepFootprint:
     objective = plain.objective(network)
     if section.activation_checkpointing:
         recompute_activations(network, nullcontext)
-    copies = _MOMENTS.get(section.optimiser, 2) + (section.ema_decay is not None)
+    copies = MOMENTS[section.optimiser] + (section.ema_decay is not None)
     return step_footprint(objective, (image, target), copies=copies, dtype=dtype)
 
 
@@ -54,4 +52,6 @@ def blank_batch(task: FoldTask, network: Network) -> tuple[Tensor, Target | Tens
     image = torch.randn(count, len(task.plan.channels), *network.input_size(patch))
     if task.config.task == "denoise":
         return image, torch.randn(count, task.outputs, *patch)
-    return image, Target(torch.zeros(count, *patch, dtype=torch.int64))
+    is_partly = any(case.annotated_classes is not None for case in task.manifest.cases)
+    annotated = torch.ones(count, len(task.plan.labels), dtype=torch.bool) if is_partly else None
+    return image, Target(torch.zeros(count, *patch, dtype=torch.int64), annotated)

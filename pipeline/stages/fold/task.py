@@ -17,25 +17,25 @@ from pipeline.config import AugmentationSection, Config
 from pipeline.data.manifest import Case, Manifest
 from pipeline.data.plan import Fingerprint, Plan, read_plan
 from pipeline.data.store import CaseStore
-from pipeline.errors import ConfigError, ModelError, StoreError, config_errors_of
-from pipeline.hardware import arithmetic_facts, autocast, pick_dtype, place
+from pipeline.errors import ConfigError, StoreError, config_errors_of
+from pipeline.hardware import arithmetic_facts, autocast, compiled_to_train, pick_dtype, place
 from pipeline.networks import Network
 from pipeline.networks.fitting import fitted_plan, network_for, outputs_of
 from pipeline.networks.recomputing import recompute_activations
 from pipeline.predictor import Engine, Predictor
-from pipeline.records import digest_of
 from pipeline.stages.fold.calibrating import PASS_COST, TEMPERATURE_CASES, calibration_of
+from pipeline.stages.fold.identity import configuration_digest, initial_model_of
 from pipeline.stages.fold.step_size import GPU_SHARE, step_of
 from pipeline.stages.fold.validation import DiceValidation, Validation
-from pipeline.stages.initial_weights import find_initial, initial_digest
+from pipeline.stages.initial_weights import initial_digest
 from pipeline.stages.models import FACTS, has_ended
 from pipeline.stages.preprocess import CASES, KEYS, sources_digest
 from pipeline.stages.settling import plan_path
 from pipeline.stages.workspace import Workspace
 from pipeline.training.batch_norm import pool_batch_norms, pools_statistics
 from pipeline.training.diagnosis.stopwatch import Clock, unheard, untimed
-from pipeline.training.distributed import this_share
-from pipeline.training.loop import LoopSettings
+from pipeline.training.distributed import synchronised, this_share
+from pipeline.training.loop import Batch, LoopSettings
 from pipeline.training.losses import Objective, build_loss, check_class_weights
 from pipeline.training.optimisation import Schedule, build_optimiser, build_schedule
 from pipeline.training.randomness import torch_seed
@@ -213,7 +213,8 @@ class FoldTask:
         return LoopSettings(
             steps_per_epoch=section.steps_per_epoch,
             validation_every_epochs=section.validation_every_epochs,
-            early_stop_validations=section.early_stop_validations,
+            # Where nothing is scored, nothing gets better.
+            early_stop_validations=section.early_stop_validations if self.validation_cases else None,
             checkpoint_s=60 * section.checkpoint_minutes,
             gradient_clip=section.gradient_clip,
             ema_decay=section.ema_decay,
@@ -242,6 +243,13 @@ class FoldTask:
             optimiser = build_optimiser(network, section)
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         return TrainState.begin(objective, optimiser, scaler, ema=section.ema_decay is not None)
+
+    def wrap_step(self, state: TrainState, batches: Callable[[int], Batch]) -> None:
+        """Compile what a step calls, where it is to be and works here, and join it to other processes."""
+        if self.config.training.compile:
+            state.objective.compile_network_only()
+            state.step_module = compiled_to_train(state.step_module, batches(0), self.dtype)
+        state.step_module = synchronised(state.step_module)
 
     def schedule(self, state: TrainState) -> Schedule:
         """Return the course of the learning rate.
@@ -277,9 +285,7 @@ class FoldTask:
         return DiceValidation(predictor, self.store)
 
     def calibration(self, model: Path, reached: Callable[[str], None] = unheard) -> Calibration | None:
-        """Learn from the validation cases how far a model's confidence can be trusted; None where there is nothing.
-
-        Only from cases in which people looked for everything: elsewhere what is right is not known.
+        """Learn from validation cases how far a model's confidence can be trusted; None where there is nothing.
 
         Args:
             model: its folder.
@@ -287,16 +293,19 @@ class FoldTask:
         """
         if self.config.task != "segment":
             return None
+        return calibration_of(model, self.store, self.calibration_cases, self.engine, reached)
+
+    @property
+    def calibration_cases(self) -> list[Case]:
+        """Validation cases in which people looked for everything: elsewhere what is right is not known."""
         structures = list(self.plan.labels)[1:]
-        cases = [case for case in self.validation_cases if case.is_annotated(structures)]
-        return calibration_of(model, self.store, cases, self.engine, reached)
+        return [case for case in self.validation_cases if case.is_annotated(structures)]
 
     @property
     def calibration_passes(self) -> float:
-        """What `calibration` costs, in validations: a pass over all cases, and one over some for the temperature."""
-        if self.config.task != "segment" or not self.validation_cases:
-            return 0.0
-        return PASS_COST * (1 + min(1.0, TEMPERATURE_CASES / len(self.validation_cases)))
+        """What `calibration` costs, in validations: a pass over its cases, and one over some for the temperature."""
+        cases = len(self.calibration_cases) if self.config.task == "segment" else 0
+        return PASS_COST * (cases + min(cases, TEMPERATURE_CASES)) / max(1, len(self.validation_cases))
 
     @property
     def augmentation(self) -> AugmentationSection:
@@ -379,32 +388,3 @@ def class_weights(of_labels: Mapping[str, float], labels: Iterable[str]) -> dict
             f"voxels of {', '.join(structures)}"
         )
     return {1 + structures.index(name): weight for name, weight in of_labels.items()}
-
-
-def initial_model_of(config: Config, fold: int) -> Path | None:
-    """Return the model, bundle or file with whose weights a fold's training begins; None: with random ones.
-
-    Raises:
-        ModelError: there is no such model.
-    """
-    if config.training.init_from is None:
-        return None
-    name = config.training.init_from.replace("{fold}", str(fold))
-    try:
-        return find_initial(name, config.workspace, config.tracking.uri)
-    except ModelError as error:
-        raise ModelError(f"training.init_from: {error}") from error
-
-
-def configuration_digest(config: Config) -> str:
-    """Return a digest of what the weights depend on besides the data: not of where they are kept and tracked.
-
-    Nor of where the initial model lies, nor of the memory that was planned for: the model's own digest and the plan's
-    are among the facts.
-    """
-    sections = {"seed", "task", "preprocessing", "network", "training", "inference"}
-    left_out = {"preprocessing": {"memory_gb"}, "training": {"init_from", "workers", "stall_minutes"}}
-    if not config.training.deterministic:  # runs that know nothing of it go on
-        left_out["training"].add("deterministic")
-    kept = config.model_dump(mode="json", include=sections, exclude=left_out)
-    return digest_of(kept)

@@ -59,8 +59,8 @@ class DiceValidation:
         """Score cases from the store, each process its share; all of them return the same.
 
         A structure that is missed, or found where there is none, counts as 0 here, for what is chosen by this score
-        must not gain from missing a structure; `evaluate` lists such cases apart. Where no case holds any structure,
-        the score is 1 for who finds none; where no case has a label, 0.
+        must not gain from missing a structure; `evaluate` lists such cases apart. Where no case holds any of the
+        structures that people looked for, the score is 1 for who finds none; where they looked for none, 0.
         """
         names = list(self.predictor.plan.structures)
         mine = []
@@ -72,7 +72,12 @@ class DiceValidation:
         means = {f"dice/{name}": float(np.mean(values)) for name, values in columns.items() if len(values)}
         if means:
             return {**means, "score": float(np.mean(list(means.values())))}
-        return {"score": 1.0 if any(case.label for case in cases) else 0.0}
+        return {"score": float(any(self._is_judged(case) for case in cases))}
+
+    def _is_judged(self, case: Case) -> bool:
+        """Tell whether people looked for any of the structures in a case."""
+        structures = Structures.of(self.predictor.plan, case)
+        return case.label is not None and len(structures.unknown) < len(structures.classes)
 
     def _dice(self, case: Case) -> list[float]:
         """Return a case's Dice per label or region; what does not count is no number."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
 import math
@@ -19,6 +18,7 @@ from pipeline.config_loading import (
     as_override,
     as_sections,
     load_config,
+    record_problem,
     with_absolute_paths,
 )
 from pipeline.config_yaml import Entry, Problem, read_file
@@ -176,7 +176,9 @@ def load_sweep(path: Path, checks: Checks | None = None) -> SweepStudy:
     try:
         study = SweepStudy.model_validate_json(json.dumps(tree.plain), strict=True)
     except ValidationError as error:
-        problems += [_problem(tree, found["loc"], found["type"], found["msg"]) for found in error.errors()]
+        for found in error.errors():
+            record = Parameter if found["loc"][0] == "parameters" else SweepStudy
+            problems.append(record_problem(tree, found, record))
     if study is not None and not problems:
         study = _settled(study, path.parent.resolve())
         problems += _parameter_problems(study, tree, checks)
@@ -196,21 +198,6 @@ def _settled(study: SweepStudy, folder: Path) -> SweepStudy:
     overrides = with_absolute_paths(study.overrides, folder)
     config = (folder / study.config).resolve()
     return study.model_copy(update={"config": config, "overrides": overrides, "parameters": parameters})
-
-
-def _problem(tree: Entry, location: tuple[int | str, ...], kind: str, message: str) -> Problem:
-    """Return one of pydantic's errors in our words."""
-    keys = tuple(map(str, location))
-    if kind == "extra_forbidden":
-        record = Parameter if keys[0] == "parameters" else SweepStudy
-        names = [field.alias or name for name, field in record.model_fields.items()]
-        near = difflib.get_close_matches(keys[-1], names, n=1)
-        message = (
-            f"unknown key, did you mean {near[0]!r}?" if near else f"unknown key, expected one of {', '.join(names)}"
-        )
-    elif kind == "missing":
-        message = "is missing"
-    return Problem(tree.place_of(keys), ".".join(keys), message.removeprefix("Value error, "))
 
 
 def _parameter_problems(study: SweepStudy, tree: Entry, checks: Checks | None) -> list[Problem]:

@@ -16,8 +16,8 @@ from pipeline.training.sampling.cases import Place
 from pipeline.training.sampling.changes import Draws
 from pipeline.training.sampling.patches import Patches, PatchSampler
 
-# Batches that are read while the network learns from one.
-READ_AHEAD = 4
+# Batches that are read while the network learns from one; more where there are more threads to read them.
+READ_AHEAD = 3
 
 
 class CaseBatches(Protocol):
@@ -29,6 +29,10 @@ class CaseBatches(Protocol):
 
     def cases_of(self, number: int) -> tuple[str, ...]:
         """Return the id of each patch's case."""
+        ...
+
+    def cases_at_work(self, number: int) -> tuple[str, ...]:
+        """Return the id of the case that is being read for a batch; of each patch's case once all are read."""
         ...
 
     def close(self) -> None:
@@ -71,7 +75,9 @@ class Batches:
         self.share = share
         self.clock = clock
         self._readers = ThreadPoolExecutor(workers, "patches") if workers else None
+        self._read_ahead = max(READ_AHEAD, workers)
         self._ahead: dict[int, Future[tuple[Patches, Draws]]] = {}
+        self._being_read: dict[int, str] = {}
 
     def __call__(self, number: int) -> tuple[Tensor, Target]:
         """Return a batch."""
@@ -92,6 +98,11 @@ class Batches:
         """Return the ids of the cases of a batch, patch by patch."""
         return tuple(self.sampler.case_of(index).id for index in self.indices(number))
 
+    def cases_at_work(self, number: int) -> tuple[str, ...]:
+        """Return the id of the case that is being read for a batch; of each patch's case once all are read."""
+        being_read = self._being_read.get(number)
+        return (being_read,) if being_read is not None else self.cases_of(number)
+
     def close(self) -> None:
         """End the threads; what they have begun to read is dropped."""
         if self._readers is not None:
@@ -102,7 +113,7 @@ class Batches:
         """Return a batch as it is read, and have those after it read."""
         if self._readers is None:
             return self._read(number)
-        coming = range(number, number + READ_AHEAD)
+        coming = range(number, number + 1 + self._read_ahead)
         # A training that goes back, or on at another place, will not ask for the others.
         for left in [ahead for ahead in self._ahead if ahead not in coming]:
             self._ahead.pop(left).cancel()
@@ -114,7 +125,10 @@ class Batches:
     def _read(self, number: int) -> tuple[Patches, Draws]:
         """Read a batch's patches, and draw how they are changed."""
         indices = self.indices(number)
-        patches = self.sampler.read(indices)
+        try:
+            patches = self.sampler.read(indices, lambda case: self._being_read.__setitem__(number, case))
+        finally:
+            self._being_read.pop(number, None)
         return patches.pinned() if self.device.type == "cuda" else patches, self.augmentation.draw(indices)
 
 

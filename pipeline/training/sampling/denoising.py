@@ -96,6 +96,10 @@ class NoisyBatches:
         """Return the id of each patch's case."""
         return self.clean.cases_of(number)
 
+    def cases_at_work(self, number: int) -> tuple[str, ...]:
+        """Return the id of the case that is being read for a batch; of each patch's case once all are read."""
+        return self.clean.cases_at_work(number)
+
     def close(self) -> None:
         """End what reads ahead."""
         self.clean.close()
@@ -110,11 +114,12 @@ def noisy_volume(image: Tensor, std: float, seed: int, case_id: str) -> Tensor:
 def psnr_db(image: Tensor, clean: Tensor) -> float:
     """Return the peak signal-to-noise ratio in dB, the peak being the clean image's range.
 
-    10 log10(range² / mean squared error); infinite where the images are equal.
+    10 log10(range² / mean squared error); infinite where the images are equal, or the clean one is constant; of both no
+    number.
 
     Args:
         image: of any shape.
-        clean: of the same shape, not constant.
+        clean: of the same shape.
     """
     low, high = clean.aminmax()
     return float(10 * torch.log10((high - low) ** 2 / (image - clean).square().mean()))

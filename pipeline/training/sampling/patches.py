@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.training.diagnosis.stopwatch import unheard
 from pipeline.training.randomness import generator
 from pipeline.training.sampling.cases import PatchCase, Size
 
@@ -83,9 +84,19 @@ class PatchSampler:
         epoch, position = divmod(index, len(self.cases))
         return self.cases[int(self._order(epoch)[position])]
 
-    def read(self, indices: Sequence[int]) -> Patches:
-        """Return patches by their numbers in the whole training, in the memory that their cases are in."""
-        images, labels = zip(*(self.patch(index) for index in indices), strict=True)
+    def read(self, indices: Sequence[int], reached: Callable[[str], None] = unheard) -> Patches:
+        """Return patches by their numbers in the whole training, in the memory that their cases are in.
+
+        Args:
+            indices: the patches' numbers.
+            reached: is told the id of each patch's case as it is begun.
+        """
+
+        def patch(index: int) -> tuple[Tensor, Tensor]:
+            reached(self.case_of(index).id)
+            return self.patch(index)
+
+        images, labels = zip(*map(patch, indices), strict=True)
         return Patches(torch.stack(images), torch.stack(labels), self._annotated(indices))
 
     def patch(self, index: int) -> tuple[Tensor, Tensor]:
