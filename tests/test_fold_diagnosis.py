@@ -5,6 +5,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -157,10 +158,11 @@ def test_a_training_is_over_once_its_log_says_so(prepared: Config) -> None:
     log, last = task.folder / "events.jsonl", task.folder / LAST / WEIGHTS
     open_files = [Path(file).resolve() for file in Path("/proc/self/fd").iterdir() if file.exists()]
     assert log.resolve() not in open_files
-    digest, lines = weights_sha256(last), log.read_text().splitlines(keepends=True)
-    assert '"FINISHED"' in lines[-1]
-    # As if it had been killed between the last model and its last word.
-    log.write_text("".join(lines[:-1]))
+    digest = weights_sha256(last)
+    assert events(task.folder, "finish")[-1]["status"] == "FINISHED"
+    # As of a process that was killed between its last model and its last word, by who sends its log.
+    with closing(RunLog.open(task.folder)) as tracked:
+        tracked.finish("KILLED")
     assert not task.is_finished
     complete_fold(task)
     assert task.is_finished
