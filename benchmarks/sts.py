@@ -11,7 +11,7 @@ scoring on the label's own grid; a tumour that is missed counts as 0.
 `--channels` are sets of the manifest's channels, commas between them, or all. Of a set only patients take part who have
 a channel of it. nnU-Net wants the channels of a patient on one grid and has no rule for one that is missing: they are
 resampled onto the label's grid, and a missing one is zeros, as medseg's configuration has it (there after
-normalisation). nnU-Net's minutes do not hold its planning, preprocessing and the ten steps that measure its speed.
+normalisation). nnU-Net's minutes do not hold its planning, preprocessing and the minute that measures its speed.
 
 OUT/results holds a file for each training that is measured, as it lands; the same command goes on with what is missing.
 Two commands may share an OUT, each with a configuration of its own on a core of its own.
@@ -32,7 +32,7 @@ from pipeline.config_loading import load_config
 from pipeline.data.manifest import Manifest, load_manifest, save_manifest
 from pipeline.evaluation.comparison.statistics import signed_rank_p, wins
 from pipeline.evaluation.statistics import estimate
-from pipeline.model import read_description
+from pipeline.model import DESCRIPTION, read_description
 from pipeline.records import write_json
 from pipeline.stages.models import LAST
 
@@ -89,7 +89,7 @@ def run_medseg(config: Path, manifest: Path, key: Key, workspace: Path) -> tuple
     run = workspace / "runs" / name / f"fold_{key.fold}"
     train_or_go_on(options, run, key.fold)
     medseg("evaluate", run / LAST, "--workspace", workspace)
-    return run / "evaluation" / "fold_last" / "predictions", read_description(run / LAST).step
+    return run / "evaluation" / "fold_last" / "predictions", read_description(run / LAST / DESCRIPTION).step
 
 
 def run_peer(python: Path, manifest: Manifest, key: Key, folder: Path) -> tuple[Path, int]:

@@ -46,25 +46,29 @@ WARM_UP = 5
 class Ours:
     """medseg's training steps: augmented batches, or one fixed batch."""
 
-    def __init__(self, task: FoldTask) -> None:
+    def __init__(self, task: FoldTask, steps: int) -> None:
         self.task, self.state = task, task.new_state()
         self.batches = task.batches(self.state.network)
-        self.bare_step = bare(task, 1)
+        self.bare_steps = bare(task, steps)
 
     def training(self, steps: int) -> float:
         """Return the seconds of so many steps, to the end of the device's work."""
-        return self._seconds(lambda: train_step(self.state, self.batches, 1e-3, self.task.settings), steps)
 
-    def bare(self, steps: int) -> float:
-        """Return the seconds of so many steps on one batch."""
-        return self._seconds(self.bare_step, steps)
+        def train() -> None:
+            for _ in range(steps):
+                train_step(self.state, self.batches, 1e-3, self.task.settings)
 
-    def _seconds(self, step: Callable[[], None], steps: int) -> float:
-        """Time so many calls."""
+        return self._seconds(train)
+
+    def bare(self) -> float:
+        """Return the seconds of a round's steps on one batch."""
+        return self._seconds(self.bare_steps)
+
+    def _seconds(self, run: Callable[[], None]) -> float:
+        """Time a call."""
         self._wait()
         start = time.perf_counter()
-        for _ in range(steps):
-            step()
+        run()
         self._wait()
         return time.perf_counter() - start
 
@@ -130,16 +134,19 @@ def main() -> None:
     task = prepared_task(chosen.config, chosen.out, chosen.device, chosen.batch)
     folder = chosen.out.resolve() / "fold_0"
     write_cases(load_manifest(task.config.data.manifest), 0, folder)
-    ours, peer = Ours(task), Peer(chosen.peer_python, folder, chosen.batch) if chosen.peer_python else None
+    ours, peer = (
+        Ours(task, chosen.steps),
+        Peer(chosen.peer_python, folder, chosen.batch) if chosen.peer_python else None,
+    )
     ours.training(WARM_UP)
-    ours.bare(WARM_UP)
+    ours.bare()
     seconds: dict[str, list[float]] = {"medseg": [], "bare": [], "nnU-Net": []}
     used: list[int] = []
     for _ in range(chosen.rounds):
         with utilisation(task.device) as found:
             seconds["medseg"].append(ours.training(chosen.steps))
         used += found
-        seconds["bare"].append(ours.bare(chosen.steps))
+        seconds["bare"].append(ours.bare())
         if peer:
             seconds["nnU-Net"].append(peer.training(chosen.steps))
     parameters = sum(p.numel() for p in ours.state.network.parameters())

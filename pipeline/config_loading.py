@@ -16,6 +16,7 @@ from pipeline.config import Config
 from pipeline.config_schema import choices, expectation, keys_named, schema_at, section_at
 from pipeline.config_yaml import Entry, Keys, Place, Problem, read_file, read_override, write_yaml
 from pipeline.errors import ConfigError
+from pipeline.records import said
 
 OptionCheck = Callable[[str, Mapping[str, Any]], list[tuple[str, str]]]
 OptionChecks = Mapping[str, OptionCheck]
@@ -325,7 +326,7 @@ def record_problem(tree: Entry, found: ErrorDetails, record: type[BaseModel]) ->
         found: the error.
         record: whose keys are known where it stands.
     """
-    keys, message = tuple(map(str, found["loc"])), found["msg"].removeprefix("Value error, ")
+    keys, message = tuple(map(str, found["loc"])), said(found)
     if found["type"] == "extra_forbidden":
         names = [field.alias or name for name, field in record.model_fields.items()]
         message = "unknown key" + (_did_you_mean(keys[-1], names) or f", expected one of {', '.join(names)}")

@@ -14,10 +14,12 @@ import pytest
 import torch
 from phantom_experiments import changed, preprocessed
 from test_end_to_end import medseg
+from typer.testing import CliRunner
 
+from pipeline.cli import app
 from pipeline.config import Config
 from pipeline.config_loading import dump_config, packaged
-from pipeline.errors import PipelineError, TrainingError
+from pipeline.errors import ConfigError, PipelineError, TrainingError
 from pipeline.hardware import threads_per_worker
 from pipeline.model import model_digest
 from pipeline.records import exclusively
@@ -71,6 +73,8 @@ def test_there_must_be_something_to_resume_and_a_job_for_each_device(prepared: C
         cross_validation.run(prepared.changed(name="new"), resume=True, device="cpu")
     with pytest.raises(PipelineError, match="at least one job"):
         cross_validation.run(prepared, device="cpu,cpu", jobs=1)
+    with pytest.raises(ConfigError, match="several devices train several folds"):
+        run.run(prepared, device="cpu,cpu")
     assert not (prepared.workspace / "runs" / "new").exists()
 
 
@@ -83,8 +87,12 @@ def test_a_fold_that_fails_is_listed_and_the_others_go_on(prepared: Config) -> N
     assert "being trained by another process" in report.failures[1]
     assert "2 of 3 folds are trained\nfailed: fold 1: " in report.as_text()
     before = model_digest(run_folder(config, 0) / BEST)
-    with busy(config, 1), pytest.raises(TrainingError, match=r"2 of 3 folds are trained\nfailed: fold 1: "):
-        run.run(config, fold="all", device="cpu", jobs=1)
+    path = prepared.workspace / "one_by_one.yaml"
+    path.write_text(dump_config(config))
+    with busy(config, 1):
+        answer = CliRunner().invoke(app, ["run", str(path), "--fold", "all", "--device", "cpu", "--jobs", "1"])
+    assert answer.exit_code == 1
+    assert "2 of 3 folds are trained\nfailed: fold 1: " in answer.output
     evaluated = [run_folder(config, fold) / "evaluation" / "fold" / "summary.json" for fold in range(3)]
     assert [path.exists() for path in evaluated] == [True, False, True]
     again = cross_validation.run(config, resume=True, device="cpu")

@@ -194,7 +194,7 @@ def test_a_network_that_returns_no_numbers_is_an_error(prepared: Config) -> None
 @pytest.fixture(scope="module")
 def learned(prepared: Config) -> Path:
     """The run folder of a network that has learned for 80 steps."""
-    (folder,) = run.run(prepared.changed(name="learned"))
+    (folder,) = run.run(prepared.changed(name="learned")).folders.values()
     return folder
 
 
@@ -217,7 +217,7 @@ def test_its_model_says_what_it_is_and_does_not_segment(learned: Path) -> None:
 
 def test_run_evaluates_nothing(prepared: Config, learned: Path) -> None:
     written = (learned / "models" / "last" / "model.yaml").stat().st_mtime_ns
-    assert run.run(prepared.changed(name="learned")) == [learned]
+    assert run.run(prepared.changed(name="learned")).folders == {0: learned}
     assert (learned / "models" / "last" / "model.yaml").stat().st_mtime_ns == written
     assert not (learned / "evaluation").exists()
 

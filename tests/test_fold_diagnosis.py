@@ -170,18 +170,16 @@ def test_a_training_is_over_once_its_log_says_so(prepared: Config) -> None:
 
 
 def test_where_nothing_is_held_out_nothing_stops_early(prepared: Config, caplog: pytest.LogCaptureFixture) -> None:
-    config = changed(
-        prepared.changed(name="unvalidated"), "training", early_stop_validations=1, validation_every_epochs=1
-    )
-    task = task_of(config)
+    often = {"early_stop_validations": 1, "validation_every_epochs": 1, "budget": {"steps": 8}}
+    task = task_of(changed(prepared.changed(name="unvalidated"), "training", **often))
     assert task.settings.early_stop_validations == 1
     unlabelled = (case.changed(label=None) if case.fold == task.fold else case for case in task.manifest.cases)
     task = replace(task, manifest=task.manifest.changed(cases=tuple(unlabelled)))
     assert task.settings.early_stop_validations is None
     with caplog.at_level(logging.WARNING):
         train_fold(task, resume=False)
-    assert "holds no labelled case to validate on" in caplog.text
-    assert metric_history(task.folder)["val/score"] == [(2, 0.0), (4, 0.0)]
+    assert "holds no case with a label to validate on" in caplog.text
+    assert metric_history(task.folder)["val/score"] == [(2, 0.0), (4, 0.0), (6, 0.0), (8, 0.0)]
 
 
 class Stalled(Exception):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pipeline.config import TrainingSection
 from pipeline.networks import Network
 from pipeline.training.optimisation import (
+    MOMENTS,
     OPTIMISERS,
     SCHEDULES,
     build_optimiser,
@@ -150,3 +151,5 @@ def test_every_optimiser_follows_the_gradient(name: str) -> None:
     optimiser.step()
     assert gradient is not None
     assert ((network.head.weight - before) * gradient).sum() < 0
+    kept = [value for value in optimiser.state[network.head.weight].values() if value.shape == before.shape]
+    assert len(kept) == MOMENTS[name]

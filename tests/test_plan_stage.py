@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,11 @@ def test_hours_are_those_of_the_steps_and_of_the_voxels_that_are_scored(phantom_
     of_steps, of_validations = 3600 * 0.5 / 3600, validations * sum(voxels) / 2 * 1e-2 / 3600
     assert of_validations > of_steps
     assert _fold_hours(task, cases, found) == pytest.approx(of_steps + of_validations, rel=0.2)
+    # The last validation is at the end of the budget, wherever that lies.
+    section = config.training.changed(budget=BudgetSection(steps=3000))
+    shorter = _fold_hours(replace(task, config=config.changed(training=section)), cases, found)
+    more = of_steps / 6 + of_validations / validations
+    assert _fold_hours(task, cases, found) - shorter == pytest.approx(more, rel=0.2)
     # A case without a label is not scored.
     fewer = _fold_hours(task, [cases[0].changed(label=None), *cases[1:]], found)
     assert fewer == pytest.approx(of_steps + of_validations * (1 - voxels[0] / sum(voxels)), rel=0.2)

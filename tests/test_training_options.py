@@ -87,7 +87,7 @@ def test_a_probe_takes_whole_steps_and_leaves_the_training_alone(
         taken.append(number)
         return batches(number)
 
-    costs = budgeting.probe(hooks, recording, at_step=0)
+    costs = budgeting.probe(hooks, recording, pictured=True)
     batches.close()
     assert taken == list(range(2 * (budget.WARMUP_STEPS + 1)))
     assert min(costs.step_s, costs.epoch_end_s, costs.validation_s) > 0

@@ -262,7 +262,11 @@ def run(
     loaded = load(config, overrides, workspace)
     from pipeline.stages import run as stage
 
-    stage.run(loaded, fold=fold, device=device, jobs=jobs)
+    report = stage.run(loaded, fold=fold, device=device, jobs=jobs)
+    if fold == "all":
+        typer.echo(report.as_text())
+    if report.failures:
+        raise typer.Exit(1)
 
 
 @app.command()

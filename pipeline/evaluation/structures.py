@@ -61,6 +61,11 @@ class Structures:
         return cls(classes, plan.ignored_class if plan.has_ignored else None)
 
     @property
+    def any_known(self) -> bool:
+        """Whether people looked for any of them in this case."""
+        return len(self.unknown) < len(self.classes)
+
+    @property
     def num_classes(self) -> int:
         """One more than the largest class index."""
         return 1 + max(index for own in self.classes.values() for index in own)

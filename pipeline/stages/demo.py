@@ -45,7 +45,7 @@ def run(workspace: Path) -> Path:
     torch.set_num_threads(1)
     workspace = workspace.resolve()
     config = _prepare(workspace)
-    (run_folder,) = run_stage.run(config)
+    (run_folder,) = run_stage.run(config).folders.values()
     trained = run_folder / "models" / "best"
     _save_untrained(trained, workspace / "untrained")
     learned = _segment_new(trained, workspace, "segmented")

@@ -11,7 +11,7 @@ from pipeline.config_loading import load_config
 from pipeline.errors import ModelError
 from pipeline.model import DESCRIPTION
 from pipeline.stages.workspace import Workspace
-from pipeline.tracking.log import final_status, is_tracked
+from pipeline.tracking.log import final_status, is_tracked, tracking_uri
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,6 @@ def resolve_model(text: str, workspace: Path, uri: str | None = None) -> Path:
     """
     if text.startswith(("runs:/", "models:/")):
         from pipeline.tracking.fetching import fetch_model
-        from pipeline.tracking.log import tracking_uri
 
         return fetch_model(text, tracking_uri(uri, workspace), Workspace(workspace).fetched)
     folder = Path(text)

@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.config import Config
-from pipeline.errors import ManifestError, TrainingError
+from pipeline.errors import ConfigError, ManifestError
+from pipeline.hardware import pick_device
 from pipeline.inference.postprocessing import common_rules
 from pipeline.model import model_digest
 from pipeline.records import digest_of, write_text
@@ -18,6 +19,7 @@ from pipeline.stages.evaluate import EvaluationReport
 from pipeline.stages.fold.run import complete_fold
 from pipeline.stages.fold.task import FoldTask
 from pipeline.stages.models import BEST
+from pipeline.stages.worker_processes import shared_out
 from pipeline.stages.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -26,7 +28,7 @@ log = logging.getLogger(__name__)
 MADE_FROM = "made_from.sha256"
 
 
-def run(config: Config, *, fold: str = "0", device: str = "auto", jobs: int | None = None) -> list[Path]:
+def run(config: Config, *, fold: str = "0", device: str = "auto", jobs: int | None = None) -> FoldsReport:
     """Run every stage that is stale, in order; what is fresh is skipped, what was interrupted goes on.
 
     Args:
@@ -37,12 +39,17 @@ def run(config: Config, *, fold: str = "0", device: str = "auto", jobs: int | No
         jobs: processes of check and preprocess; None: as many as cores and memory admit.
 
     Returns:
-        The run folder of each fold.
+        The run folder of each fold; of all folds those that failed are listed, the others trained and evaluated.
 
     Raises:
         ManifestError: the check found errors; names them all.
-        TrainingError: of all folds some failed; names them. The others are trained and evaluated.
+        ConfigError: a device is not there, or one fold is to be trained on several.
     """
+    devices = shared_out(device, None)
+    for one in devices:
+        pick_device(one)
+    if fold != "all" and len(devices) > 1:
+        raise ConfigError(f"--device {device}: several devices train several folds; name one, or say --fold all")
     report = check.run(config.data.manifest, root=config.data.root, workspace=config.workspace, jobs=jobs)
     log.info("%s", report.as_text())
     if report.errors:
@@ -50,20 +57,17 @@ def run(config: Config, *, fold: str = "0", device: str = "auto", jobs: int | No
             f"{config.data.manifest}: the check found errors, named above; mend them, or drop the cases"
         )
     preprocess.run(config, jobs=jobs)
-    first_device = device.split(",")[0] if fold == "all" else device
-    tasks = train.fold_tasks(config, fold, first_device)
+    tasks = train.fold_tasks(config, fold, devices[0])
     trained = _trained(config, tasks, device if fold == "all" else None)
     if config.task == "segment":
         for task in tasks:
             if task.fold in trained.folders:
                 _evaluate_if_stale(task.folder, _evaluation_digest(task), partial(_evaluate_best, task))
-    if trained.failures:
-        raise TrainingError(trained.as_text())
-    if len(tasks) > 1 and config.task == "segment":
+    if len(tasks) > 1 and config.task == "segment" and not trained.failures:
         folder = Workspace(config.workspace).experiment(config.name)
         made_from = digest_of([_evaluation_digest(task) for task in tasks])
-        _evaluate_if_stale(folder, made_from, partial(evaluate.run, config, device=first_device))
-    return [task.folder for task in tasks]
+        _evaluate_if_stale(folder, made_from, partial(evaluate.run, config, device=devices[0]))
+    return trained
 
 
 def _trained(config: Config, tasks: Sequence[FoldTask], devices: str | None) -> FoldsReport:

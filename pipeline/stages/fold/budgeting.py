@@ -33,7 +33,7 @@ def budgeted(hooks: FoldHooks, state: TrainState, began: float, *, resume: bool)
         return unchanged
     if resume and is_over(state, settings):  # killed after its last step
         return unchanged
-    costs = probe(hooks, hooks.diagnosis.batch, state.step)
+    costs = probe(hooks, hooks.diagnosis.batch, pictured=not resume)
     # Where no step was done the time before is not counted: it bought nothing.
     state.spent_s = (state.spent_s if state.step else 0.0) + time.monotonic() - began
     budget = TimedBudget(
@@ -51,9 +51,13 @@ def budgeted(hooks: FoldHooks, state: TrainState, began: float, *, resume: bool)
     return budget
 
 
-def probe(hooks: FoldHooks, batches: Batches, at_step: int) -> Costs:
-    """Measure a training's parts, on a state that is thrown away, as the first process's clock has them; the picture of
-    a case that validation would draw at this step is kept.
+def probe(hooks: FoldHooks, batches: Batches, *, pictured: bool) -> Costs:
+    """Measure a training's parts, on a state that is thrown away, as the first process's clock has them.
+
+    Args:
+        hooks: of the training.
+        batches: that it will learn from.
+        pictured: keep the picture of a case, as that of step 0.
     """
     task, state = hooks.task, hooks.task.new_state()
     task.wrap_step(state, batches)
@@ -62,7 +66,7 @@ def probe(hooks: FoldHooks, batches: Batches, at_step: int) -> Costs:
     every = task.validation_cases
     some = every[: PROBE_CASES * this_share().processes]
     start = time.monotonic()
-    hooks.draw_first(at_step)
+    hooks.draw_first(0, kept=pictured)
     drawn_s = time.monotonic() - start
     hooks.validation.scores(some, hooks.diagnosis.clock.reached)
     validation_s = drawn_s + (time.monotonic() - start - drawn_s) * len(every) / max(1, len(some))

@@ -61,14 +61,22 @@ class FoldHooks:
             self.draw_first(state.step)
             return self.validation.scores(self.task.validation_cases, self.diagnosis.clock.reached)
 
-    def draw_first(self, step: int) -> None:
-        """Log a picture of the first validation case: MLflow shows how it changes over the steps."""
+    def draw_first(self, step: int, *, kept: bool = True) -> None:
+        """Log a picture of the first validation case: MLflow shows how it changes over the steps.
+
+        Args:
+            step: at which it is drawn.
+            kept: or drawn only to see how long it takes.
+        """
         cases = self.task.validation_cases
         if not (cases and self.share.is_first):
             return
+        figure = self.validation.picture(cases[0], f"step {step}")
+        if not kept:
+            return
         path = self.task.folder / "pictures" / f"step_{step:07d}.png"
         with atomic_path(path) as temporary:
-            self.validation.picture(cases[0], f"step {step}").savefig(temporary)
+            figure.savefig(temporary)
         self.tracked.image("validation", path, step)
 
     def improved(self, state: TrainState, scores: dict[str, float]) -> None:

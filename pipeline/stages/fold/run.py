@@ -95,16 +95,17 @@ def _lack_of_memory_named(task: FoldTask) -> Iterator[None]:
 
 def _train_locked(task: FoldTask, *, resume: bool, listener: Listener, recount: Recount | None) -> None:
     """Train one fold while no other process does."""
-    clock = Stopwatch(task.device)
-    with ExitStack() as kept, watchdog_of(task, clock) as watchdog:  # which writes into the run's log to its own end
-        follower = _train_watched(task, clock, watchdog, kept, resume=resume, listener=listener, recount=recount)
+    with (
+        ExitStack() as kept,
+        watchdog_of(task, Stopwatch(task.device)) as watchdog,
+    ):  # which writes into the run's log to its own end
+        follower = _train_watched(task, watchdog, kept, resume=resume, listener=listener, recount=recount)
     if follower is not None:
         follower.wait(TRACKING_WAIT_S)
 
 
 def _train_watched(
     task: FoldTask,
-    clock: Stopwatch,
     watchdog: Watchdog,
     kept: ExitStack,
     *,
@@ -113,7 +114,7 @@ def _train_watched(
     recount: Recount | None,
 ) -> Follower | None:
     """Train one fold while a watchdog watches, keep its log open, and return who still sends to MLflow."""
-    began, share = time.monotonic(), this_share()
+    began, share, clock = time.monotonic(), this_share(), watchdog.clock
     with clock(STARTING):
         state = task.new_state()
         batches = task.batches(state.network, clock, clock.reached)
@@ -189,8 +190,8 @@ def _warn_of_unpaired_sides(task: FoldTask) -> None:
 
 def _warn_of_nothing_to_score(task: FoldTask) -> None:
     """Say so where no model can be told from another."""
-    if not task.validation_cases:
-        wanted = "labelled case" if task.needs_labels else "case"
+    if not task.is_scored:
+        wanted = "case with a label" if task.needs_labels else "case"
         log.warning("fold %d: holds no %s to validate on; the last model is taken for the best", task.fold, wanted)
 
 

@@ -18,6 +18,7 @@ from pipeline.data.manifest import Case, Manifest
 from pipeline.data.plan import Fingerprint, Plan, read_plan
 from pipeline.data.store import CaseStore
 from pipeline.errors import ConfigError, StoreError, config_errors_of
+from pipeline.evaluation.structures import Structures
 from pipeline.hardware import arithmetic_facts, autocast, compiled_to_train, pick_dtype, place
 from pipeline.networks import Network
 from pipeline.networks.fitting import fitted_plan, network_for, outputs_of
@@ -146,6 +147,12 @@ class FoldTask:
         return self.manifest.validation_cases(self.fold, unlabelled=not self.needs_labels)
 
     @property
+    def is_scored(self) -> bool:
+        """Whether validation can tell one model from another: people looked for something in the fold held out."""
+        cases = self.validation_cases
+        return any(Structures.of(self.plan, case).any_known for case in cases) if self.needs_labels else bool(cases)
+
+    @property
     def checkpoint(self) -> Path:
         """The run's checkpoint."""
         return self.folder / CHECKPOINT
@@ -213,8 +220,7 @@ class FoldTask:
         return LoopSettings(
             steps_per_epoch=section.steps_per_epoch,
             validation_every_epochs=section.validation_every_epochs,
-            # Where nothing is scored, nothing gets better.
-            early_stop_validations=section.early_stop_validations if self.validation_cases else None,
+            early_stop_validations=section.early_stop_validations if self.is_scored else None,
             checkpoint_s=60 * section.checkpoint_minutes,
             gradient_clip=section.gradient_clip,
             ema_decay=section.ema_decay,

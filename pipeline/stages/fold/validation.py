@@ -72,12 +72,9 @@ class DiceValidation:
         means = {f"dice/{name}": float(np.mean(values)) for name, values in columns.items() if len(values)}
         if means:
             return {**means, "score": float(np.mean(list(means.values())))}
-        return {"score": float(any(self._is_judged(case) for case in cases))}
-
-    def _is_judged(self, case: Case) -> bool:
-        """Tell whether people looked for any of the structures in a case."""
-        structures = Structures.of(self.predictor.plan, case)
-        return case.label is not None and len(structures.unknown) < len(structures.classes)
+        return {
+            "score": float(any(case.label and Structures.of(self.predictor.plan, case).any_known for case in cases))
+        }
 
     def _dice(self, case: Case) -> list[float]:
         """Return a case's Dice per label or region; what does not count is no number."""

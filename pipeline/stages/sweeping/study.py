@@ -177,7 +177,7 @@ def load_sweep(path: Path, checks: Checks | None = None) -> SweepStudy:
         study = SweepStudy.model_validate_json(json.dumps(tree.plain), strict=True)
     except ValidationError as error:
         for found in error.errors():
-            record = Parameter if found["loc"][0] == "parameters" else SweepStudy
+            record = Parameter if found["loc"][:1] == ("parameters",) else SweepStudy
             problems.append(record_problem(tree, found, record))
     if study is not None and not problems:
         study = _settled(study, path.parent.resolve())
