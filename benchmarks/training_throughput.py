@@ -134,10 +134,8 @@ def main() -> None:
     task = prepared_task(chosen.config, chosen.out, chosen.device, chosen.batch)
     folder = chosen.out.resolve() / "fold_0"
     write_cases(load_manifest(task.config.data.manifest), 0, folder)
-    ours, peer = (
-        Ours(task, chosen.steps),
-        Peer(chosen.peer_python, folder, chosen.batch) if chosen.peer_python else None,
-    )
+    ours = Ours(task, chosen.steps)
+    peer = Peer(chosen.peer_python, folder, chosen.batch) if chosen.peer_python else None
     ours.training(WARM_UP)
     ours.bare()
     seconds: dict[str, list[float]] = {"medseg": [], "bare": [], "nnU-Net": []}

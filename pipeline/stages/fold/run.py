@@ -95,10 +95,8 @@ def _lack_of_memory_named(task: FoldTask) -> Iterator[None]:
 
 def _train_locked(task: FoldTask, *, resume: bool, listener: Listener, recount: Recount | None) -> None:
     """Train one fold while no other process does."""
-    with (
-        ExitStack() as kept,
-        watchdog_of(task, Stopwatch(task.device)) as watchdog,
-    ):  # which writes into the run's log to its own end
+    # Of what is kept open the log is closed last: a watchdog writes into it to its own end.
+    with ExitStack() as kept, watchdog_of(task, Stopwatch(task.device)) as watchdog:
         follower = _train_watched(task, watchdog, kept, resume=resume, listener=listener, recount=recount)
     if follower is not None:
         follower.wait(TRACKING_WAIT_S)

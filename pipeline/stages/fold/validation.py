@@ -72,9 +72,8 @@ class DiceValidation:
         means = {f"dice/{name}": float(np.mean(values)) for name, values in columns.items() if len(values)}
         if means:
             return {**means, "score": float(np.mean(list(means.values())))}
-        return {
-            "score": float(any(case.label and Structures.of(self.predictor.plan, case).any_known for case in cases))
-        }
+        plan = self.predictor.plan
+        return {"score": float(any(case.label and Structures.of(plan, case).any_known for case in cases))}
 
     def _dice(self, case: Case) -> list[float]:
         """Return a case's Dice per label or region; what does not count is no number."""
