@@ -100,7 +100,7 @@ def run_peer(python: Path, manifest: Manifest, key: Key, folder: Path) -> tuple[
 
 
 def report(results: list[Result]) -> None:
-    """Print a line for each party and set of channels, and how those of the same channels and minutes differ."""
+    """Print a line for each party and set of channels, and how two differ in one of them."""
     lines = by_line(results)
     folds = sorted({result.key.fold for result in results})
     print(f"{'':48}" + "".join(f"  fold {fold}" for fold in folds) + "  SD of folds, mean of the patients, steps")
@@ -111,8 +111,9 @@ def report(results: list[Result]) -> None:
         title, mean = f"{channels}, {minutes:g} min: {party}", with_interval(list(patients(of_folds).values()))
         print(f"{title:48}{cells}{sd}  {mean} of {len(patients(of_folds))}, {min(steps)} to {max(steps)}", flush=True)
     for one, other in combinations(lines, 2):
-        if one[:2] == other[:2]:
-            title = f"{one[0]}, {one[1]:g} min: {one[2]} less {other[2]}"
+        (channels, minutes, party), (other_channels, other_minutes, other_party) = one, other
+        if minutes == other_minutes and (channels == other_channels or party == other_party):
+            title = f"{minutes:g} min: {party} on {channels} less {other_party} on {other_channels}"
             compare(title, patients(lines[one]), patients(lines[other]))
 
 
