@@ -105,7 +105,7 @@ def run(config: Config, *, resume: bool = False, device: str = "auto", jobs: int
     Raises:
         PipelineError: nothing can be trained, or there is nothing to resume.
     """
-    devices = _devices(device, jobs)
+    devices = devices_of(device, jobs)
     tasks = fold_tasks(config, "all", devices[0])
     if resume:
         refuse_nothing_to_resume(tasks)
@@ -127,13 +127,13 @@ def complete(config: Config, *, device: str = "auto") -> FoldsReport:
     Raises:
         PipelineError: nothing can be trained.
     """
-    devices = _devices(device, None)
+    devices = devices_of(device)
     tasks = fold_tasks(config, "all", devices[0])
     left = [task for task in tasks if not task.is_finished]
     return _trained(tasks, [_Todo(task, task.is_begun and task.checkpoint.exists()) for task in left], devices)
 
 
-def _devices(device: str, jobs: int | None) -> list[str]:
+def devices_of(device: str, jobs: int | None = None) -> list[str]:
     """Return the device of each worker.
 
     Raises:

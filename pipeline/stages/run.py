@@ -9,7 +9,6 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError, ManifestError
-from pipeline.hardware import pick_device
 from pipeline.inference.postprocessing import common_rules
 from pipeline.model import model_digest
 from pipeline.records import digest_of, write_text
@@ -19,7 +18,6 @@ from pipeline.stages.evaluate import EvaluationReport
 from pipeline.stages.fold.run import complete_fold
 from pipeline.stages.fold.task import FoldTask
 from pipeline.stages.models import BEST
-from pipeline.stages.worker_processes import shared_out
 from pipeline.stages.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -45,9 +43,7 @@ def run(config: Config, *, fold: str = "0", device: str = "auto", jobs: int | No
         ManifestError: the check found errors; names them all.
         ConfigError: a device is not there, or one fold is to be trained on several.
     """
-    devices = shared_out(device, None)
-    for one in devices:
-        pick_device(one)
+    devices = cross_validation.devices_of(device)
     if fold != "all" and len(devices) > 1:
         raise ConfigError(f"--device {device}: several devices train several folds; name one, or say --fold all")
     report = check.run(config.data.manifest, root=config.data.root, workspace=config.workspace, jobs=jobs)
