@@ -21,7 +21,7 @@ import nibabel as nib
 import numpy as np
 import psutil
 import pytest
-from serving_program import DEADLINE_S, Served, ended, make_scan, serving, stopped, wait_until
+from serving_program import DEADLINE_S, Served, ended, is_file_of, make_scan, serving, stopped, wait_until
 from tiny_models import make_model, make_plan
 
 from pipeline.data.plan import Normalisation
@@ -121,7 +121,7 @@ def test_a_crowd_of_clients_gets_each_its_own_label_map(
         got, wanted = nib.load(tmp_path / "label.nii.gz"), nib.load(expected / f"{index}.nii.gz")
         assert (got.affine == wanted.affine).all()
         np.testing.assert_array_equal(np.asanyarray(got.dataobj), np.asanyarray(wanted.dataobj))
-        assert label == (expected / f"{index}.nii.gz").read_bytes()
+        assert is_file_of(label, expected / f"{index}.nii.gz")
 
 
 def test_jobs_survive_a_worker_that_is_killed(served: Served, scans: Path, expected: Path) -> None:
@@ -130,7 +130,7 @@ def test_jobs_survive_a_worker_that_is_killed(served: Served, scans: Path, expec
         first = served.worker()
         os.kill(first.pid, signal.SIGKILL)
         for name, job in jobs.items():
-            assert fetched(client, job) == (expected / f"{name}.nii.gz").read_bytes()
+            assert is_file_of(fetched(client, job), expected / f"{name}.nii.gz")
         assert served.worker().pid != first.pid
         assert re.search(r"^medseg_worker_deaths_total [1-9]", client.get("/metrics").text, re.MULTILINE)
     assert f"a worker ({first.pid}) ended by signal 9 (out of memory?)" in served.log.read_text()
@@ -156,7 +156,7 @@ def test_a_case_over_which_two_workers_die_is_given_up_and_the_next_is_done(
         status = ended(client, job)
         assert (status["state"], status["failure"]) == ("failed", "death")
         assert status["reason"] == "the process that worked on it was killed, 2 times: out of memory?"
-        assert fetched(client, other) == (expected / "0.nii.gz").read_bytes()
+        assert is_file_of(fetched(client, other), expected / "0.nii.gz")
         assert client.delete(f"/v1/jobs/{job}").status_code == 204
 
 
@@ -166,7 +166,7 @@ def test_a_worker_that_dies_idle_is_replaced_and_nobody_notices(served: Served, 
             first = served.worker()
             os.kill(first.pid, signal.SIGKILL)
             job = send(client, scans / f"{index}.nii.gz")
-            assert fetched(client, job) == (expected / f"{index}.nii.gz").read_bytes()
+            assert is_file_of(fetched(client, job), expected / f"{index}.nii.gz")
             assert served.worker().pid != first.pid
 
 
@@ -259,7 +259,7 @@ def test_a_full_queue_puts_off_and_a_service_that_is_killed_or_stopped_goes_on(
     with serving(model, tmp_path / "spool", queue=2) as served, served.client() as client:
         assert "2 jobs wait from before" in served.log.read_text()
         for name, job in jobs.items():
-            assert fetched(client, job) == (expected / f"{name}.nii.gz").read_bytes()
+            assert is_file_of(fetched(client, job), expected / f"{name}.nii.gz")
         # A stop in good order: the job in hand is finished, one that waits stays, who waits for it is told.
         running, waiting = run_long(client, scans), send(client, scans / "2.nii.gz")
         answers: list[httpx.Response] = []
@@ -276,8 +276,8 @@ def test_a_full_queue_puts_off_and_a_service_that_is_killed_or_stopped_goes_on(
         assert answers[0].status_code == 503 and "stopping" in answers[0].json()["detail"]
         assert "1 jobs wait and 1 results were not fetched" in served.log.read_text()
     with serving(model, tmp_path / "spool") as served, served.client() as client:
-        assert fetched(client, running) == (expected / "long.nii.gz").read_bytes()
-        assert fetched(client, waiting) == (expected / "2.nii.gz").read_bytes()
+        assert is_file_of(fetched(client, running), expected / "long.nii.gz")
+        assert is_file_of(fetched(client, waiting), expected / "2.nii.gz")
         assert served.end() == 0
     assert not (tmp_path / "spool").exists()
 
@@ -294,7 +294,7 @@ def test_channels_are_told_apart_by_the_names_of_their_parts(tmp_path: Path) -> 
     with serving(tmp_path / "model", tmp_path / "spool") as served, served.client() as client:
         parts = [(channel, files[channel].read_bytes()) for channel in ("T2", "T1")]
         answer = client.post("/v1/segment", files=parts).raise_for_status()
-        assert answer.content == (tmp_path / "out" / "case.nii.gz").read_bytes()
+        assert is_file_of(answer.content, tmp_path / "out" / "case.nii.gz")
         lacking = client.post("/v1/segment", files=parts[1:])
         warnings = json.loads(lacking.headers["medseg-result"])["warnings"]
         assert "channel T2 is missing: zeros stand in for it" in warnings
