@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,7 +14,7 @@ from pydantic_core import ErrorDetails
 from pipeline.config import Config
 from pipeline.config_schema import choices, expectation, keys_named, schema_at, section_at
 from pipeline.config_yaml import Entry, Keys, Place, Problem, read_file, read_override, write_yaml
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, did_you_mean
 from pipeline.records import said
 
 OptionCheck = Callable[[str, Mapping[str, Any]], list[tuple[str, str]]]
@@ -164,7 +163,7 @@ def _base(folder: Path, name: str, extends: Entry) -> Path:
     preset = name.removeprefix(PRESET)
     if preset not in PRESETS:
         raise ConfigError(
-            f"{extends.place}: extends: no preset {preset!r}{_did_you_mean(preset, list(PRESETS))}; there are "
+            f"{extends.place}: extends: no preset {preset!r}{did_you_mean(preset, PRESETS)}; there are "
             f"{', '.join(PRESETS)}"
         )
     return packaged(f"presets/{preset}.yaml")
@@ -275,7 +274,7 @@ def _problem(tree: Entry, error: ErrorDetails) -> Problem:
     elif entry is None:
         message = f"is missing, expected {expectation(schema)}"
     else:
-        near = _did_you_mean(entry.plain, choices(schema))
+        near = did_you_mean(entry.plain, choices(schema))
         message = f"expected {expectation(schema)}, got {_shown(entry.plain)}{near}"
     return Problem(tree.place_of(keys), ".".join(keys), message)
 
@@ -311,7 +310,7 @@ def _unknown_key(keys: Keys) -> str:
     *section, key = keys
     names = list((schema_at(section) or {}).get("properties", {}))
     elsewhere = keys_named(key)
-    if near := _did_you_mean(key, names):
+    if near := did_you_mean(key, names):
         return f"unknown key{near}"
     if elsewhere:
         return f"unknown key, did you mean {elsewhere[0]!r}?"
@@ -329,16 +328,10 @@ def record_problem(tree: Entry, found: ErrorDetails, record: type[BaseModel]) ->
     keys, message = tuple(map(str, found["loc"])), said(found)
     if found["type"] == "extra_forbidden":
         names = [field.alias or name for name, field in record.model_fields.items()]
-        message = "unknown key" + (_did_you_mean(keys[-1], names) or f", expected one of {', '.join(names)}")
+        message = "unknown key" + (did_you_mean(keys[-1], names) or f", expected one of {', '.join(names)}")
     elif found["type"] == "missing":
         message = "is missing"
     return Problem(tree.place_of(keys), ".".join(keys), message)
-
-
-def _did_you_mean(value: Any, names: list[str]) -> str:
-    """Return `, did you mean 'x'?` with the name nearest to a text; empty where none is near."""
-    near = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) else []
-    return f", did you mean {near[0]!r}?" if near else ""
 
 
 def _shown(value: Any) -> str:

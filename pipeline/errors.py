@@ -6,7 +6,8 @@ other exception is a bug and keeps its traceback.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -72,3 +73,9 @@ def config_errors_of(what: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ConfigError(f"{what}: {error}") from error
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """Return `, did you mean 'x'?` with the known word nearest to a text; empty where none is near it."""
+    near = difflib.get_close_matches(word, list(known), n=1) if isinstance(word, str) else []
+    return f", did you mean {near[0]!r}?" if near else ""

@@ -5,12 +5,13 @@ A new network or loss so touches no configuration class, and a misspelt option i
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from pipeline.errors import did_you_mean
 
 Builder = Callable[..., Any]
 
@@ -21,7 +22,7 @@ def check_options(table: Mapping[str, Builder], name: str, options: Mapping[str,
     The key is "name", "options" or "options.KEY": where in the section the problem stands.
     """
     if name not in table:
-        return [("name", f"unknown, got {name!r}; expected one of {', '.join(table)}{_nearest(name, table)}")]
+        return [("name", f"unknown, got {name!r}; expected one of {', '.join(table)}{did_you_mean(name, table)}")]
     schema = _schema(table[name])
     try:
         schema.model_validate(dict(options))
@@ -65,11 +66,5 @@ def _problem(name: str, schema: type[BaseModel], found: dict[str, Any]) -> tuple
     if found["type"] == "extra_forbidden":
         known = list(schema.model_fields)
         others = ", ".join(known) or "none"
-        return key, f"{name} has no such option{_nearest(str(found['loc'][-1]), known)}; it has {others}"
+        return key, f"{name} has no such option{did_you_mean(str(found['loc'][-1]), known)}; it has {others}"
     return key, f"{found['msg']}, got {found['input']!r}"
-
-
-def _nearest(word: str, known: Mapping[str, Any] | list[str]) -> str:
-    """Return ", did you mean 'x'?" for the nearest known word, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f", did you mean {close[0]!r}?" if close else ""

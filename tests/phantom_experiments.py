@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from tracking_databases import lay_database
+
 from pipeline.config import Config
 from pipeline.config_loading import load_config, packaged
 from pipeline.data.phantoms import write_phantom_dataset
@@ -10,10 +12,11 @@ from pipeline.stages.fold.task import FoldTask
 
 
 def preprocessed(folder: Path, settings: tuple[str, ...], *, cases: int, folds: int) -> Config:
-    """Return the demo's configuration with other settings, on phantoms that are preprocessed."""
+    """Return the demo's configuration with other settings, on phantoms that are preprocessed, with a database."""
     manifest.run(write_phantom_dataset(folder / "set", cases=cases), folder / "mine.json", folds=folds)
     config = load_config(packaged("demo.yaml"), [f"data.manifest={folder / 'mine.json'}", *settings])
     config = config.changed(workspace=folder / "work")
+    lay_database(config.workspace)
     preprocess.run(config)
     return config
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from test_tracking_server import page, port, server  # noqa: F401, the fixture `port`
 from tiny_models import make_model
+from tracking_databases import lay_database
 
 from pipeline.config import Config, NetworkSection
 from pipeline.config_loading import dump_config, load_config, packaged
@@ -64,6 +65,7 @@ def write_configurations(folder: Path) -> list[Config]:
     (folder / "study.yaml").write_text(STUDY)
     for name, width in (("narrow", 4), ("wide", 6)):
         (folder / f"{name}.yaml").write_text(CONFIG.format(demo=packaged("demo.yaml"), name=name, width=width))
+    lay_database(folder / "work")
     paths = (folder / "narrow.yaml", folder / "wide.yaml")
     return [load_config(path).changed(workspace=folder / "work") for path in paths]
 
@@ -224,6 +226,7 @@ def test_a_run_on_other_data_is_not_the_studys(study: Path) -> None:
         compare.run(["study.yaml"], workspace=study / "work")
 
 
+@pytest.mark.slow
 def test_a_study_is_compared_on_the_cases_that_are_asked_for(study: Path) -> None:
     with pytest.raises(EvaluationError, match=r"wide/fold_0: its best model is not evaluated on --cases all"):
         compare.run(["study.yaml"], cases="all", workspace=study / "work")

@@ -41,6 +41,7 @@ def test_cases_that_lack_a_channel_stay_or_are_skipped_everywhere(tmp_path: Path
     assert stores[0] != stores[1]
 
 
+@pytest.mark.slow
 def test_a_model_trained_without_them_knows_its_own_manifest_by_either_way(tmp_path: Path) -> None:
     config = experiment(tmp_path, 3, "skip")
     own = dataset_of(config)

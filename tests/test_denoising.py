@@ -9,6 +9,7 @@ import pytest
 import torch
 from phantom_experiments import changed
 from torch import Tensor
+from tracking_databases import lay_database
 
 from pipeline.config import BudgetSection, Config
 from pipeline.config_loading import load_config, packaged
@@ -46,6 +47,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Config:
     cases = tuple(case.changed(label=None) if case.id in first else case for case in dataset.cases)
     save_manifest(dataset.changed(cases=cases), path)
     config = load_config(packaged("demo.yaml"), [f"data.manifest={path}", *SETTINGS]).changed(workspace=folder / "work")
+    lay_database(config.workspace)
     preprocess.run(config)
     return config
 

@@ -131,6 +131,7 @@ def test_a_process_that_is_gone_is_no_riddle_to_the_others(ended: Any) -> None:
     assert said.splitlines()[-1].startswith("error: process 0 of 2: another one has ended, hangs, or cannot be reached")
 
 
+@pytest.mark.slow
 def test_the_first_may_be_busy_at_the_end_for_longer_than_a_collective_waits(tmp_path: Path) -> None:
     said = said_by_all(tmp_path, "busy")
     assert sorted(path.name for path in tmp_path.glob("awaited_*")) == ["awaited_0", "awaited_1"], said

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from tiny_models import NEAREST_MEAN, make_model, make_plan, nearest_mean
+from tracking_databases import lay_database
 
 from pipeline.confidence.calibration import Calibration, DiceRegression, save_calibration
 from pipeline.confidence.reliability import Reliability
@@ -104,6 +105,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
         training=TrainingSection(budget=BudgetSection(steps=300)),
         evaluation=EvaluationSection(surface_tolerance_mm=0.5, bootstrap_samples=50, picture_cases=1),
     )
+    lay_database(config.workspace)
     for fold in (0, 1):
         write_run(config, manifest, fold)
     return config
@@ -261,6 +263,7 @@ def test_a_model_is_never_scored_on_what_it_was_trained_on(config: Config, cases
     assert report.folder.name == cases
 
 
+@pytest.mark.slow
 def test_an_experiment_is_evaluated_out_of_fold(config: Config) -> None:
     report = evaluate.run(config)
     assert [(case.case_id, case.fold) for case in report.evaluation.cases] == [("a", 0), ("b", 0), ("c", 1), ("d", 1)]
@@ -457,6 +460,7 @@ def viewer_facts(report: EvaluationReport) -> dict[str, Any]:
     return json.loads(found.group(1)) if found else {}
 
 
+@pytest.mark.slow
 def test_the_page_lets_people_look_at_the_cases_the_worst_first_as_far_as_there_is_room(config: Config) -> None:
     if niivue() is None:
         pytest.skip("NiiVue is not installed; `make setup` or `medseg install-viewer` does it")

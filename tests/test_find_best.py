@@ -190,6 +190,7 @@ def test_thresholds_lie_just_above_volumes_that_were_predicted() -> None:
     assert candidates([]) == []
 
 
+@pytest.mark.slow
 def test_a_fold_is_read_by_its_newest_evaluation(littered: Config) -> None:
     run = experiment_of(littered) / "fold_0"
     wider = littered.changed(evaluation=littered.evaluation.changed(surface_tolerance_mm=3.0))

@@ -152,6 +152,7 @@ def test_weights_that_overflow_name_the_layer_and_what_to_do(prepared: Config) -
         train_fold(task, resume=False)
 
 
+@pytest.mark.slow
 def test_a_training_is_over_once_its_log_says_so(prepared: Config) -> None:
     task = task_of(prepared.changed(name="cut_short"))
     train_fold(task, resume=False)

@@ -80,6 +80,7 @@ def test_what_has_not_changed_needs_no_network(config: Config, monkeypatch: pyte
         evaluate.run(config, overwrite=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", ["label", "model", "label map"])
 def test_what_has_changed_is_predicted_anew(config: Config, changed: str) -> None:
     before = {case.case_id: case for case in evaluate.run(config).evaluation.cases}
@@ -100,6 +101,7 @@ def test_what_has_changed_is_predicted_anew(config: Config, changed: str) -> Non
     assert after["c"] == before["c"]
 
 
+@pytest.mark.slow
 def test_another_tolerance_scores_what_is_kept_anew(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     narrow = evaluate.run(config).evaluation
     no_network(monkeypatch)
@@ -113,6 +115,7 @@ def test_another_tolerance_scores_what_is_kept_anew(config: Config, monkeypatch:
     assert {record.tolerance_mm for record in kept} == {3.0}
 
 
+@pytest.mark.slow
 def test_a_damaged_record_is_predicted_anew(config: Config, caplog: pytest.LogCaptureFixture) -> None:
     first = evaluate.run(config).evaluation
     record = experiment_of(config) / "out_of_fold" / "b.json"
@@ -122,6 +125,7 @@ def test_a_damaged_record_is_predicted_anew(config: Config, caplog: pytest.LogCa
     assert "b.json: cannot be read" in caplog.text
 
 
+@pytest.mark.slow
 def test_probabilities_are_kept_where_they_are_asked_for(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate.run(config)
     store = OutOfFold(experiment_of(config))

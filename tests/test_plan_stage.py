@@ -65,6 +65,7 @@ def test_a_plan_says_what_training_takes(phantom_set: Path, tmp_path: Path) -> N
     assert 0 < stored <= expected.cases_bytes
 
 
+@pytest.mark.slow
 def test_a_run_takes_the_disk_that_its_plan_says(phantom_set: Path, tmp_path: Path) -> None:
     config = config_of(phantom_set, tmp_path, steps=2)
     report = plan.run(config, device="cpu")

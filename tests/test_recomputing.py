@@ -83,6 +83,7 @@ def test_blocks_are_found_in_every_kind_of_network() -> None:
         assert kernels_wrapped(network) > (0.0 if name == "simple_fcn" else 0.4), (name, options)
 
 
+@pytest.mark.slow
 def test_every_block_that_is_found_is_computed_again() -> None:
     for name, (options, *_) in VARIANTS.items():
         network, again = built(name, options), list[str]()

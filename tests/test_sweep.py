@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from phantom_experiments import preprocessed
+from tracking_databases import lay_database
 
 from pipeline.cli.loading import option_checks
 from pipeline.config import Config, NetworkSection
@@ -291,6 +292,7 @@ def test_a_sweep_prunes_lists_failures_and_writes_a_configuration_that_trains(pr
 @pytest.mark.slow
 def test_a_killed_sweep_of_two_processes_goes_on_where_it_was(prepared: Config, tmp_path: Path) -> None:
     config = prepared.changed(workspace=tmp_path / "work")
+    lay_database(config.workspace)
     parameters = {RATE: {"low": 0.001, "high": 0.1, "log": True}}
     path = written(tmp_path, config, parameters=parameters, trials=3, pruner="none", set={"training.budget.steps": 30})
     command = [sys.executable, "-m", "pipeline", "sweep", str(path), "--device", "cpu"]

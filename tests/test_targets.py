@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tracking_databases import lay_database
 
 from pipeline.config import Config
 from pipeline.config_loading import load_config, packaged
@@ -34,6 +35,7 @@ def sparse_experiment(folder: Path, *settings: str, cases: int) -> Config:
     manifest.run(source, folder / "sparse.json", folds=2)
     changes = [f"data.manifest={folder / 'sparse.json'}", "training.augmentation.flip_axes=[]", *settings]
     config = load_config(packaged("demo.yaml"), changes).changed(workspace=folder / "work")
+    lay_database(config.workspace)
     preprocess.run(config)
     return config
 

@@ -1,7 +1,6 @@
 import json
 import math
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tiny_models import NEAREST_MEAN, make_model, make_plan, nearest_mean
+from tracking_databases import lay_database
 
 from pipeline.errors import ModelError, PipelineError
 from pipeline.geometry import Geometry
@@ -39,21 +39,11 @@ from pipeline.volumes.writing import write_image
 pytestmark = pytest.mark.filterwarnings("ignore:::mlflow")  # what it says of its own dependencies
 
 
-@pytest.fixture(scope="session")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty MLflow database; making one takes MLflow 7 seconds."""
-    from pipeline.tracking.sending import connect
-
-    path = tmp_path_factory.mktemp("mlflow") / "template.db"
-    connect(f"sqlite:///{path}")
-    return path
-
-
 @pytest.fixture
-def workspace(tmp_path: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A workspace with an MLflow database of its own."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    shutil.copy(database, tmp_path / "mlflow.db")
+    lay_database(tmp_path)
     return tmp_path
 
 
