@@ -12,10 +12,17 @@ from pipeline.stages.fold.task import FoldTask
 
 
 def preprocessed(folder: Path, settings: tuple[str, ...], *, cases: int, folds: int) -> Config:
-    """Return the demo's configuration with other settings, on phantoms that are preprocessed, with a database."""
+    """Return the demo's configuration with other settings, on phantoms that are preprocessed."""
     manifest.run(write_phantom_dataset(folder / "set", cases=cases), folder / "mine.json", folds=folds)
-    config = load_config(packaged("demo.yaml"), [f"data.manifest={folder / 'mine.json'}", *settings])
-    config = config.changed(workspace=folder / "work")
+    return preprocessed_demo(folder / "mine.json", settings)
+
+
+def preprocessed_demo(path: Path, settings: tuple[str, ...]) -> Config:
+    """Return the demo's configuration with other settings, on a manifest whose cases are preprocessed beside it, in a
+    workspace that has a database.
+    """
+    config = load_config(packaged("demo.yaml"), [f"data.manifest={path}", *settings])
+    config = config.changed(workspace=path.parent / "work")
     lay_database(config.workspace)
     preprocess.run(config)
     return config

@@ -7,18 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from phantom_experiments import changed
+from phantom_experiments import changed, preprocessed_demo
 from torch import Tensor
-from tracking_databases import lay_database
 
 from pipeline.config import BudgetSection, Config
-from pipeline.config_loading import load_config, packaged
 from pipeline.data.manifest import load_manifest, save_manifest
 from pipeline.data.phantoms import write_phantom_dataset
 from pipeline.errors import ConfigError, ModelError
 from pipeline.model import DESCRIPTION, read_description
 from pipeline.predictor import Predictor
-from pipeline.stages import evaluate, manifest, preprocess, run, train
+from pipeline.stages import evaluate, manifest, run, train
 from pipeline.stages.denoising_task import DenoisingTask, DenoisingValidation
 from pipeline.tracking import metric_history
 from pipeline.training.sampling.cases import HeldCase
@@ -46,10 +44,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Config:
     first = [next(case.id for case in dataset.cases if case.fold == fold) for fold in dataset.folds]
     cases = tuple(case.changed(label=None) if case.id in first else case for case in dataset.cases)
     save_manifest(dataset.changed(cases=cases), path)
-    config = load_config(packaged("demo.yaml"), [f"data.manifest={path}", *SETTINGS]).changed(workspace=folder / "work")
-    lay_database(config.workspace)
-    preprocess.run(config)
-    return config
+    return preprocessed_demo(path, SETTINGS)
 
 
 def task_of(config: Config) -> DenoisingTask:

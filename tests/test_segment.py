@@ -1,6 +1,7 @@
 """`medseg segment`: a batch of files, whatever happens to some of them."""
 
 import csv
+import gzip
 import json
 import logging
 import os
@@ -141,7 +142,7 @@ def test_names_that_are_no_utf8_are_names_like_others(model: Path, scans: Path, 
     assert answer.exit_code == 1, answer.output
     assert r"failed   \udcff: " in answer.stdout
     label = tmp_path / "out" / f"{strange}.nii.gz"
-    np.testing.assert_array_equal(read_label(label).array, read_label(tmp_path / "out" / "a.nii.gz").array)
+    assert gzip.decompress(label.read_bytes()) == gzip.decompress((tmp_path / "out" / "a.nii.gz").read_bytes())
     cases = json.loads((tmp_path / "out" / "report.json").read_text())["cases"]
     assert strange in {case["name"] for case in cases}
     assert statuses(run(model, scans / f"{strange}.nii.gz", out=tmp_path / "out")) == {strange: "done"}

@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tracking_databases import lay_database
+from phantom_experiments import preprocessed_demo
 
 from pipeline.config import Config
-from pipeline.config_loading import load_config, packaged
 from pipeline.data.manifest import load_manifest
 from pipeline.data.phantoms import NESTED_LABELS, make_phantom, write_phantom_dataset
 from pipeline.evaluation.metrics import score_case
@@ -17,7 +16,7 @@ from pipeline.evaluation.scored import read_case_table
 from pipeline.evaluation.structures import Structures
 from pipeline.model import read_description
 from pipeline.predictor import Predictor
-from pipeline.stages import evaluate, manifest, preprocess, train
+from pipeline.stages import evaluate, manifest, train
 from pipeline.stages.fold.calibrating import PASS_COST
 from pipeline.stages.fold.task import FoldTask
 from pipeline.stages.models import BEST
@@ -33,11 +32,7 @@ def sparse_experiment(folder: Path, *settings: str, cases: int) -> Config:
     """
     source = write_phantom_dataset(folder / "set", cases=cases, nested=True, sparse=True)
     manifest.run(source, folder / "sparse.json", folds=2)
-    changes = [f"data.manifest={folder / 'sparse.json'}", "training.augmentation.flip_axes=[]", *settings]
-    config = load_config(packaged("demo.yaml"), changes).changed(workspace=folder / "work")
-    lay_database(config.workspace)
-    preprocess.run(config)
-    return config
+    return preprocessed_demo(folder / "sparse.json", ("training.augmentation.flip_axes=[]", *settings))
 
 
 @pytest.fixture(scope="module")
